@@ -1,0 +1,72 @@
+"""Serves language-model requests whose KV cache is sharded over many workers."""
+
+from typing import TYPE_CHECKING
+
+from kvcluster.config import ClusterConfig
+from kvcluster.errors import (
+    AdmissionError,
+    ClientTooSlow,
+    ClusterOverloaded,
+    ConfigError,
+    ContextTooLong,
+    DeadlineExceeded,
+    DeadlineInfeasible,
+    Draining,
+    GenerationNotFound,
+    InvalidField,
+    KvClusterError,
+    MalformedMessage,
+    MessageTooLarge,
+    ModelError,
+    ModelNotFound,
+    ModelUnsupported,
+    PromptCorrupt,
+    QuotaExceeded,
+    RankLost,
+    RequestError,
+    RequestIdConflict,
+    ResumeExpired,
+    ServerUnavailable,
+    UploadStalled,
+)
+
+if TYPE_CHECKING:
+    from kvcluster.client import Client
+
+__all__ = [
+    "AdmissionError",
+    "Client",
+    "ClientTooSlow",
+    "ClusterConfig",
+    "ClusterOverloaded",
+    "ConfigError",
+    "ContextTooLong",
+    "DeadlineExceeded",
+    "DeadlineInfeasible",
+    "Draining",
+    "GenerationNotFound",
+    "InvalidField",
+    "KvClusterError",
+    "MalformedMessage",
+    "MessageTooLarge",
+    "ModelError",
+    "ModelNotFound",
+    "ModelUnsupported",
+    "PromptCorrupt",
+    "QuotaExceeded",
+    "RankLost",
+    "RequestError",
+    "RequestIdConflict",
+    "ResumeExpired",
+    "ServerUnavailable",
+    "UploadStalled",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Workers import this package too, and have no use for grpc.
+    if name == "Client":
+        from kvcluster.client import Client
+
+        return Client
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

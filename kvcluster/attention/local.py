@@ -1,0 +1,168 @@
+"""Attention of some queries over keys that lie on this rank: one shard, one `Partial`.
+
+`attend_plain` is the definition; `attend` picks torch's fused kernels where they compute the same.
+Keys come head-major, as the store keeps them.
+
+Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimension.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvcluster.attention.partial import Partial, merge
+from kvcluster.types import LayerGeometry
+
+_PLAIN_TILE_ELEMENTS = 1 << 24
+"""Logits that the plain definition holds at one time: 64 MiB of float32."""
+
+
+def visible(q_positions_T: Tensor, k_positions_S: Tensor, window: int | None) -> Tensor:
+    """mask_TS: True where the query may read the key, by causality and the model's window."""
+    distance_TS = q_positions_T[:, None] - k_positions_S[None, :]
+    mask_TS = distance_TS >= 0
+    if window is not None:
+        mask_TS &= distance_TS < window
+    return mask_TS
+
+
+def attend(
+    q_THD: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    layer: LayerGeometry,
+    mask_TS: Tensor | None = None,
+) -> Partial:
+    """Attention over all keys, or over those that `mask_TS` shows. Any T and S, zero included."""
+    num_tokens, num_heads, _ = q_THD.shape
+    if num_tokens == 0 or k_KSD.shape[1] == 0:
+        return Partial.empty(num_tokens, num_heads, layer.value_dim, q_THD)
+    if not _has_fused_kernel(q_THD, layer):
+        return attend_plain(q_THD, k_KSD, v_KSD, layer, mask_TS)
+    bias_TS = None
+    if mask_TS is not None:
+        bias_TS = torch.zeros(mask_TS.shape, dtype=q_THD.dtype).masked_fill_(~mask_TS, -math.inf)
+    partial = _fused(q_THD, k_KSD, v_KSD, layer, bias_TS=bias_TS, is_causal=False)
+    if mask_TS is None:
+        return partial
+    # The kernel reports LSE 0, not -inf, for a row that saw no key.
+    blind_T = ~mask_TS.any(dim=1)
+    return Partial(
+        partial.out_THD.masked_fill(blind_T[:, None, None], 0.0),
+        partial.lse_TH.masked_fill(blind_T[:, None], -math.inf),
+    )
+
+
+def attend_causal(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, first: int
+) -> Partial:
+    """Attention inside one prefill chunk: query row t is key `first + t` and sees no later one.
+
+    `first + T <= S`. A window narrower than the chunk is walked in tiles, so that the work grows
+    with T * window and not with T * S.
+    """
+    num_tokens = q_THD.shape[0]
+    if num_tokens == 0:
+        return Partial.empty(0, q_THD.shape[1], layer.value_dim, q_THD)
+    last = first + num_tokens
+    if layer.window is not None and layer.window < last:
+        return _attend_windowed(q_THD, k_KSD, v_KSD, layer, first)
+    own = _attend_square(q_THD, k_KSD[:, first:last], v_KSD[:, first:last], layer)
+    if first == 0:
+        return own
+    return merge(attend(q_THD, k_KSD[:, :first], v_KSD[:, :first], layer), own)
+
+
+def attend_plain(
+    q_THD: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    layer: LayerGeometry,
+    mask_TS: Tensor | None = None,
+) -> Partial:
+    """The definition: softmax(softcap(scale * q k^T)) v with its LSE, in float32, any device."""
+    num_tokens, num_heads, _ = q_THD.shape
+    group = num_heads // k_KSD.shape[0]
+    k_HSD = k_KSD.float().repeat_interleave(group, dim=0)
+    v_HSD = v_KSD.float().repeat_interleave(group, dim=0)
+    tile = max(1, _PLAIN_TILE_ELEMENTS // max(1, num_heads * k_KSD.shape[1]))
+    tiles = []
+    for start in range(0, num_tokens, tile):
+        end = min(start + tile, num_tokens)
+        logits_HTS = q_THD[start:end].float().transpose(0, 1) @ k_HSD.transpose(1, 2) * layer.scale
+        if layer.softcap is not None:
+            logits_HTS = layer.softcap * torch.tanh(logits_HTS / layer.softcap)
+        if mask_TS is not None:
+            logits_HTS = logits_HTS.masked_fill(~mask_TS[start:end], -math.inf)
+        lse_HT = torch.logsumexp(logits_HTS, dim=-1)
+        shift_HT = torch.where(lse_HT == -math.inf, 0.0, lse_HT)
+        out_HTD = torch.exp(logits_HTS - shift_HT[..., None]) @ v_HSD
+        tiles.append(Partial(out_HTD.transpose(0, 1), lse_HT.transpose(0, 1)))
+    return Partial(
+        torch.cat([tile.out_THD for tile in tiles]), torch.cat([tile.lse_TH for tile in tiles])
+    )
+
+
+def _has_fused_kernel(q_THD: Tensor, layer: LayerGeometry) -> bool:
+    """Only the CPU kernel gives float32 partials and an LSE for every mask we need."""
+    return (
+        q_THD.device.type == "cpu"
+        and q_THD.dtype == torch.float32
+        and layer.softcap is None
+        and layer.key_dim == layer.value_dim
+    )
+
+
+def _fused(
+    q_THD: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    layer: LayerGeometry,
+    *,
+    bias_TS: Tensor | None,
+    is_causal: bool,
+) -> Partial:
+    # Private to aten, but the only CPU attention that returns its LSE. It reads grouped KV heads
+    # and strided slots as they are, and divides by zero when T or S is 0.
+    out_1HTD, lse_1HT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_THD.transpose(0, 1)[None],
+        k_KSD[None],
+        v_KSD[None],
+        0.0,
+        is_causal,
+        attn_mask=bias_TS,
+        scale=layer.scale,
+    )
+    return Partial(out_1HTD[0].transpose(0, 1), lse_1HT[0].transpose(0, 1))
+
+
+def _attend_square(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry) -> Partial:
+    """Causal attention where query row t is key t."""
+    if q_THD.shape[0] == 1:
+        return attend(q_THD, k_KSD, v_KSD, layer)
+    if _has_fused_kernel(q_THD, layer):
+        return _fused(q_THD, k_KSD, v_KSD, layer, bias_TS=None, is_causal=True)
+    positions_T = torch.arange(q_THD.shape[0], device=q_THD.device)
+    return attend_plain(q_THD, k_KSD, v_KSD, layer, visible(positions_T, positions_T, None))
+
+
+def _attend_windowed(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, first: int
+) -> Partial:
+    assert layer.window is not None
+    tile = max(layer.window, 128)
+    tiles = []
+    for start in range(0, q_THD.shape[0], tile):
+        q_tile = q_THD[start : start + tile]
+        last = first + start + q_tile.shape[0]
+        low = max(0, first + start - layer.window + 1)
+        mask_TS = visible(
+            torch.arange(first + start, last, device=q_THD.device),
+            torch.arange(low, last, device=q_THD.device),
+            layer.window,
+        )
+        tiles.append(attend(q_tile, k_KSD[:, low:last], v_KSD[:, low:last], layer, mask_TS))
+    return Partial(
+        torch.cat([tile.out_THD for tile in tiles]), torch.cat([tile.lse_TH for tile in tiles])
+    )

@@ -1,0 +1,236 @@
+"""Attention of one step, layer by layer, as one rank runs it together with the others.
+
+Three things happen per layer: K and V of this rank's rows are stored; every row meets the history
+of its sequence, wherever it lies; the rows of a prefill chunk meet each other in full precision.
+The partials are merged.
+
+Shape letters: T this rank's rows, S keys, H query heads, K KV heads, D head dimension.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcluster.attention.local import attend, attend_causal
+from kvcluster.attention.part import SequencePart
+from kvcluster.attention.partial import Partial, merge, merge_sinks
+from kvcluster.attention.ring import Message, Ring, gather, pass_kv
+from kvcluster.cache.store import KVStore
+from kvcluster.codec.base import EncodedKV
+from kvcluster.types import ModelSpec, Route
+
+
+class StepAttention:
+    """The parts of one step over one rank's store. Mutates the store: rows are written."""
+
+    def __init__(
+        self, spec: ModelSpec, store: KVStore, ring: Ring, parts: Sequence[SequencePart]
+    ) -> None:
+        self._spec = spec
+        self._store = store
+        self._ring = ring
+        self._parts = parts
+        self._asking = [part for part in parts if part.travels_by_query]
+        self._groups = [spec.group_of(layer) for layer in spec.layers]
+        self._slots_by_group: dict[int, Tensor] = {}
+
+    def attend(
+        self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        """out_THD of this rank's rows, in q's dtype. All ranks must be in the same layer: one
+        without rows calls this with T = 0, because its keys are read all the same."""
+        if len(q_THD):
+            self._store.write(layer, self._row_slots(self._groups[layer]), k_TKD, v_TKD)
+        partials = self._attend_history(layer, q_THD)
+        for index, part in enumerate(self._parts):
+            if part.has_chunk and part.num_rows[self._ring.rank]:
+                inside = self._attend_chunk(layer, part, q_THD, k_TKD, v_TKD)
+                before = partials.get(index)
+                partials[index] = inside if before is None else merge(before, inside)
+        if not partials:
+            return q_THD
+        rows = [partials[index] for index in range(len(self._parts)) if index in partials]
+        whole = rows[0] if len(rows) == 1 else _concatenate(rows)
+        if sinks_H is not None:
+            whole = merge_sinks(whole, sinks_H)
+        return whole.out_THD.to(q_THD.dtype)
+
+    def _row_slots(self, group: int) -> Tensor:
+        slots = self._slots_by_group.get(group)
+        if slots is None:
+            slots = torch.cat([part.slots(group) for part in self._parts])
+            self._slots_by_group[group] = slots
+        return slots
+
+    def _attend_history(self, layer: int, q_THD: Tensor) -> dict[int, Partial]:
+        """Partials of this rank's rows over all history, by index of the part."""
+        partials = self._pass_queries(layer, q_THD)
+        for index, part in enumerate(self._parts):
+            if not part.travels_by_query:
+                partial = self._pass_shards(layer, part, q_THD)
+                if partial is not None:
+                    partials[index] = partial
+        return partials
+
+    def _pass_queries(self, layer: int, q_THD: Tensor) -> dict[int, Partial]:
+        """Queries travel: ask every rank that holds keys, answer every rank that asks.
+
+        The own keys are read while the queries are on their way.
+        """
+        ring = self._ring
+        geometry = self._spec.layers[layer]
+        heads, value_dim = geometry.num_query_heads, geometry.value_dim
+        others = [rank for rank in range(ring.size) if rank != ring.rank]
+        asked = {rank: self._links(layer, ring.rank, rank) for rank in others}
+        asking = {rank: self._links(layer, rank, ring.rank) for rank in others}
+        queries = {
+            rank: q_THD.new_empty((_num_rows(parts, rank), heads, geometry.key_dim))
+            for rank, parts in asking.items()
+        }
+        sends: list[Message] = [
+            (rank, torch.cat([q_THD[part.rows] for part in parts]))
+            for rank, parts in asked.items()
+            if parts
+        ]
+        travelling = ring.exchange(sends, list(queries.items()))
+        partials = {
+            index: self._read_own(layer, part, q_THD[part.rows], ring.rank)
+            for index, part in enumerate(self._parts)
+            if part.travels_by_query and part.num_rows[ring.rank]
+        }
+        travelling.wait()
+        answers: list[Message] = [
+            (rank, self._answer(layer, parts, queries[rank], rank))
+            for rank, parts in asking.items()
+            if parts
+        ]
+        replies = {
+            rank: torch.empty(
+                (_num_rows(parts, ring.rank), heads, value_dim + 1),
+                dtype=torch.float32,
+                device=q_THD.device,
+            )
+            for rank, parts in asked.items()
+        }
+        ring.exchange(answers, list(replies.items())).wait()
+        found: dict[int, list[Partial]] = {index: [partials[index]] for index in partials}
+        for rank, parts in asked.items():
+            first = 0
+            for part in parts:
+                last = first + part.num_rows[ring.rank]
+                reply = replies[rank][first:last]
+                found[self._parts.index(part)].append(Partial(reply[..., :-1], reply[..., -1]))
+                first = last
+        return {index: merge(*parts) for index, parts in found.items()}
+
+    def _links(self, layer: int, rows: int, keys: int) -> list[SequencePart]:
+        """The parts whose rows on one rank read keys on another by sending queries."""
+        group, window = self._groups[layer], self._spec.layers[layer].window
+        return [
+            part
+            for part in self._asking
+            if part.num_rows[rows] and part.history(group, window).counts[keys]
+        ]
+
+    def _answer(
+        self, layer: int, parts: Sequence[SequencePart], q_THD: Tensor, asker: int
+    ) -> Tensor:
+        """Output and LSE of another rank's rows over the keys here, packed into one message."""
+        answers = []
+        first = 0
+        for part in parts:
+            last = first + part.num_rows[asker]
+            partial = self._read_own(layer, part, q_THD[first:last], asker)
+            answers.append(torch.cat([partial.out_THD, partial.lse_TH[..., None]], dim=-1))
+            first = last
+        return torch.cat(answers)
+
+    def _read_own(self, layer: int, part: SequencePart, q_THD: Tensor, asker: int) -> Partial:
+        """A rank's rows over the part's keys on this rank."""
+        geometry = self._spec.layers[layer]
+        history = part.history(self._groups[layer], geometry.window)
+        k_KSD, v_KSD = self._store.restore(self._store.read(layer, history.slots))
+        mask_TS = part.mask(history, geometry.window, asker, self._ring.rank)
+        return attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
+
+    def _pass_shards(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
+        """Shards travel: this rank's rows over every rank's shard. None without rows."""
+        geometry = self._spec.layers[layer]
+        history = part.history(self._groups[layer], geometry.window)
+        own = self._store.read(layer, history.slots)
+        q_rows = q_THD[part.rows]
+        partial = Partial.empty(
+            q_rows.shape[0], geometry.num_query_heads, geometry.value_dim, q_THD
+        )
+
+        def visit(source: int, shard: EncodedKV) -> None:
+            nonlocal partial
+            if q_rows.shape[0] and shard.num_tokens:
+                k_KSD, v_KSD = self._store.restore(shard)
+                mask_TS = part.mask(history, geometry.window, self._ring.rank, source)
+                partial = merge(partial, attend(q_rows, k_KSD, v_KSD, geometry, mask_TS))
+
+        def room(source: int) -> EncodedKV:
+            return self._store.empty(layer, history.counts[source])
+
+        travel = gather if part.route is Route.GATHER else pass_kv
+        travel(own, room, visit, self._ring)
+        return partial if q_rows.shape[0] else None
+
+    def _attend_chunk(
+        self, layer: int, part: SequencePart, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor
+    ) -> Partial:
+        """The chunk's own rows, causal, over exact K and V: everybody's, in order of position."""
+        geometry = self._spec.layers[layer]
+        k_KSD, v_KSD = self._gather_chunk(part, k_TKD, v_TKD)
+        row = part.row_offset
+        partials = []
+        for piece in part.own_pieces:
+            size = piece.end - piece.start
+            q_piece = q_THD[row : row + size]
+            partials.append(
+                attend_causal(q_piece, k_KSD, v_KSD, geometry, piece.start - part.start)
+            )
+            row += size
+        return partials[0] if len(partials) == 1 else _concatenate(partials)
+
+    def _gather_chunk(
+        self, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        own = (k_TKD[part.rows], v_TKD[part.rows])
+        if part.num_rows[self._ring.rank] == part.num_tokens:
+            return own[0].transpose(0, 1), own[1].transpose(0, 1)
+        others = [
+            rank
+            for rank in range(self._ring.size)
+            if rank != self._ring.rank and part.num_rows[rank]
+        ]
+        received = {
+            rank: tuple(plane.new_empty((part.num_rows[rank], *plane.shape[1:])) for plane in own)
+            for rank in others
+        }
+        self._ring.exchange(
+            [(rank, plane) for rank in others for plane in own],
+            [(rank, plane) for rank in others for plane in received[rank]],
+        ).wait()
+        received[self._ring.rank] = own
+        taken = dict.fromkeys(received, 0)
+        pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for piece in part.pieces:
+            first = taken[piece.rank]
+            last = taken[piece.rank] = first + piece.end - piece.start
+            for plane, ordered in zip(received[piece.rank], pieces, strict=True):
+                ordered.append(plane[first:last])
+        return torch.cat(pieces[0]).transpose(0, 1), torch.cat(pieces[1]).transpose(0, 1)
+
+
+def _num_rows(parts: Sequence[SequencePart], rank: int) -> int:
+    return sum(part.num_rows[rank] for part in parts)
+
+
+def _concatenate(partials: Sequence[Partial]) -> Partial:
+    return Partial(
+        torch.cat([partial.out_THD for partial in partials]),
+        torch.cat([partial.lse_TH for partial in partials]),
+    )

@@ -1,0 +1,24 @@
+"""The benchmarks by name. A module is imported when its benchmark is asked for, not before."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import cast
+
+from kvcluster.bench.report import BenchReport
+from kvcluster.errors import ConfigError
+
+BENCHMARKS = {
+    "e2e": "whole generations beside transformers.generate, with 1 and 3 ranks",
+    "upload": "one million tokens through StreamGenerate, and the router's memory",
+    "step": "the control path's time a step, without model work",
+}
+"""Name, which is a module of this package with a function `run() -> BenchReport`, and what it
+measures."""
+
+
+def benchmark(name: str) -> Callable[[], BenchReport]:
+    """The benchmark of that name. Raises: ConfigError when there is none."""
+    if name not in BENCHMARKS:
+        raise ConfigError(f"bench: no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    module = import_module(f"kvcluster.bench.{name}")
+    return cast(Callable[[], BenchReport], module.run)

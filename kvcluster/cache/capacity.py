@@ -1,0 +1,21 @@
+"""How many blocks each KV group gets on a rank. Torch-free: engine and ranks must agree."""
+
+from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.types import ModelSpec
+
+
+def blocks_per_group(spec: ModelSpec, cache: CacheConfig, engine: EngineConfig) -> tuple[int, ...]:
+    """Blocks of one rank, one number per window of `spec.windows`.
+
+    A group without a window holds every token: `capacity_tokens`. A windowed group holds, per
+    running request, the window and the chunks in flight behind it, and never needs more.
+    """
+    size = cache.block_size
+    full = cache.capacity_tokens // size
+    in_flight = (1 + engine.lookahead_steps) * engine.prefill_chunk_tokens
+    return tuple(
+        full
+        if window is None
+        else min(full, engine.max_running * (-(-(window + in_flight) // size) + 2))
+        for window in spec.windows
+    )

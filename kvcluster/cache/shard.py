@@ -1,0 +1,137 @@
+"""Where the tokens of one sequence lie, as the plans told this rank. Torch-free.
+
+Every rank keeps the same map of a sequence: block i covers positions [i * block_size,
+(i + 1) * block_size) and lies on one rank, under one pool id per KV group. Ownership is what the
+engine said, never a formula, so blocks may move.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Piece(NamedTuple):
+    """Consecutive positions [start, end) whose blocks lie on one rank."""
+
+    rank: int
+    start: int
+    end: int
+
+
+class Slots(NamedTuple):
+    """Where some tokens of one rank lie in its pool: a run where they lie together, else a list."""
+
+    run: slice | None
+    listed: NDArray[np.int64] | None
+
+
+class _Owned:
+    """The blocks of one sequence on one rank, in order of position."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.indices: list[int] = []
+        self.block_ids: list[list[int]] = [[] for _ in range(num_groups)]
+        # For each block, the first block of the run of consecutive pool ids that it ends.
+        self.run_starts: list[list[int]] = [[] for _ in range(num_groups)]
+
+    def append(self, index: int, block_ids: tuple[int, ...]) -> None:
+        entry = len(self.indices)
+        self.indices.append(index)
+        for ids, starts, block_id in zip(self.block_ids, self.run_starts, block_ids, strict=True):
+            continues = entry > 0 and ids[-1] + 1 == block_id
+            starts.append(starts[-1] if continues else entry)
+            ids.append(block_id)
+
+
+class SequenceMap:
+    """The block table of one sequence, seen from the ranks. Mutated only by plans."""
+
+    def __init__(self, *, block_size: int, num_ranks: int, num_groups: int) -> None:
+        self.block_size = block_size
+        self._owners: list[int] = []
+        self._owned = [_Owned(num_groups) for _ in range(num_ranks)]
+        self._released_below = [0] * num_groups
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the table has room for."""
+        return len(self._owners) * self.block_size
+
+    def append(self, rank: int, block_ids: tuple[int, ...]) -> None:
+        """Add the next block."""
+        self._owned[rank].append(len(self._owners), block_ids)
+        self._owners.append(rank)
+
+    def release(self, group: int, below: int) -> None:
+        """The group's blocks before table entry `below` belong to others now."""
+        self._released_below[group] = max(self._released_below[group], below)
+
+    def owner(self, position: int) -> int:
+        return self._owners[position // self.block_size]
+
+    def pieces(self, start: int, end: int) -> list[Piece]:
+        """[start, end) cut where the owner changes."""
+        pieces: list[Piece] = []
+        position = start
+        while position < end:
+            index = position // self.block_size
+            block_end = min(end, (index + 1) * self.block_size)
+            rank = self._owners[index]
+            if pieces and pieces[-1].rank == rank:
+                pieces[-1] = pieces[-1]._replace(end=block_end)
+            else:
+                pieces.append(Piece(rank, position, block_end))
+            position = block_end
+        return pieces
+
+    def num_tokens(self, rank: int, start: int, end: int) -> int:
+        """How many positions of [start, end) lie on `rank`."""
+        indices = self._owned[rank].indices
+        first, last = self._entries(rank, start, end)
+        if first == last:
+            return 0
+        size = self.block_size
+        before = max(0, start - indices[first] * size)
+        after = max(0, (indices[last - 1] + 1) * size - end)
+        return (last - first) * size - before - after
+
+    def slots(self, rank: int, group: int, start: int, end: int) -> Slots:
+        """Pool slots of the positions of [start, end) that lie on `rank`, in order of position."""
+        assert start >= self._released_below[group] * self.block_size, "read of a released block"
+        count = self.num_tokens(rank, start, end)
+        if count == 0:
+            return Slots(slice(0, 0), None)
+        first, last = self._entries(rank, start, end)
+        owned = self._owned[rank]
+        size = self.block_size
+        skipped = max(0, start - owned.indices[first] * size)
+        ids = owned.block_ids[group]
+        if owned.run_starts[group][last - 1] <= first:
+            low = ids[first] * size + skipped
+            return Slots(slice(low, low + count), None)
+        return Slots(None, self._expand(ids[first:last])[skipped : skipped + count])
+
+    def positions(self, rank: int, start: int, end: int) -> NDArray[np.int64]:
+        """The positions of [start, end) that lie on `rank`, ascending."""
+        first, last = self._entries(rank, start, end)
+        indices = self._owned[rank].indices[first:last]
+        if not indices:
+            return np.empty(0, dtype=np.int64)
+        skipped = max(0, start - indices[0] * self.block_size)
+        return self._expand(indices)[skipped : skipped + self.num_tokens(rank, start, end)]
+
+    def _entries(self, rank: int, start: int, end: int) -> tuple[int, int]:
+        """Which of the rank's blocks overlap [start, end), as a range of its entries."""
+        if start >= end:
+            return 0, 0
+        indices = self._owned[rank].indices
+        first = bisect_left(indices, start // self.block_size)
+        last = bisect_left(indices, -(-end // self.block_size), lo=first)
+        return first, last
+
+    def _expand(self, blocks: Iterable[int]) -> NDArray[np.int64]:
+        starts = np.fromiter(blocks, dtype=np.int64) * self.block_size
+        return (starts[:, None] + np.arange(self.block_size, dtype=np.int64)).reshape(-1)

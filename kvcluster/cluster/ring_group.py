@@ -1,0 +1,218 @@
+"""The ranks that serve requests together: placed by Ray, one actor each. Lives in the engine.
+
+Ray places the actors, starts and stops them, and carries one call a step to rank 0; everything
+else between ranks goes over the ring (`transport`).
+"""
+
+import asyncio
+from collections.abc import Awaitable
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from kvcluster.cluster.worker import Host, Rendezvous, Worker
+from kvcluster.config import ClusterConfig, TransportKind
+from kvcluster.engine.plan import StepPlan, StepResult
+from kvcluster.errors import ConfigError, KvClusterError, RankLost
+from kvcluster.log import get_logger
+from kvcluster.types import ModelSpec
+
+T = TypeVar("T")
+
+log = get_logger(__name__)
+
+PLACEMENT_TIMEOUT_S = 120.0
+
+
+def worker_actor(worker_class: type[Worker]) -> Any:
+    """The Ray actor around a worker: steps in one thread, everything else beside them."""
+
+    class WorkerActor(worker_class):  # type: ignore[valid-type, misc]
+        def node_id(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    WorkerActor.__name__ = worker_class.__name__
+    for name in ("execute", "follow", "load", "connect"):
+        setattr(
+            WorkerActor,
+            name,
+            ray.method(concurrency_group="step")(_own_method(worker_class, name)),
+        )
+    options: Any = ray.remote(concurrency_groups={"step": 1, "control": 2})  # type: ignore[call-overload]
+    return options(WorkerActor)
+
+
+class RingGroup:
+    """An `Executor`: runs plans on all ranks. One epoch at a time; a lost rank ends the epoch."""
+
+    def __init__(self, config: ClusterConfig, worker_class: type[Worker] = Worker) -> None:
+        self._config = config
+        self._actor_class = worker_actor(worker_class)
+        self._placement: PlacementGroup | None = None
+        self.workers: list[Any] = []
+        self._following: list[asyncio.Future[None]] = []
+        self._lost: asyncio.Future[None] | None = None
+        self.epoch = 0
+        self.nodes: list[str] = []
+
+    async def start(self) -> ModelSpec:
+        """Place the ranks, load the model on each, connect them.
+
+        Raises: ConfigError (does not fit the Ray cluster), ModelError, RankLost.
+        """
+        self._placement = await self._place()
+        self.workers = [self._create(rank) for rank in range(self._config.ring.num_ranks)]
+        hosts: list[Host] = await self._on_all("host")
+        self.nodes = await self._on_all("node_id")
+        await self._share_cores(hosts)
+        specs: list[ModelSpec] = await self._on_all("load")
+        await self._connect(self._transport(hosts))
+        return specs[0]
+
+    async def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step on every rank at once. Calls may overlap: plans run in call order.
+
+        Raises: RankLost if any rank dies, fails or leaves the ring.
+        """
+        assert self._lost is not None, "start comes first"
+        answer = asyncio.ensure_future(
+            _unwrapped(self.workers[0].execute.remote(msgspec.msgpack.encode(plan)))
+        )
+        await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            answer.cancel()
+            self._lost.result()
+        return msgspec.msgpack.decode(await answer, type=StepResult)
+
+    async def stop(self) -> None:
+        """End all ranks and give their place back. Safe to call at any time."""
+        if self._lost is not None:
+            self._lost.cancel()
+        for following in self._following:
+            following.cancel()
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    async def _place(self) -> PlacementGroup:
+        ring = self._config.ring
+        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if _cluster_has_gpus() else {})
+        placement: PlacementGroup = placement_group(
+            [bundle] * ring.num_ranks, strategy=ring.placement
+        )
+        try:
+            async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
+                await placement.ready()
+        except TimeoutError as late:
+            remove_placement_group(placement)
+            raise ConfigError(
+                f"ring.num_ranks: {ring.num_ranks} ranks of {bundle} do not fit the Ray cluster "
+                f"({_resources(ray.available_resources)} free); use fewer ranks or add nodes"
+            ) from late
+        return placement
+
+    def _create(self, rank: int) -> Any:
+        assert self._placement is not None
+        return self._actor_class.options(
+            num_cpus=1,
+            num_gpus=1 if _cluster_has_gpus() else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
+            runtime_env={"env_vars": _thread_policy(self._config.ring.num_ranks)},
+        ).remote(rank, self._config)
+
+    async def _share_cores(self, hosts: list[Host]) -> None:
+        machines = [host.machine for host in hosts]
+        await asyncio.gather(
+            *(
+                _unwrapped(
+                    worker.share_cores.remote(
+                        [rank for rank, other in enumerate(machines) if other == machine]
+                    )
+                )
+                for worker, machine in zip(self.workers, machines, strict=True)
+            )
+        )
+
+    def _transport(self, hosts: list[Host]) -> TransportKind:
+        wanted = self._config.ring.transport
+        if wanted is not TransportKind.AUTO:
+            return wanted
+        if all(host.has_gpu for host in hosts):
+            return TransportKind.NCCL
+        is_one_machine = len({host.machine for host in hosts}) == 1
+        return TransportKind.SOCKETS if is_one_machine else TransportKind.GLOO
+
+    async def _connect(self, transport: TransportKind) -> None:
+        self.epoch += 1
+        meeting: Rendezvous = await _unwrapped(
+            self.workers[0].propose_meeting.remote(self.epoch, transport)
+        )
+        await self._on_all("connect", meeting)
+        loop = asyncio.get_running_loop()
+        self._lost = loop.create_future()
+        self._following = [
+            asyncio.ensure_future(_unwrapped(worker.follow.remote())) for worker in self.workers[1:]
+        ]
+        for rank, following in enumerate(self._following, start=1):
+            following.add_done_callback(partial(self._on_follower_end, rank))
+        log.info("ring_connected", epoch=self.epoch, transport=transport, ranks=len(self.workers))
+
+    def _on_follower_end(self, rank: int, done: "asyncio.Future[None]") -> None:
+        assert self._lost is not None
+        if done.cancelled() or self._lost.done():
+            return
+        error = done.exception()
+        log.error("rank_lost", rank=rank, epoch=self.epoch, error=type(error).__name__)
+        self._lost.set_exception(
+            error if isinstance(error, RankLost) else RankLost(f"rank {rank} ended: {error}")
+        )
+
+    async def _on_all(self, method: str, *arguments: object) -> list[Any]:
+        return await asyncio.gather(
+            *(_unwrapped(getattr(worker, method).remote(*arguments)) for worker in self.workers)
+        )
+
+
+async def _unwrapped(call: Awaitable[T]) -> T:
+    """An actor call whose errors are ours: what the worker raised, or RankLost."""
+    try:
+        return await call
+    except RayTaskError as error:
+        if isinstance(error.cause, KvClusterError):
+            raise error.cause from error
+        raise RankLost(f"a rank failed: {error.cause!r}") from error
+    except RayError as error:
+        raise RankLost(f"a rank is gone: {type(error).__name__}") from error
+
+
+def _thread_policy(num_ranks: int) -> dict[str, str]:
+    """Ranks of one machine share its cores: an OpenMP thread that spins while it waits takes one
+    from a rank that works. A rank alone is faster when its threads spin."""
+    return {"OMP_WAIT_POLICY": "PASSIVE"} if num_ranks > 1 else {}
+
+
+def _cluster_has_gpus() -> bool:
+    return _resources(ray.cluster_resources).get("GPU", 0) > 0
+
+
+def _resources(ask: Any) -> dict[str, float]:
+    return dict(ask())
+
+
+def _own_method(worker_class: type[Worker], name: str) -> Any:
+    """A method of the actor's own: Ray marks methods, and must not mark the worker's."""
+    inherited = getattr(worker_class, name)
+
+    def method(self: Worker, *arguments: object) -> Any:
+        return inherited(self, *arguments)
+
+    method.__name__ = name
+    return method

@@ -1,0 +1,231 @@
+"""What one rank does in a step: its rows of every sequence, the model, the sampled tokens.
+
+A plain class without Ray or processes: it is given a model, a store and a ring, so that a test can
+build a group of them in threads.
+
+Shape letters: T this rank's rows, R rows that sample, V vocabulary.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcluster.attention.part import SequencePart
+from kvcluster.attention.ring import Ring
+from kvcluster.attention.step import StepAttention
+from kvcluster.cache.shard import SequenceMap
+from kvcluster.cache.store import KVStore
+from kvcluster.engine.plan import (
+    SampledToken,
+    SequenceStep,
+    StepPlan,
+    TopLogprob,
+)
+from kvcluster.errors import RankLost
+from kvcluster.model.loader import LoadedModel
+from kvcluster.model.sampler import SequenceSampling, sample
+
+
+@dataclass(frozen=True)
+class ThreadShare:
+    """How the ranks of one machine share its cores: those with rows in a step split them."""
+
+    num_cores: int
+    ranks: frozenset[int]
+    """The ranks on this machine."""
+    fixed: int = 0
+    """Threads of each rank whatever the others do; 0: share."""
+
+    def threads(self, rank: int, busy_ranks: Sequence[int]) -> int:
+        """Threads of a rank in a step. One that only answers queries leaves the cores to those
+        that run the model."""
+        if rank not in busy_ranks:
+            return 1
+        num_busy = len(self.ranks.intersection(busy_ranks))
+        return self.fixed or max(1, self.num_cores // num_busy)
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step gave on one rank."""
+
+    sampled: list[SampledToken]
+    """The tokens that this rank chose."""
+    sampling_ranks: tuple[int, ...]
+    """The ranks that chose any, ascending: the same answer on every rank."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's rows of one sequence in a step."""
+
+    state: "_SequenceState"
+    step: SequenceStep
+    part: SequencePart
+
+    @property
+    def sampling_rank(self) -> int | None:
+        """The rank with the last row, if that row's logits are asked for."""
+        return self.part.pieces[-1].rank if self.step.samples else None
+
+
+class _SequenceState:
+    """What every rank remembers of a sequence between steps."""
+
+    def __init__(self, table: SequenceMap, sampling: SequenceSampling) -> None:
+        self.table = table
+        self.sampling = sampling
+        self.last_token: int | None = None
+
+
+class StepRunner:
+    """One rank's side of the step protocol. Mutates the store; keeps the sequences' tables."""
+
+    def __init__(
+        self,
+        *,
+        model: LoadedModel,
+        store: KVStore,
+        ring: Ring,
+        epoch: int,
+        block_size: int,
+        share: ThreadShare | None = None,
+    ) -> None:
+        self._model = model
+        self._spec = model.spec
+        self._store = store
+        self._ring = ring
+        self._epoch = epoch
+        self._block_size = block_size
+        self._share = share
+        self._next_step = 1
+        self._sequences: dict[int, _SequenceState] = {}
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    def run(self, plan: StepPlan, sampled_before: Sequence[SampledToken]) -> StepOutcome:
+        """Run one step together with the other ranks.
+
+        `sampled_before` are the tokens that all ranks sampled in the step before: a decode row
+        may move to another rank between steps.
+        Raises: RankLost on a plan out of order, or when another rank is gone.
+        """
+        if (plan.epoch, plan.step) != (self._epoch, self._next_step):
+            raise RankLost(
+                f"rank {self._ring.rank} expected step {self._next_step} of epoch {self._epoch}, "
+                f"got step {plan.step} of epoch {plan.epoch}"
+            )
+        self._next_step += 1
+        self._remember(sampled_before)
+        self._apply(plan)
+        rows = self._lay_out(plan)
+        sampled = self._compute(rows) if rows else []
+        for sequence in plan.ended:
+            self._sequences.pop(sequence, None)
+        samplers = {row.sampling_rank for row in rows} - {None}
+        return StepOutcome(
+            sampled, tuple(rank for rank in range(self._ring.size) if rank in samplers)
+        )
+
+    def _remember(self, sampled: Sequence[SampledToken]) -> None:
+        for token in sampled:
+            state = self._sequences.get(token.sequence)
+            if state is not None:
+                state.last_token = token.token_id
+                state.sampling.append([token.token_id])
+
+    def _apply(self, plan: StepPlan) -> None:
+        for start in plan.started:
+            self._sequences[start.sequence] = _SequenceState(
+                SequenceMap(
+                    block_size=self._block_size,
+                    num_ranks=self._ring.size,
+                    num_groups=len(self._spec.windows),
+                ),
+                SequenceSampling(params=start.sampling, end_token_ids=self._spec.eos_token_ids),
+            )
+        for release in plan.released:
+            self._sequences[release.sequence].table.release(release.group, release.below)
+        for step in plan.sequences:
+            for block in step.appended:
+                self._sequences[step.sequence].table.append(block.rank, block.block_ids)
+
+    def _lay_out(self, plan: StepPlan) -> list[_Rows]:
+        rows = []
+        offset = 0
+        for step in plan.sequences:
+            state = self._sequences[step.sequence]
+            part = SequencePart(
+                state.table,
+                start=step.start,
+                num_tokens=step.num_tokens,
+                route=step.route,
+                rank=self._ring.rank,
+                num_ranks=self._ring.size,
+                row_offset=offset,
+            )
+            offset += part.num_rows[self._ring.rank]
+            rows.append(_Rows(state, step, part))
+        return rows
+
+    def _compute(self, rows: Sequence[_Rows]) -> list[SampledToken]:
+        if self._share is not None:
+            busy = [
+                rank
+                for rank in range(self._ring.size)
+                if any(row.part.num_rows[rank] for row in rows)
+            ]
+            torch.set_num_threads(self._share.threads(self._ring.rank, busy))
+        attention = StepAttention(self._spec, self._store, self._ring, [row.part for row in rows])
+        own_ids: list[Tensor] = []
+        own_positions: list[Tensor] = []
+        for row in rows:
+            token_ids = self._token_ids(row)
+            positions = row.part.positions(self._ring.rank)
+            own_positions.append(positions)
+            own_ids.append(token_ids[positions - row.step.start])
+        ids_T = torch.cat(own_ids)
+        here = [row for row in rows if row.sampling_rank == self._ring.rank]
+        # The last piece of a part holds its last row: the rows of a part lie together, ascending.
+        logit_rows_R = torch.tensor([row.part.rows.stop - 1 for row in here], dtype=torch.long)
+        device = self._model.device
+        logits_RV = self._model.forward(
+            ids_T.to(device),
+            torch.cat(own_positions).to(device),
+            logit_rows_R.to(device),
+            attention,
+        )
+        return self._sample(here, logits_RV)
+
+    def _token_ids(self, row: _Rows) -> Tensor:
+        """All token ids of the step's part, on every rank: penalties count each of them."""
+        if not row.step.token_ids:
+            if row.state.last_token is None:
+                raise RankLost(f"sequence {row.step.sequence} decodes before anything was sampled")
+            return torch.tensor([row.state.last_token])
+        ids = array("I", row.step.token_ids)
+        row.state.sampling.append(ids)
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _sample(self, here: Sequence[_Rows], logits_RV: Tensor) -> list[SampledToken]:
+        if not here:
+            return []
+        for row in here:
+            row.state.sampling.num_prompt_tokens = row.step.num_prompt_tokens
+        positions = [row.step.start + row.step.num_tokens for row in here]
+        choices = sample(logits_RV, [row.state.sampling for row in here], positions)
+        return [
+            SampledToken(
+                row.step.sequence,
+                position,
+                choice.token_id,
+                choice.logprob,
+                tuple(TopLogprob(token_id, logprob) for token_id, logprob in choice.top),
+            )
+            for row, position, choice in zip(here, positions, choices, strict=True)
+        ]

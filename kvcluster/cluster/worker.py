@@ -1,0 +1,201 @@
+"""One rank: it loads the model, joins the ring and runs the steps that it is told.
+
+A plain class; `ring_group` wraps it in a Ray actor. Rank 0 leads: it gets each plan from the
+engine, hands it to the others and collects what they sampled.
+"""
+
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from kvcluster.cache.capacity import blocks_per_group
+from kvcluster.cache.store import KVStore
+from kvcluster.cluster.control import LEADER, ControlChannel
+from kvcluster.cluster.runner import StepRunner, ThreadShare
+from kvcluster.cluster.transport import LoneRing, SocketRing, TorchRing
+from kvcluster.codec.registry import CODECS
+from kvcluster.config import ClusterConfig, TransportKind
+from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
+from kvcluster.errors import RankLost
+from kvcluster.model.loader import LoadedModel, load_model
+from kvcluster.types import ModelSpec
+
+WorkerRing = LoneRing | SocketRing | TorchRing
+
+
+class Host(msgspec.Struct, frozen=True):
+    """Where a rank runs."""
+
+    machine: str
+    """Differs between machines and is the same for all simulated nodes of one machine."""
+    address: str
+    num_cores: int
+    has_gpu: bool
+
+
+class Rendezvous(msgspec.Struct, frozen=True):
+    """Where the ranks of one epoch meet: a directory for sockets, else host and port."""
+
+    epoch: int
+    transport: TransportKind
+    directory: str = ""
+    host: str = ""
+    port: int = 0
+
+
+class StepOrder(msgspec.Struct, frozen=True, array_like=True):
+    """What rank 0 hands on: the plan, and the tokens that all ranks sampled in the step before."""
+
+    plan: StepPlan
+    sampled_before: tuple[SampledToken, ...]
+
+
+class Worker:
+    """One rank of a ring group. `execute` (rank 0) or `follow` (the others) runs in one thread."""
+
+    def __init__(self, rank: int, config: ClusterConfig) -> None:
+        self._rank = rank
+        self._config = config
+        self._share = ThreadShare(num_cores=1, ranks=frozenset({rank}))
+        self._model: LoadedModel | None = None
+        self._ring: WorkerRing | None = None
+        self._control: ControlChannel | None = None
+        self._runner: StepRunner | None = None
+        self._sampled_before: tuple[SampledToken, ...] = ()
+
+    @property
+    def device(self) -> str:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def share_cores(self, machine_ranks: Sequence[int]) -> None:
+        """Say which ranks run on this machine, this one included."""
+        self._share = ThreadShare(
+            num_cores=self.host().num_cores,
+            ranks=frozenset(machine_ranks),
+            fixed=self._config.ring.threads_per_rank,
+        )
+
+    def load(self) -> ModelSpec:
+        """Load and probe the model. Raises: ModelNotFound, ModelUnsupported."""
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        torch.set_num_threads(self._share.threads(self._rank, tuple(self._share.ranks)))
+        self._model = load_model(self._config.model, dtype=self._config.dtype, device=self.device)
+        return self._model.spec
+
+    def connect(self, meeting: Rendezvous) -> None:
+        """Join the ring of an epoch with an empty cache; blocks until all ranks are there."""
+        assert self._model is not None, "load comes before connect"
+        self.disconnect()
+        self._ring = ring = self._join(meeting)
+        self._control = ControlChannel(ring)
+        self._sampled_before = ()
+        spec = self._model.spec
+        store = KVStore(
+            spec,
+            CODECS["exact"],
+            blocks_per_group=blocks_per_group(spec, self._config.cache, self._config.engine),
+            block_size=self._config.cache.block_size,
+            like=next(self._model.module.parameters()),
+        )
+        self._runner = StepRunner(
+            model=self._model,
+            store=store,
+            ring=ring,
+            epoch=meeting.epoch,
+            block_size=self._config.cache.block_size,
+            share=self._share,
+        )
+
+    def execute(self, encoded_plan: bytes) -> bytes:
+        """Rank 0: run a step with all ranks. Takes a StepPlan, gives a StepResult, as msgpack."""
+        runner, control = self._running()
+        plan = msgspec.msgpack.decode(encoded_plan, type=StepPlan)
+        order = StepOrder(plan, self._sampled_before)
+        control.broadcast(msgspec.msgpack.encode(order))
+        try:
+            outcome = runner.run(plan, self._sampled_before)
+            sampled = outcome.sampled
+            others = [rank for rank in outcome.sampling_ranks if rank != LEADER]
+            for answer in control.collect(others):
+                sampled += msgspec.msgpack.decode(answer, type=list[SampledToken])
+        except BaseException:
+            # The others may be waiting for this rank in the middle of a layer: let them go.
+            self.disconnect()
+            raise
+        self._sampled_before = _in_plan_order(plan, sampled)
+        return msgspec.msgpack.encode(StepResult(plan.epoch, plan.step, self._sampled_before))
+
+    def follow(self) -> None:
+        """Other ranks: run the steps that rank 0 hands on until the ring is closed.
+
+        Raises: RankLost when the ring breaks, and whatever a step raised here.
+        """
+        runner, control = self._running()
+        try:
+            while True:
+                order = msgspec.msgpack.decode(control.receive(), type=StepOrder)
+                outcome = runner.run(order.plan, order.sampled_before)
+                # Rank 0 knows from the plan who has sampled, and waits for nobody else.
+                if self._rank in outcome.sampling_ranks:
+                    control.reply(msgspec.msgpack.encode(outcome.sampled))
+        finally:
+            self.disconnect()
+
+    def disconnect(self) -> None:
+        """Leave the ring; a thread that waits in it gets RankLost. Safe to call at any time."""
+        if self._ring is not None:
+            self._ring.close()
+
+    def host(self) -> Host:
+        """Facts for choosing a transport."""
+        return Host(
+            machine=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            address=socket.gethostbyname(socket.gethostname()),
+            num_cores=len(os.sched_getaffinity(0)),
+            has_gpu=torch.cuda.is_available(),
+        )
+
+    def propose_meeting(self, epoch: int, transport: TransportKind) -> Rendezvous:
+        """Rank 0: make a place where the ranks of an epoch can meet."""
+        if transport is TransportKind.SOCKETS:
+            directory = tempfile.mkdtemp(prefix="kvcluster-ring-")
+            return Rendezvous(epoch, transport, directory=directory)
+        host = self.host().address
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return Rendezvous(epoch, transport, host=host, port=probe.getsockname()[1])
+
+    def _join(self, meeting: Rendezvous) -> WorkerRing:
+        size = self._config.ring.num_ranks
+        timeout_s = self._config.engine.step_timeout_s
+        if size == 1:
+            return LoneRing()
+        if meeting.transport is TransportKind.SOCKETS:
+            return SocketRing.connect(
+                self._rank, size, Path(meeting.directory), timeout_s=timeout_s
+            )
+        return TorchRing.connect(
+            self._rank,
+            size,
+            (meeting.host, meeting.port),
+            timeout_s=timeout_s,
+            with_gpu=meeting.transport is TransportKind.NCCL,
+        )
+
+    def _running(self) -> tuple[StepRunner, ControlChannel]:
+        if self._runner is None or self._control is None:
+            raise RankLost(f"rank {self._rank} has not joined a ring")
+        return self._runner, self._control
+
+
+def _in_plan_order(plan: StepPlan, sampled: Sequence[SampledToken]) -> tuple[SampledToken, ...]:
+    by_sequence = {token.sequence: token for token in sampled}
+    return tuple(
+        by_sequence[step.sequence] for step in plan.sequences if step.sequence in by_sequence
+    )

@@ -1,0 +1,235 @@
+"""Every setting of a cluster, typed and frozen. A flag, an environment variable and a TOML key of
+one setting have the same name; an unknown key is an error (`config_sources.load`).
+"""
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from kvcluster.errors import ConfigError
+
+
+class TransportKind(StrEnum):
+    AUTO = "auto"
+    """`nccl` where every rank has a GPU; else `sockets` on one machine, `gloo` across machines."""
+    SOCKETS = "sockets"
+    """Unix sockets between CPU ranks of one machine: a fifth of Gloo's latency there."""
+    GLOO = "gloo"
+    NCCL = "nccl"
+
+
+class LogFormat(StrEnum):
+    AUTO = "auto"
+    """`console` on a terminal, `json` elsewhere."""
+    CONSOLE = "console"
+    JSON = "json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """How every rank stores KV."""
+
+    block_size: int = 64
+    """Tokens per block: the unit of allocation, hashing and eviction."""
+
+    capacity_tokens: int = 16_384
+    """Tokens that one rank can hold in layers without a window."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.block_size.bit_count() != 1:
+            raise ConfigError(f"cache.block_size: want a power of two, got {self.block_size}")
+        if self.capacity_tokens < self.block_size:
+            raise ConfigError(
+                f"cache.capacity_tokens: want at least one block ({self.block_size} tokens), "
+                f"got {self.capacity_tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How requests are admitted and scheduled."""
+
+    prefill_chunk_tokens: int = 1024
+    """Most prompt tokens that one step computes, over all requests and ranks together."""
+
+    shard_min_tokens: int = 1024
+    """A request with at least this many prompt tokens is spread over all ranks; a shorter one
+    stays on one rank."""
+
+    max_running: int = 64
+    """Most requests that hold blocks at one time."""
+
+    max_waiting: int = 256
+    """Most requests that may queue; one more is refused with retry advice."""
+
+    upload_window_chunks: int = 4
+    """Prefill chunks that a client may be ahead of the prefill before it is held back."""
+
+    lookahead_steps: int = 2
+    """Steps in flight: 2 plans step k+1 while step k runs."""
+
+    step_timeout_s: float = 120.0
+    """A step that takes longer means a lost rank."""
+
+    retention_s: float = 600.0
+    """How long the events of an ended generation can be replayed."""
+
+    max_retained: int = 1024
+    """Ended generations whose events are kept; the oldest go first."""
+
+    history_route: str = "auto"
+    """`auto` chooses by bytes on the wire; `pass_kv`, `pass_q` or `gather` forces one."""
+
+    def __post_init__(self) -> None:
+        _want_at_least(1, "engine", self, "prefill_chunk_tokens", "shard_min_tokens", "max_running")
+        _want_at_least(1, "engine", self, "upload_window_chunks", "lookahead_steps", "max_retained")
+        _want_at_least(0, "engine", self, "max_waiting", "retention_s")
+        _want_above_zero("engine", self, "step_timeout_s")
+        _want_one_of(
+            ("auto", "pass_kv", "pass_q", "gather"), "engine.history_route", self.history_route
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingConfig:
+    """Where the ranks run and how they talk."""
+
+    num_ranks: int = 1
+    """Workers in the ring group; each holds the whole model and its own share of the cache."""
+
+    placement: str = "PACK"
+    """Ray placement strategy: PACK (few nodes) or SPREAD (many)."""
+
+    transport: TransportKind = TransportKind.AUTO
+    """How ranks exchange tensors."""
+
+    threads_per_rank: int = 0
+    """CPU threads of each rank; 0: the rank's share of the node's cores."""
+
+    def __post_init__(self) -> None:
+        _want_at_least(1, "ring", self, "num_ranks")
+        _want_at_least(0, "ring", self, "threads_per_rank")
+        _want_one_of(("PACK", "SPREAD"), "ring.placement", self.placement)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """The gRPC front door."""
+
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT; port 0 takes a free one."""
+
+    insecure_local: bool = False
+    """Serve without authentication, on loopback only. Required: there is no other mode yet."""
+
+    max_message_bytes: int = 4 * 1024 * 1024
+    """Largest gRPC message, in either direction; longer prompts come in chunks."""
+
+    upload_idle_timeout_s: float = 60.0
+    """Longest wait for the next prompt chunk."""
+
+    write_timeout_s: float = 60.0
+    """Longest wait for a client to read an event."""
+
+    keepalive_s: float = 20.0
+    """A connection that does not answer a ping within half of this is dead."""
+
+    max_concurrent_streams: int = 1024
+    """Most calls that one connection may have open."""
+
+    def __post_init__(self) -> None:
+        address = Address.parse("router.listen", self.listen)
+        if self.insecure_local and not address.is_loopback:
+            raise ConfigError(
+                "router.listen: want a loopback address (127.0.0.1, ::1 or localhost) because "
+                f"router.insecure_local serves anyone who can connect, got {self.listen!r}"
+            )
+        _want_at_least(1, "router", self, "max_concurrent_streams")
+        _want_at_least(64 * 1024, "router", self, "max_message_bytes")
+        _want_above_zero("router", self, "upload_idle_timeout_s", "write_timeout_s", "keepalive_s")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What every process of the cluster writes to its standard error."""
+
+    level: str = "info"
+    """Least severe level written: debug, info, warning or error."""
+
+    format: LogFormat = LogFormat.AUTO
+    """One JSON object a line, or columns for a reader."""
+
+    def __post_init__(self) -> None:
+        _want_one_of(("debug", "info", "warning", "error"), "log.level", self.level)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """All settings of one `kvcluster serve`."""
+
+    model: str = "smollm2-135m"
+    """Short name of a packaged model, a directory, or a GGUF file."""
+
+    dtype: str = "auto"
+    """Weights and cache: float32, bfloat16, float16; auto: float32 on CPU, the model's on GPU."""
+
+    ray_address: str = ""
+    """Address of a running Ray cluster; empty: start one on this machine."""
+
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    ring: RingConfig = field(default_factory=RingConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model: want a name, a directory or a GGUF file, got nothing")
+        _want_one_of(("auto", "float32", "bfloat16", "float16"), "dtype", self.dtype)
+
+
+class Address(NamedTuple):
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, key: str, text: str) -> "Address":
+        """Read HOST:PORT, an IPv6 host in brackets. Raises ConfigError, naming `key`."""
+        host, _, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise ConfigError(f"{key}: want an IPv6 host in brackets, [::1]:50051, got {text!r}")
+        if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65_535:
+            raise ConfigError(f"{key}: want HOST:PORT with a port of 0 to 65535, got {text!r}")
+        return cls(host, int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def _want_at_least(minimum: int, section: str, config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise ConfigError(
+                f"{section}.{name}: want at least {minimum}, got {getattr(config, name)}"
+            )
+
+
+def _want_above_zero(section: str, config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{section}.{name}: want more than 0, got {getattr(config, name)}")
+
+
+def _want_one_of(members: tuple[str, ...], key: str, value: str) -> None:
+    if value not in members:
+        raise ConfigError(f"{key}: want one of {', '.join(members)}, got {value!r}")

@@ -1,0 +1,254 @@
+"""What the front door sees of an engine: requests in, events out, and the `Backend` protocol.
+
+The engine implements `Backend` in its own process; the router calls it there or through a remote
+stand-in that has the same methods. All records are `msgspec` Structs.
+"""
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Protocol
+
+import msgspec
+
+from kvcluster.types import DEFAULT_TENANT, GenerationId, ModelSpec, SamplingParams, TenantId
+
+
+class Durability(StrEnum):
+    """How a generation survives the loss of a rank. More members come with recovery."""
+
+    RECOMPUTE = "recompute"
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, without its prompt: that follows in chunks."""
+
+    tenant: TenantId = DEFAULT_TENANT
+    model: str
+    max_output_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    policy: str = ""
+    """In the policy language; empty: the default."""
+    request_id: str = ""
+    """Idempotency key, unique within the tenant; empty: none."""
+    input_tokens: int | None = None
+    """Length of the prompt where the client declares it: refused early, exact progress."""
+    deadline_s: float | None = None
+    """Seconds from now until the caller's deadline."""
+    progress_interval_s: float = 1.0
+    disconnect_grace_s: float = 0.0
+    """How long the generation goes on with nobody reading its events; 0: ends at once."""
+    priority: int = 0
+    durability: Durability = Durability.RECOMPUTE
+
+
+class TextChunk(msgspec.Struct, frozen=True, tag="text"):
+    """Part of a prompt as text. `offset` counts UTF-8 bytes."""
+
+    offset: int
+    text: str
+
+
+class TokenChunk(msgspec.Struct, frozen=True, tag="tokens"):
+    """Part of a prompt as little-endian u32 token ids. `offset` counts tokens."""
+
+    offset: int
+    packed_ids: bytes
+
+
+PromptChunk = TextChunk | TokenChunk
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class Phase(StrEnum):
+    QUEUED = "queued"
+    UPLOADING = "uploading"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    input_tokens: int
+    cached_input_tokens: int
+    output_tokens: int
+    kv_bytes: int
+    """Largest number of cache bytes that the generation held, open blocks included."""
+    kv_bytes_uncompressed: int
+
+
+class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
+    """Always the first event."""
+
+    queue_position: int
+    """Requests of the same tenant ahead of this one."""
+    estimated_first_token_s: float | None
+    policy: str
+    """As resolved: defaults filled in."""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    phase: Phase
+    done_tokens: int
+    total_tokens: int
+    """0 while the length of the prompt is not known."""
+    cached_tokens: int
+    estimated_remaining_s: float | None
+    """Until the first token; None while there is nothing to estimate from."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
+    index: int
+    """Number of output tokens before this event."""
+    text: str
+    """May be empty: text is held back while it could be part of a character or a stop string."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
+    """Always the last event."""
+
+    reason: FinishReason
+    usage: Usage
+    stop_sequence: str = ""
+    error_kind: str = ""
+    """Class name of the error when reason is ERROR (see `errors`)."""
+    error_message: str = ""
+
+
+Event = Admitted | Progress | Output | Finished
+
+
+class GenerationEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """`sequence` runs 1, 2, 3 … without gaps inside one generation: the cursor for resuming."""
+
+    generation: GenerationId
+    sequence: int
+    event: Event
+
+
+class GenerationState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of one generation. Times are Unix seconds."""
+
+    generation: GenerationId
+    tenant: TenantId
+    state: GenerationState
+    last_sequence: int
+    usage: Usage
+    create_time_s: float
+    expire_time_s: float | None
+    """Until when its events can be replayed; None while it runs."""
+
+
+class Opened(msgspec.Struct, frozen=True, kw_only=True):
+    generation: GenerationId
+    is_attached: bool
+    """The request_id was known: no new generation. The caller still checks the prompt by
+    sending it: chunks are compared, not run again."""
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    is_admissible: bool
+    reason: str
+    """An error reason when not admissible."""
+    message: str
+    first_token_s: float | None
+    total_s: float | None
+    kv_bytes: int
+    kv_bytes_left: int
+
+
+class ShardSize(msgspec.Struct, frozen=True, kw_only=True):
+    rank: int
+    node: str
+    num_blocks: int
+    num_free_blocks: int
+
+
+class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot for health, doctor and top."""
+
+    is_ready: bool
+    """A token has been generated through the whole ring, and no rank is lost since."""
+    detail: str
+    model: ModelSpec
+    epoch: int
+    num_ranks: int
+    num_running: int
+    num_waiting: int
+    ranks: tuple[ShardSize, ...]
+
+
+class Backend(Protocol):
+    """An engine as the router calls it. Every method may raise any `KvClusterError`.
+
+    `tenant` comes from the credential, never from a request field. A generation of another
+    tenant is `GenerationNotFound`, exactly as one that does not exist.
+    """
+
+    async def open(self, request: GenerationRequest) -> Opened:
+        """Admit a request. Its first event, `Admitted`, exists when this returns."""
+        ...
+
+    async def append_prompt(self, generation: GenerationId, chunk: PromptChunk) -> None:
+        """Add a chunk. Returns when the engine can take the next one: this is the back-pressure.
+
+        Raises: PromptCorrupt (gap, overlap), InvalidField (id outside the vocabulary, text without
+        tokenizer), ContextTooLong (as soon as it is known), or the error that ended the generation.
+        """
+        ...
+
+    async def finish_prompt(self, generation: GenerationId) -> None:
+        """The prompt is complete. Raises InvalidField when it is empty."""
+        ...
+
+    def watch(
+        self, tenant: TenantId, generation: GenerationId, after_sequence: int
+    ) -> AsyncIterator[tuple[GenerationEvent, ...]]:
+        """Replay the events after `after_sequence`, then follow until `Finished`.
+
+        Closing the iterator detaches the reader; when the last reader of an unfinished generation
+        detaches, it is cancelled after its `disconnect_grace_s`.
+        Raises: GenerationNotFound, ResumeExpired (after_sequence is beyond the last event).
+        """
+        ...
+
+    async def fail(self, generation: GenerationId, error_kind: str, message: str) -> None:
+        """Give up a generation whose upload broke (stall, corrupt chunk, client gone)."""
+        ...
+
+    async def cancel(self, tenant: TenantId, generation: GenerationId) -> GenerationRecord: ...
+
+    async def get(self, tenant: TenantId, generation: GenerationId) -> GenerationRecord: ...
+
+    async def list_generations(self, tenant: TenantId) -> tuple[GenerationRecord, ...]:
+        """Newest first."""
+        ...
+
+    async def count_tokens(self, model: str, chunk: PromptChunk) -> int: ...
+
+    async def estimate(self, request: GenerationRequest) -> Estimate:
+        """Dry run of admission for `request.input_tokens` tokens."""
+        ...
+
+    async def status(self) -> BackendStatus: ...

@@ -1,0 +1,363 @@
+"""The engine, sans-IO: requests and step results go in, plans and events come out.
+
+Nothing here waits, opens or measures anything. Time, ids and the tokenizer are given, so that one
+run can be replayed exactly. `driver.py` connects it to a ring group, `service.py` to callers.
+"""
+
+import math
+
+from kvcluster.engine import admission
+from kvcluster.engine.api import (
+    Admitted,
+    Finished,
+    FinishReason,
+    GenerationRecord,
+    GenerationRequest,
+)
+from kvcluster.engine.estimator import SpeedEstimator
+from kvcluster.engine.forecast import MIN_RETRY_S, Forecast
+from kvcluster.engine.generation import Generation
+from kvcluster.engine.generations import Generations
+from kvcluster.engine.in_flight import StepsInFlight
+from kvcluster.engine.parts import EngineParts, EngineStatistics
+from kvcluster.engine.plan import StepPlan, StepResult
+from kvcluster.engine.request import TOKEN_BYTES, Request
+from kvcluster.engine.scheduler import Scheduler
+from kvcluster.engine.stream import OutputText
+from kvcluster.errors import (
+    Draining,
+    InvalidField,
+    KvClusterError,
+    PromptCorrupt,
+    QuotaExceeded,
+    RankLost,
+)
+from kvcluster.policy import parse_policy
+from kvcluster.types import GenerationId, Policy, TenantId
+
+
+class Engine:
+    """Owner of all requests and blocks of one ring group. Not thread-safe; never blocks."""
+
+    def __init__(self, parts: EngineParts, *, epoch: int = 1) -> None:
+        self.parts = parts
+        self.epoch = epoch
+        self._scheduler = Scheduler(
+            parts.spec,
+            cache=parts.cache,
+            engine=parts.config,
+            partition=parts.partition,
+            choose_route=parts.choose_route,
+            retentions=parts.retentions,
+        )
+        self._estimator = SpeedEstimator()
+        self.forecast = Forecast(self._scheduler, self._estimator)
+        self._in_flight = StepsInFlight(parts.spec.vocab_size)
+        self._generations = Generations(max_retained=parts.config.max_retained)
+        self._draining: Draining | None = None
+        self._ring_loss: RankLost | None = None
+        self._num_arrivals = 0
+        self._next_due = math.inf
+        # A client must be able to send more than a block, or prefill could never start.
+        window = parts.config.upload_window_chunks * parts.config.prefill_chunk_tokens
+        self._upload_window = max(window, 2 * parts.cache.block_size)
+
+    def submit(self, spec: GenerationRequest) -> GenerationId:
+        """Admit a request; its `Admitted` event is in the log when this returns.
+
+        Raises: InvalidField, ModelNotFound, ContextTooLong, QuotaExceeded, ClusterOverloaded,
+        DeadlineInfeasible, Draining, RankLost. Nothing is kept of a refused request.
+        """
+        policy = self.check(spec)
+        generation_id = GenerationId(self.parts.new_id())
+        self._num_arrivals += 1
+        request = Request(generation_id, spec, policy, self._num_arrivals)
+        tokenizer = self.parts.tokenizer
+        generation = Generation(
+            request,
+            OutputText(tokenizer.output_decoder() if tokenizer else None, spec.sampling.stop),
+            self.parts.spec,
+            now=self.parts.clock.monotonic(),
+            unix_s=self.parts.clock.unix(),
+        )
+        ahead = [
+            other
+            for other in self._scheduler.waiting
+            if other.spec.tenant == spec.tenant and other.order < request.order
+        ]
+        generation.log.append(
+            Admitted(
+                queue_position=len(ahead),
+                estimated_first_token_s=self.forecast.first_token_s(spec),
+                policy=str(policy),
+            )
+        )
+        self._generations.active[generation_id] = generation
+        self._scheduler.add(request)
+        self._next_due = min(self._next_due, generation.next_due)
+        return generation_id
+
+    def check(self, spec: GenerationRequest) -> Policy:
+        """Whether `submit` would take the request now. Raises what it would raise."""
+        admission.check(spec, self.parts.spec)
+        policy = parse_policy(
+            spec.policy, codecs=self.parts.codecs, retentions=self.parts.retentions
+        )
+        self._check_length(spec, spec.input_tokens or 1)
+        if self.refusal is not None:
+            raise self.refusal
+        load = admission.Load(
+            num_requests=len(self._generations.active),
+            first_token_s=self.forecast.first_token_s(spec),
+            retry_after_s=self.forecast.retry_after_s(),
+        )
+        admission.check_load(spec, self.parts.config, load)
+        return policy
+
+    def estimate_decode(self, num_tokens: int) -> float | None:
+        """Seconds to generate so many tokens after the first."""
+        return self._estimator.decode_s(num_tokens)
+
+    def append_prompt(self, generation_id: GenerationId, packed_ids: bytes) -> None:
+        """Add prompt tokens (little-endian u32, all within the vocabulary).
+
+        Raises: ContextTooLong, QuotaExceeded and InvalidField (more than declared) as soon as
+        they are known, PromptCorrupt after `finish_prompt`, or what ended the generation.
+        """
+        generation = self.find(generation_id)
+        generation.raise_if_ended()
+        request = generation.request
+        if request.is_prompt_complete:
+            raise PromptCorrupt(f"the prompt of generation {generation_id} is complete already")
+        num_prompt_tokens = request.num_prompt_tokens + len(packed_ids) // TOKEN_BYTES
+        declared = request.spec.input_tokens
+        if declared is not None and num_prompt_tokens > declared:
+            raise InvalidField("input_tokens", f"declared {declared}, but more tokens were sent")
+        self._check_length(request.spec, num_prompt_tokens)
+        request.append_prompt(packed_ids)
+
+    def prompt_room(self, generation_id: GenerationId) -> int:
+        """Prompt tokens that the client should be allowed to send now; 0: hold it back."""
+        request = self.find(generation_id).request
+        return max(0, self._upload_window - (request.num_prompt_tokens - request.num_planned))
+
+    def finish_prompt(self, generation_id: GenerationId) -> None:
+        """The prompt is complete. Calling it again changes nothing.
+
+        Raises: InvalidField (empty, or shorter than declared), or what ended the generation.
+        """
+        generation = self.find(generation_id)
+        generation.raise_if_ended()
+        request = generation.request
+        declared = request.spec.input_tokens
+        if not request.num_prompt_tokens:
+            raise InvalidField("prompt", "is empty: send at least one token")
+        if declared is not None and request.num_prompt_tokens != declared:
+            raise InvalidField(
+                "input_tokens", f"declared {declared}, but {request.num_prompt_tokens} were sent"
+            )
+        request.is_prompt_complete = True
+
+    def cancel(self, generation_id: GenerationId) -> None:
+        """End a generation at its owner's wish. One that has ended stays as it is."""
+        generation = self.find(generation_id)
+        if not generation.log.is_finished:
+            self._end(generation, FinishReason.CANCELLED)
+
+    def fail(self, generation_id: GenerationId, error: KvClusterError) -> None:
+        """End a generation with an error. One that has ended stays as it is."""
+        generation = self.find(generation_id)
+        if not generation.log.is_finished:
+            self._end(generation, FinishReason.ERROR, error=error)
+
+    def attach(self, generation_id: GenerationId) -> None:
+        """Count one more reader of the events."""
+        generation = self.find(generation_id)
+        generation.num_readers += 1
+        generation.abandoned_at = math.inf
+
+    def detach(self, generation_id: GenerationId) -> None:
+        """Count one reader less. When the last one leaves, the grace period begins."""
+        if not self.knows(generation_id):
+            return
+        generation = self.find(generation_id)
+        generation.num_readers -= 1
+        if not generation.num_readers:
+            grace_s = generation.request.spec.disconnect_grace_s
+            generation.abandoned_at = self.parts.clock.monotonic() + grace_s
+            self._next_due = min(self._next_due, generation.abandoned_at)
+
+    def find(self, generation_id: GenerationId) -> Generation:
+        """Raises: GenerationNotFound."""
+        return self._generations.find(generation_id)
+
+    def knows(self, generation_id: GenerationId) -> bool:
+        return self._generations.knows(generation_id)
+
+    def records(self, tenant: TenantId) -> tuple[GenerationRecord, ...]:
+        """The tenant's generations, newest first."""
+        return self._generations.records(tenant)
+
+    def next_plan(self) -> StepPlan | None:
+        """The next step for the ranks; None when there is nothing to do until something changes."""
+        if self._ring_loss is not None:
+            return None
+        schedule = self._scheduler.plan(
+            epoch=self.epoch, step=self._in_flight.num_planned + 1, is_idle=not self._in_flight
+        )
+        for request in schedule.refused:
+            self._refuse(request)
+        if schedule.step is None:
+            # What a refused request held is free for others only once the ranks are told.
+            return self.next_plan() if schedule.refused else None
+        self._in_flight.add(schedule.step, now=self.parts.clock.monotonic())
+        for request in schedule.step.requests:
+            if not request.is_prompt_complete and not request.is_ended:
+                self.find(request.generation).room.notify()
+        return schedule.step.plan
+
+    def complete(self, result: StepResult) -> None:
+        """Take in the result of the oldest step in flight. Raises RankLost when it is not that."""
+        settled = self._in_flight.settle(result, now=self.parts.clock.monotonic())
+        self._estimator.observe(settled.planned.plan, settled.seconds)
+        for part, request, sampled in settled.parts():
+            request.num_steps_in_flight -= 1
+            request.num_pending -= part.samples
+            # A token that was sampled after the end was found is discarded here.
+            if request.is_ended:
+                continue
+            if request.sequence == part.sequence:
+                request.num_computed = part.start + part.num_tokens
+            if sampled is not None:
+                generation = self.find(request.generation)
+                reason, stop_sequence = generation.deliver(sampled)
+                if reason is not None:
+                    self._end(generation, reason, stop_sequence=stop_sequence)
+
+    def lose_ring(self, message: str) -> None:
+        """The ring group is gone: every unfinished generation ends, and no request is taken until
+        `restart`."""
+        self._ring_loss = RankLost(message, retry_after_s=MIN_RETRY_S)
+        self._in_flight.reset()
+        self._end_all(RankLost(message))
+        self._scheduler.reset()
+
+    def restart(self) -> None:
+        """A ring group with empty caches obeys the next epoch."""
+        self.epoch += 1
+        self._ring_loss = None
+
+    def drain(self) -> None:
+        """Take no more requests; those admitted go on."""
+        self._draining = Draining("the server is stopping: try another one")
+
+    def shut_down(self) -> None:
+        """Take no more requests and end all that are unfinished."""
+        self.drain()
+        self._end_all(Draining("the server stopped before the generation was finished"))
+
+    def tick(self) -> None:
+        """Do what is due: progress events, deadlines, abandoned generations, expiry."""
+        now = self.parts.clock.monotonic()
+        if now < self._next_due:
+            return
+        for generation in tuple(self._generations.active.values()):
+            if now >= generation.deadline_at:
+                self._end(generation, FinishReason.DEADLINE)
+            elif now >= generation.abandoned_at:
+                self._end(generation, FinishReason.CANCELLED)
+            elif now >= generation.progress_at and not generation.has_first_token:
+                generation.progress_at = now + generation.request.spec.progress_interval_s
+                generation.log.append(self.forecast.progress(generation))
+        self._generations.expire(now)
+        self._next_due = min(
+            (generation.next_due for generation in self._generations.active.values()),
+            default=math.inf,
+        )
+        self._next_due = min(self._next_due, self._generations.next_expiry)
+
+    def next_wakeup(self) -> float:
+        """When `tick` has something to do next, on the monotonic clock; may be infinite."""
+        return self._next_due
+
+    @property
+    def refusal(self) -> KvClusterError | None:
+        """Why no request is taken now; None: they are."""
+        return self._draining or self._ring_loss
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._generations.active)
+
+    @property
+    def num_known(self) -> int:
+        """Generations that can still be found, ended ones included."""
+        return self._generations.num_known
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            epoch=self.epoch,
+            num_steps=self._in_flight.num_planned,
+            num_in_flight=len(self._in_flight),
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            num_retained=self._generations.num_retained,
+            partition=self.parts.partition.statistics(),
+            speed=self._estimator.statistics(),
+        )
+
+    def _end(
+        self,
+        generation: Generation,
+        reason: FinishReason,
+        *,
+        stop_sequence: str = "",
+        error: KvClusterError | None = None,
+    ) -> None:
+        generation.flush_text()
+        self._scheduler.end(generation.request)
+        generation.error = error
+        generation.log.append(
+            Finished(
+                reason=reason,
+                usage=generation.usage(),
+                stop_sequence=stop_sequence,
+                error_kind=type(error).__name__ if error else "",
+                error_message=error.message if error else "",
+            )
+        )
+        retention_s = self.parts.config.retention_s
+        generation.expires_at = self.parts.clock.monotonic() + retention_s
+        generation.expire_time_s = self.parts.clock.unix() + retention_s
+        generation.room.notify()
+        self._generations.retain(generation)
+        self._next_due = min(self._next_due, generation.expires_at)
+
+    def _end_all(self, error: KvClusterError) -> None:
+        for generation in tuple(self._generations.active.values()):
+            self._end(generation, FinishReason.ERROR, error=error)
+
+    def _refuse(self, request: Request) -> None:
+        capacity = self.parts.partition.capacity()
+        error = QuotaExceeded(
+            f"request of {len(request.tokens)} tokens got no cache block even alone; the "
+            f"partition has {capacity} blocks per KV group: shorten the prompt",
+            metadata={"limit_blocks": str(min(capacity))},
+        )
+        self._end(self.find(request.generation), FinishReason.ERROR, error=error)
+
+    def _check_length(self, spec: GenerationRequest, num_prompt_tokens: int) -> None:
+        admission.check_context(
+            spec, self.parts.spec, num_prompt_tokens=num_prompt_tokens, is_complete=False
+        )
+        admission.check_capacity(
+            spec,
+            self.parts.spec,
+            cache=self.parts.cache,
+            partition=self.parts.partition,
+            num_prompt_tokens=num_prompt_tokens,
+        )

@@ -1,0 +1,82 @@
+"""The steps that are planned but not done, and the check that results answer them exactly."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvcluster.engine.plan import SampledToken, SequenceStep, StepResult
+from kvcluster.engine.request import Request
+from kvcluster.engine.scheduler import PlannedStep
+from kvcluster.errors import RankLost
+
+
+@dataclass(frozen=True, slots=True)
+class SettledStep:
+    """A step whose result is in."""
+
+    planned: PlannedStep
+    sampled: tuple[SampledToken | None, ...]
+    """One for each of the plan's sequences; None where the step did not sample."""
+    seconds: float
+    """From the moment when it could run: planned, and the step before it done."""
+
+    def parts(self) -> Iterator[tuple[SequenceStep, Request, SampledToken | None]]:
+        """Each sequence's part, whose it is, and what it sampled."""
+        return zip(self.planned.plan.sequences, self.planned.requests, self.sampled, strict=True)
+
+
+class StepsInFlight:
+    """First in, first out. Numbers steps 1, 2, 3 … within an epoch."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._steps: deque[tuple[PlannedStep, float]] = deque()
+        self._settled_at = -math.inf
+        self.num_planned = 0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, planned: PlannedStep, *, now: float) -> None:
+        self._steps.append((planned, now))
+        self.num_planned += 1
+
+    def settle(self, result: StepResult, *, now: float) -> SettledStep:
+        """Take out the oldest step. Raises RankLost when `result` is not exactly its answer."""
+        if not self._steps:
+            raise RankLost(f"the ranks answered step {result.step}, but no step is in flight")
+        planned, planned_at = self._steps[0]
+        plan = planned.plan
+        if (result.epoch, result.step) != (plan.epoch, plan.step):
+            raise RankLost(
+                f"the ranks answered step {result.step} of epoch {result.epoch}, expected step "
+                f"{plan.step} of epoch {plan.epoch}"
+            )
+        sampled = self._match(planned, result)
+        self._steps.popleft()
+        seconds = now - max(planned_at, self._settled_at)
+        self._settled_at = now
+        return SettledStep(planned, sampled, seconds)
+
+    def reset(self) -> None:
+        """Forget all steps; the next one is number 1 again."""
+        self._steps.clear()
+        self.num_planned = 0
+
+    def _match(self, planned: PlannedStep, result: StepResult) -> tuple[SampledToken | None, ...]:
+        expected = [
+            (part.sequence, part.start + part.num_tokens)
+            for part in planned.plan.sequences
+            if part.samples
+        ]
+        answered = [(token.sequence, token.position) for token in result.sampled]
+        if expected != answered:
+            raise RankLost(
+                f"step {result.step} sampled (sequence, position) {answered}, expected {expected}"
+            )
+        for token in result.sampled:
+            if not 0 <= token.token_id < self._vocab_size:
+                raise RankLost(f"step {result.step} sampled token id {token.token_id}")
+        tokens = iter(result.sampled)
+        return tuple(next(tokens) if part.samples else None for part in planned.plan.sequences)

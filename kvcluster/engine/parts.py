@@ -1,0 +1,55 @@
+"""What an engine is made of, and what it tells of itself."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvcluster.cache.partition import Partition, PartitionStatistics
+from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.engine.estimator import EstimatorStatistics
+from kvcluster.engine.scheduler import RouteChoice
+from kvcluster.engine.text import Tokenizer
+from kvcluster.retention.base import RetentionPolicy
+from kvcluster.types import ModelSpec
+
+
+class Clock(Protocol):
+    """Where the engine takes the time from, in seconds."""
+
+    def monotonic(self) -> float: ...
+
+    def unix(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineParts:
+    """What an engine is made of."""
+
+    spec: ModelSpec
+    cache: CacheConfig
+    config: EngineConfig
+    partition: Partition
+    choose_route: RouteChoice
+    codecs: Collection[str]
+    """Names of the codecs that the ranks have."""
+    retentions: Mapping[str, RetentionPolicy]
+    tokenizer: Tokenizer | None
+    """None: the model serves token ids only."""
+    clock: Clock
+    new_id: Callable[[], str]
+    """Gives an id that was never used before and cannot be guessed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """A snapshot of the engine."""
+
+    epoch: int
+    num_steps: int
+    """Planned in this epoch."""
+    num_in_flight: int
+    num_running: int
+    num_waiting: int
+    num_retained: int
+    partition: PartitionStatistics
+    speed: EstimatorStatistics

@@ -1,0 +1,94 @@
+"""The engine's orders to the ranks, and their answer. Both cross processes as msgpack.
+
+Every rank gets the same plan and picks its own rows from it, so every branch that leads to a
+collective is taken on numbers that all ranks share. A plan holds only what changed: each rank
+keeps, per sequence, the block table that the plans so far have built.
+"""
+
+import msgspec
+
+from kvcluster.types import Policy, Route, SamplingParams
+
+
+class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that the ranks see for the first time."""
+
+    sequence: int
+    sampling: SamplingParams
+    policy: Policy
+
+
+class NewBlock(msgspec.Struct, frozen=True, array_like=True):
+    """The next entry of a sequence's block table."""
+
+    rank: int
+    block_ids: tuple[int, ...]
+    """One id per KV group (`ModelSpec.windows`), in that rank's pools."""
+
+
+class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's part of a step: positions [start, start + num_tokens) are computed.
+
+    The rank that owns a position's block computes that position's row and stores its K and V.
+    """
+
+    sequence: int
+    start: int
+    num_tokens: int
+    token_ids: bytes
+    """Little-endian u32 ids; empty: one token, the one this sequence sampled last (decode)."""
+    appended: tuple[NewBlock, ...]
+    """Table entries added before the step runs."""
+    num_prompt_tokens: int
+    """Where the output begins, for penalties; meaningful once `samples` is true."""
+    samples: bool
+    """The last row's logits give the sequence's next token."""
+    route: Route = Route.PASS_KV
+
+
+class Release(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks that one KV group no longer reads: table entries below `below` are gone."""
+
+    sequence: int
+    group: int
+    below: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One forward pass of the ring group. Applied in order: started, released, sequences, ended."""
+
+    epoch: int
+    """Ranks refuse plans of another epoch than their own."""
+    step: int
+    """1, 2, 3 … within an epoch, without gaps."""
+    started: tuple[SequenceStart, ...] = ()
+    sequences: tuple[SequenceStep, ...] = ()
+    released: tuple[Release, ...] = ()
+    ended: tuple[int, ...] = ()
+    """Sequences that the ranks forget after this step."""
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One of the most likely tokens."""
+
+    token_id: int
+    logprob: float
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence's next token. `position` is the place that the token takes in the sequence."""
+
+    sequence: int
+    position: int
+    token_id: int
+    logprob: float | None = None
+    """Natural log, of the distribution before temperature, filters and penalties."""
+    top: tuple[TopLogprob, ...] = ()
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """What a step gave: the sampled tokens of all ranks, in the plan's order."""
+
+    epoch: int
+    step: int
+    sampled: tuple[SampledToken, ...]

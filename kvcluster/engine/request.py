@@ -1,0 +1,138 @@
+"""One request inside the engine: its tokens, how far they are planned, and its state machine.
+
+    WAITING --start--> RUNNING --end--> ENDED
+       ^                  |
+       +----- preempt ----+
+
+Planning runs ahead of results: a step's tokens count as planned when the step is planned, as
+computed when its result is in. A sampled token whose value is still on the ranks is *pending*.
+"""
+
+import sys
+from array import array
+from enum import StrEnum
+
+from kvcluster.cache.block_table import BlockTable
+from kvcluster.engine.api import GenerationRequest
+from kvcluster.types import GenerationId, Policy, SequenceId
+
+TOKEN_BYTES = 4
+
+
+class RequestState(StrEnum):
+    WAITING = "waiting"
+    """Holds no blocks."""
+    RUNNING = "running"
+    """Holds blocks and is known to the ranks as `sequence`."""
+    ENDED = "ended"
+
+
+class Request:
+    """Mutable record of one request. The scheduler moves it, the engine feeds and ends it."""
+
+    def __init__(
+        self, generation: GenerationId, spec: GenerationRequest, policy: Policy, arrival: int
+    ) -> None:
+        self.generation = generation
+        self.spec = spec
+        self.policy = policy
+        self.arrival = arrival
+        self.state = RequestState.WAITING
+        self.tokens = array("I")
+        """Known tokens: prompt, then output. 4 bytes each; emptied at the end."""
+        self.num_prompt_tokens = 0
+        """Prompt tokens uploaded so far."""
+        self.is_prompt_complete = False
+        self.num_output_tokens = 0
+        """Output tokens that the client has, or will have, as events."""
+        self.sequence: SequenceId | None = None
+        """What the ranks call it; another one after each preemption."""
+        self.table: BlockTable | None = None
+        self.num_planned = 0
+        """Positions below this are in plans made since the last start."""
+        self.num_computed = 0
+        """Positions below this are in steps whose result is in."""
+        self.num_pending = 0
+        """Samples in flight."""
+        self.num_steps_in_flight = 0
+        self.has_sampled = False
+        """A plan since the last start samples: from there on every step is a decode."""
+        self.peak_kv_bytes = 0
+        self.peak_tokens = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: who is served first, and (from the other end) who is preempted first."""
+        return (-self.spec.priority, self.arrival)
+
+    @property
+    def known_length(self) -> int:
+        """Prompt tokens as far as is known: declared, or uploaded so far."""
+        return max(self.num_prompt_tokens, self.spec.input_tokens or 0)
+
+    @property
+    def is_ended(self) -> bool:
+        return self.state is RequestState.ENDED
+
+    @property
+    def can_decode(self) -> bool:
+        """The next step is one token, whose id the ranks have or will have sampled by then."""
+        return (
+            self.state is RequestState.RUNNING
+            and self.has_sampled
+            and self.num_output_tokens + self.num_pending < self.spec.max_output_tokens
+        )
+
+    def prefill_end(self, block_size: int) -> int:
+        """Positions below this can be prefilled now.
+
+        Whole blocks only while the prompt is being uploaded, and never all of it: the last
+        token's row must be computed in a step that samples.
+        """
+        if self.has_sampled:
+            return self.num_planned
+        if self.is_prompt_complete:
+            return len(self.tokens)
+        return max(0, len(self.tokens) - 1) // block_size * block_size
+
+    def append_prompt(self, packed_ids: bytes) -> None:
+        """Add prompt tokens: little-endian u32."""
+        ids = array("I")
+        ids.frombytes(packed_ids)
+        if sys.byteorder == "big":
+            ids.byteswap()
+        self.tokens.extend(ids)
+        self.num_prompt_tokens += len(ids)
+
+    def packed_ids(self, start: int, end: int) -> bytes:
+        """Tokens [start, end) as little-endian u32."""
+        ids = self.tokens[start:end]
+        if sys.byteorder == "big":
+            ids.byteswap()
+        return ids.tobytes()
+
+    def append_output(self, token_id: int) -> None:
+        self.tokens.append(token_id)
+        self.num_output_tokens += 1
+
+    def start(self, sequence: SequenceId, table: BlockTable) -> None:
+        self.state = RequestState.RUNNING
+        self.sequence = sequence
+        self.table = table
+
+    def preempt(self) -> None:
+        """Forget what is computed; known tokens stay, and those in flight still count."""
+        self.state = RequestState.WAITING
+        self._detach()
+        self.num_planned = 0
+        self.num_computed = 0
+        self.has_sampled = False
+
+    def end(self) -> None:
+        self.state = RequestState.ENDED
+        self._detach()
+        self.tokens = array("I")
+
+    def _detach(self) -> None:
+        self.sequence = None
+        self.table = None

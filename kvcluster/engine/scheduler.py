@@ -1,0 +1,344 @@
+"""What the next step computes: continuous batching over one ring group's blocks.
+
+Every running request whose prompt is done decodes one token; the rest of the step's tokens go to
+prefill chunks, in order of priority, then arrival. One order decides everything: who is served
+first is preempted last, so the first in order always gets on and nothing can livelock.
+
+Blocks of a sequence that leaves are free for the plan after the one that tells the ranks so.
+"""
+
+import bisect
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Protocol
+
+from kvcluster.cache.block_table import BlockTable
+from kvcluster.cache.partition import Partition, block_bytes_per_group, entries_per_group
+from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep, StepPlan
+from kvcluster.engine.request import Request, RequestState
+from kvcluster.engine.sharding import zigzag
+from kvcluster.retention.base import RetentionPolicy
+from kvcluster.types import LayerGeometry, ModelSpec, Rank, Route, SequenceId
+
+_by_order = attrgetter("order")
+
+
+class RouteChoice(Protocol):
+    """The cheapest way for a chunk's queries to meet history on other ranks
+    (`attention.strategy.choose_route`)."""
+
+    def __call__(
+        self,
+        layers: Sequence[LayerGeometry],
+        *,
+        num_new_tokens: int,
+        num_history_tokens: int,
+        num_ranks: int,
+        element_bytes: float,
+    ) -> Route: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A plan, and whose parts it has."""
+
+    plan: StepPlan
+    requests: tuple[Request, ...]
+    """One for each of `plan.sequences`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What a look at the queues gave."""
+
+    step: PlannedStep | None
+    """None: nothing to do now."""
+    refused: tuple[Request, ...]
+    """Requests that cannot get a block even alone. The caller ends them."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    started: list[SequenceStart] = field(default_factory=list)
+    parts: list[SequenceStep] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    refused: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns the queues and, through the partition, every block. Requests are moved in place."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        cache: CacheConfig,
+        engine: EngineConfig,
+        partition: Partition,
+        choose_route: RouteChoice,
+        retentions: Mapping[str, RetentionPolicy],
+    ) -> None:
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        """Both in order: the first is served first."""
+        self._spec = spec
+        self._windows = spec.windows
+        self._block_size = cache.block_size
+        self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
+        self._config = engine
+        self._partition = partition
+        self._choose_route = choose_route
+        self._retentions = retentions
+        self._block_bytes = block_bytes_per_group(spec, cache.block_size)
+        self._num_sequences = 0
+        self._leaving: list[tuple[SequenceId, BlockTable]] = []
+        self._released: list[Release] = []
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its prompt may still be on the way."""
+        bisect.insort(self.waiting, request, key=_by_order)
+
+    def end(self, request: Request) -> None:
+        """Take a request out. Its blocks come free with the next plan."""
+        if request.state is RequestState.RUNNING:
+            self.running.remove(request)
+            self._leave(request)
+        elif request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+        request.end()
+
+    def reset(self) -> None:
+        """Forget every sequence at once, when the ranks have lost theirs: nothing is in flight."""
+        for request in self.running:
+            self._leave(request)
+            request.preempt()
+            self.add(request)
+        self.running.clear()
+        self._free_leaving()
+        self._released.clear()
+
+    def plan(self, *, epoch: int, step: int, is_idle: bool) -> Schedule:
+        """Choose the next step and account for it as if it had run.
+
+        `is_idle`: no step is in flight, so that releases have no later plan to ride on.
+        """
+        draft = _Draft()
+        for request in tuple(self.running):
+            if request.can_decode:
+                self._extend(draft, request, request.num_planned + 1)
+        # Decodes never starve prefill: a whole block always fits.
+        budget = max(self._chunk_tokens - len(draft.parts), self._block_size)
+        self._plan_prefill(draft, budget)
+        return self._seal(draft, epoch=epoch, step=step, is_idle=is_idle)
+
+    def _plan_prefill(self, draft: _Draft, budget: int) -> None:
+        # No overtaking among those who wait: a large request would wait for ever behind small ones.
+        admits = True
+        in_order = heapq.merge(tuple(self.running), tuple(self.waiting), key=_by_order)
+        for request in in_order:
+            if budget < 1:
+                return
+            if request.state is RequestState.RUNNING:
+                budget -= self._prefill(draft, request, budget)
+            elif admits and request.prefill_end(self._block_size):
+                used = self._admit(draft, request, budget)
+                admits = used > 0
+                budget -= used
+
+    def _prefill(self, draft: _Draft, request: Request, budget: int) -> int:
+        end = self._chunk_end(request, budget)
+        return self._extend(draft, request, end) if end > request.num_planned else 0
+
+    def _chunk_end(self, request: Request, budget: int) -> int:
+        end = request.prefill_end(self._block_size)
+        within = request.num_planned + budget
+        return end if end <= within else within // self._block_size * self._block_size
+
+    def _extend(self, draft: _Draft, request: Request, end: int) -> int:
+        """Plan a running request up to `end`, or as far as its blocks go; returns its tokens."""
+        table = request.table
+        assert table is not None, "a running request has a table"
+        start = request.num_planned
+        appended = self._append_blocks(request, table, end)
+        covered = min(end, len(table) * self._block_size)
+        if covered <= start:
+            self._make_room(draft, request)
+            return 0
+        self._add_step(draft, request, covered, appended)
+        return covered - start
+
+    def _make_room(self, draft: _Draft, request: Request) -> None:
+        if self._leaving:
+            return
+        last = self.running[-1]
+        if last is not request:
+            self._preempt(last)
+        elif len(self.running) == 1:
+            draft.refused.append(request)
+        # Otherwise the last in order waits for the others: they finish, or preempt it.
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._leave(request)
+        request.preempt()
+        self.add(request)
+
+    def _admit(self, draft: _Draft, request: Request, budget: int) -> int:
+        is_full = len(self.running) >= self._config.max_running
+        if is_full or request.num_steps_in_flight or not self._has_room(request):
+            return 0
+        return self._start(draft, request, budget)
+
+    def _has_room(self, request: Request) -> bool:
+        if not self.running:
+            return True
+        entries = entries_per_group(
+            self._windows,
+            max(request.known_length, len(request.tokens)) + 1,
+            block_size=self._block_size,
+            chunk_tokens=self._chunk_tokens,
+        )
+        # Each running request will soon want one more; without it the newcomer is preempted.
+        return self._partition.has_room([count + len(self.running) for count in entries])
+
+    def _start(self, draft: _Draft, request: Request, budget: int) -> int:
+        end = self._chunk_end(request, budget)
+        table = BlockTable(len(self._windows))
+        appended = self._append_blocks(request, table, end)
+        covered = min(end, len(table) * self._block_size)
+        if not covered:
+            if end and not self.running and not self._leaving:
+                draft.refused.append(request)
+            return 0
+        self._num_sequences += 1
+        sequence = SequenceId(self._num_sequences)
+        request.start(sequence, table)
+        self.waiting.remove(request)
+        bisect.insort(self.running, request, key=_by_order)
+        draft.started.append(SequenceStart(sequence, request.spec.sampling, request.policy))
+        self._add_step(draft, request, covered, appended)
+        return covered
+
+    def _append_blocks(self, request: Request, table: BlockTable, end: int) -> list[NewBlock]:
+        """Add the entries that positions below `end` need, as far as there are blocks."""
+        count = -(-end // self._block_size) - len(table)
+        if count < 1:
+            return []
+        appended: list[NewBlock] = []
+        for rank in self._owners(request, table, count):
+            entry = self._partition.append(table, rank)
+            if entry is None:
+                entry = self._partition.append(table, self._emptiest_first(table)[0])
+            if entry is None:
+                break
+            appended.append(NewBlock(entry.rank, entry.block_ids))
+        return appended
+
+    def _owners(self, request: Request, table: BlockTable, count: int) -> Sequence[Rank]:
+        if request.known_length >= self._config.shard_min_tokens:
+            return zigzag(count, self._emptiest_first(table))
+        home = table.owners[-1] if table.owners else self._emptiest_first(table)[0]
+        return [home] * count
+
+    def _emptiest_first(self, table: BlockTable) -> list[Rank]:
+        partition = self._partition
+        after_last = table.owners[-1] + 1 if table.owners else 0
+
+        def emptiness(rank: Rank) -> tuple[bool, int, int]:
+            # Equal ranks take turns, starting after the sequence's last one.
+            turn = (rank - after_last) % partition.num_ranks
+            return (partition.free_entries(rank) < 1, -partition.free_blocks(rank), turn)
+
+        return sorted((Rank(rank) for rank in range(partition.num_ranks)), key=emptiness)
+
+    def _add_step(
+        self, draft: _Draft, request: Request, end: int, appended: Sequence[NewBlock]
+    ) -> None:
+        start = request.num_planned
+        is_decode = request.has_sampled
+        samples = is_decode or (request.is_prompt_complete and end == len(request.tokens))
+        assert request.sequence is not None, "a running request has a sequence"
+        draft.parts.append(
+            SequenceStep(
+                sequence=request.sequence,
+                start=start,
+                num_tokens=end - start,
+                token_ids=b"" if is_decode else request.packed_ids(start, end),
+                appended=tuple(appended),
+                num_prompt_tokens=request.num_prompt_tokens,
+                samples=samples,
+                route=Route.PASS_Q if is_decode else self._route(end - start, start),
+            )
+        )
+        draft.requests.append(request)
+        request.num_planned = end
+        request.num_steps_in_flight += 1
+        if samples:
+            request.has_sampled = True
+            request.num_pending += 1
+        self._note_peak(request)
+
+    def _route(self, num_new_tokens: int, num_history_tokens: int) -> Route:
+        if self._config.history_route != "auto":
+            return Route(self._config.history_route)
+        return self._choose_route(
+            self._spec.layers,
+            num_new_tokens=num_new_tokens,
+            num_history_tokens=num_history_tokens,
+            num_ranks=self._partition.num_ranks,
+            element_bytes=self._spec.bytes_per_element,
+        )
+
+    def _note_peak(self, request: Request) -> None:
+        assert request.table is not None, "a running request has a table"
+        held = sum(
+            request.table.num_held(group) * num_bytes
+            for group, num_bytes in enumerate(self._block_bytes)
+        )
+        request.peak_kv_bytes = max(request.peak_kv_bytes, held)
+        request.peak_tokens = max(request.peak_tokens, request.num_planned)
+
+    def _seal(self, draft: _Draft, *, epoch: int, step: int, is_idle: bool) -> Schedule:
+        refused = tuple(draft.refused)
+        must_tell = self._leaving or (self._released and is_idle)
+        if not draft.parts and not must_tell:
+            return Schedule(step=None, refused=refused)
+        plan = StepPlan(
+            epoch=epoch,
+            step=step,
+            started=tuple(draft.started),
+            sequences=tuple(draft.parts),
+            released=tuple(self._released),
+            ended=tuple(sequence for sequence, _ in self._leaving),
+        )
+        self._released.clear()
+        self._free_leaving()
+        for request in draft.requests:
+            self._release_unread(request)
+        return Schedule(step=PlannedStep(plan, tuple(draft.requests)), refused=refused)
+
+    def _release_unread(self, request: Request) -> None:
+        """Free what no later query of the request reads. The next plan tells the ranks, before
+        any step in which the blocks have another user."""
+        if request.table is None or request.sequence is None:
+            return
+        kept_from = self._retentions[request.policy.retention].first_kept(request.num_planned)
+        for group, window in enumerate(self._windows):
+            seen_from = 0 if window is None else request.num_planned - window + 1
+            below = max(kept_from, seen_from) // self._block_size
+            if below > request.table.released_below[group]:
+                self._partition.release_below(request.table, group, below)
+                self._released.append(Release(request.sequence, group, below))
+
+    def _leave(self, request: Request) -> None:
+        assert request.sequence is not None, "a running request has a sequence"
+        assert request.table is not None, "a running request has a table"
+        self._leaving.append((request.sequence, request.table))
+
+    def _free_leaving(self) -> None:
+        for _, table in self._leaving:
+            self._partition.release_all(table)
+        self._leaving.clear()

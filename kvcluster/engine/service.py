@@ -1,0 +1,325 @@
+"""The engine as its callers see it: the `Backend` of one ring group. Runs in the engine process.
+
+Adds to the engine what needs waiting or memory of the caller: back-pressure, encoding of text,
+idempotency keys, following events.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from kvcluster.cache.partition import block_bytes_per_group, entries_per_group
+from kvcluster.engine.api import (
+    BackendStatus,
+    Estimate,
+    GenerationEvent,
+    GenerationRecord,
+    GenerationRequest,
+    Opened,
+    PromptChunk,
+    ShardSize,
+    TextChunk,
+)
+from kvcluster.engine.driver import EngineDriver, Executor
+from kvcluster.engine.engine import Engine
+from kvcluster.engine.generation import Generation
+from kvcluster.engine.request import TOKEN_BYTES
+from kvcluster.engine.upload import (
+    PromptCopy,
+    PromptUpload,
+    RawChunk,
+    check_vocabulary,
+    raw_chunk,
+)
+from kvcluster.errors import (
+    ErrorRecord,
+    GenerationNotFound,
+    InvalidField,
+    KvClusterError,
+    ModelNotFound,
+    PromptCorrupt,
+    RequestIdConflict,
+    from_record,
+)
+from kvcluster.types import GenerationId, TenantId
+
+
+class EngineService:
+    """A `Backend` in the engine's own process and event loop."""
+
+    def __init__(self, engine: Engine, executor: Executor, *, nodes: Sequence[str]) -> None:
+        """`nodes`: where each rank runs, for `status`."""
+        self._engine = engine
+        self._parts = engine.parts
+        self._driver = EngineDriver(engine, executor)
+        self._nodes = tuple(nodes)
+        self._is_marked_ready = False
+        self._uploads: dict[GenerationId, PromptUpload] = {}
+        self._keys: dict[tuple[TenantId, str], GenerationId] = {}
+
+    def start(self) -> None:
+        """Begin to run steps. Requests may be opened from now on."""
+        self._driver.start()
+
+    def mark_ready(self) -> None:
+        """A token has been generated through the whole ring."""
+        self._is_marked_ready = True
+
+    async def wait_ring_lost(self) -> None:
+        """Return when a rank is lost. Every unfinished generation has ended with RankLost."""
+        await self._driver.wait_ring_lost()
+
+    def restart(self) -> None:
+        """The ring group was started again. Ready once `mark_ready` is called again."""
+        self._is_marked_ready = False
+        self._driver.restart()
+
+    async def drain(self) -> None:
+        """Take no more requests; return when those admitted have ended."""
+        self._engine.drain()
+        await self._driver.wait_idle()
+
+    async def stop(self) -> None:
+        """End what is unfinished, with an error for its reader, and every task."""
+        await self._driver.stop()
+
+    async def open(self, request: GenerationRequest) -> Opened:
+        key = (request.tenant, request.request_id)
+        known = self._keys.get(key)
+        if known is not None and self._holds_key(known):
+            upload = self._uploads[known]
+            if _body(upload.request) != _body(request):
+                raise RequestIdConflict(
+                    f"request_id {request.request_id!r} was used with another body: use a new one"
+                )
+            upload.add_copy()
+            return Opened(generation=known, is_attached=True)
+        self._forget_expired()
+        generation = self._engine.submit(request)
+        self._uploads[generation] = PromptUpload(request)
+        if request.request_id:
+            self._keys[key] = generation
+        self._driver.wake()
+        return Opened(generation=generation, is_attached=False)
+
+    async def append_prompt(self, generation: GenerationId, chunk: PromptChunk) -> None:
+        upload = self._upload(generation)
+        raw = raw_chunk(chunk)
+        copy = upload.copy_at(raw)
+        if copy is not None:
+            await self._compare(self._engine.find(generation), upload, copy, raw)
+            return
+        async with upload.lock:
+            try:
+                await self._take(generation, upload, chunk, raw)
+            except KvClusterError as error:
+                self._give_up(generation, error)
+                raise
+        await self._wait_for_room(self._engine.find(generation))
+
+    async def finish_prompt(self, generation: GenerationId) -> None:
+        upload = self._upload(generation)
+        if upload.is_complete:
+            if upload.copies:
+                upload.finish_copy()
+            return
+        async with upload.lock:
+            try:
+                self._engine.append_prompt(generation, upload.finish())
+                self._engine.finish_prompt(generation)
+            except KvClusterError as error:
+                self._give_up(generation, error)
+                raise
+            upload.is_complete = True
+        self._note_change(generation)
+
+    async def watch(
+        self, tenant: TenantId, generation: GenerationId, after_sequence: int
+    ) -> AsyncGenerator[tuple[GenerationEvent, ...], None]:
+        found = self._owned(tenant, generation)
+        # A cursor that is refused is no reader whose leaving could end the generation.
+        found.log.after(after_sequence)
+        self._engine.attach(generation)
+        try:
+            async with aclosing(found.log.follow(after_sequence)) as batches:
+                async for events in batches:
+                    yield events
+        finally:
+            self._engine.detach(generation)
+            self._driver.wake()
+
+    async def fail(self, generation: GenerationId, error_kind: str, message: str) -> None:
+        """A prompt that is complete cannot break any more: then this changes nothing. So the
+        failing retry of an upload never ends the generation of the first."""
+        if not self._upload(generation).is_complete:
+            record = ErrorRecord(kind=error_kind, message=message, metadata={})
+            self._give_up(generation, from_record(record))
+
+    async def cancel(self, tenant: TenantId, generation: GenerationId) -> GenerationRecord:
+        found = self._owned(tenant, generation)
+        self._engine.cancel(generation)
+        self._driver.wake()
+        return found.record()
+
+    async def get(self, tenant: TenantId, generation: GenerationId) -> GenerationRecord:
+        return self._owned(tenant, generation).record()
+
+    async def list_generations(self, tenant: TenantId) -> tuple[GenerationRecord, ...]:
+        return self._engine.records(tenant)
+
+    async def count_tokens(self, model: str, chunk: PromptChunk) -> int:
+        spec = self._parts.spec
+        if model != spec.name:
+            raise ModelNotFound(f"model {model!r} is not served here; {spec.name!r} is")
+        raw_chunk(chunk)
+        upload = PromptUpload(GenerationRequest(model=model, max_output_tokens=1))
+        packed_ids = await upload.encode(chunk, self._parts.tokenizer) + upload.finish()
+        check_vocabulary(packed_ids, spec.vocab_size)
+        return len(packed_ids) // TOKEN_BYTES
+
+    async def estimate(self, request: GenerationRequest) -> Estimate:
+        reason = message = ""
+        try:
+            self._engine.check(request)
+        except KvClusterError as error:
+            reason, message = error.reason, error.message
+        first_token_s = self._engine.forecast.first_token_s(request)
+        decode_s = self._engine.estimate_decode(request.max_output_tokens - 1)
+        total_s = None if first_token_s is None or decode_s is None else first_token_s + decode_s
+        block_bytes = block_bytes_per_group(self._parts.spec, self._parts.cache.block_size)
+        return Estimate(
+            is_admissible=not reason,
+            reason=reason,
+            message=message,
+            first_token_s=first_token_s,
+            total_s=total_s,
+            kv_bytes=_weighted(self._entries(request), block_bytes),
+            kv_bytes_left=_weighted(self._parts.partition.free_per_group(), block_bytes),
+        )
+
+    async def status(self) -> BackendStatus:
+        statistics = self._engine.statistics()
+        refusal = self._engine.refusal
+        detail = "no token has been generated through the whole ring yet"
+        if self._is_marked_ready:
+            detail = refusal.message if refusal else "serving"
+        return BackendStatus(
+            is_ready=self._is_marked_ready and refusal is None,
+            detail=detail,
+            model=self._parts.spec,
+            epoch=statistics.epoch,
+            num_ranks=len(statistics.partition.ranks),
+            num_running=statistics.num_running,
+            num_waiting=statistics.num_waiting,
+            ranks=tuple(
+                ShardSize(
+                    rank=rank,
+                    node=node,
+                    num_blocks=sizes.num_blocks,
+                    num_free_blocks=sizes.num_free,
+                )
+                for rank, (node, sizes) in enumerate(
+                    zip(self._nodes, statistics.partition.ranks, strict=True)
+                )
+            ),
+        )
+
+    async def _take(
+        self, generation: GenerationId, upload: PromptUpload, chunk: PromptChunk, raw: RawChunk
+    ) -> None:
+        self._engine.find(generation).raise_if_ended()
+        _check_continues(upload, raw)
+        upload.is_broken = True
+        packed_ids = await upload.encode(chunk, self._parts.tokenizer)
+        if not isinstance(chunk, TextChunk):
+            check_vocabulary(packed_ids, self._parts.spec.vocab_size)
+        self._engine.append_prompt(generation, packed_ids)
+        upload.add(raw)
+        upload.is_broken = False
+        self._note_change(generation)
+
+    async def _wait_for_room(self, generation: Generation) -> None:
+        while not generation.log.is_finished and not self._engine.prompt_room(generation.id):
+            await generation.room.wait()
+        generation.raise_if_ended()
+
+    async def _compare(
+        self, generation: Generation, upload: PromptUpload, copy: PromptCopy, chunk: RawChunk
+    ) -> None:
+        while not upload.is_complete and upload.end < chunk.end:
+            generation.raise_if_ended()
+            await generation.room.wait()
+        copy.add(chunk)
+        upload.compare(copy)
+
+    def _give_up(self, generation: GenerationId, error: KvClusterError) -> None:
+        self._engine.fail(generation, error)
+        self._driver.wake()
+
+    def _note_change(self, generation: GenerationId) -> None:
+        self._engine.find(generation).room.notify()
+        self._driver.wake()
+
+    def _upload(self, generation: GenerationId) -> PromptUpload:
+        self._engine.find(generation)
+        return self._uploads[generation]
+
+    def _owned(self, tenant: TenantId, generation: GenerationId) -> Generation:
+        found = self._engine.find(generation)
+        if found.tenant != tenant:
+            # Word for word what a generation that does not exist gives.
+            raise GenerationNotFound(
+                f"no generation {generation!r}: it never was, or its events are no longer kept"
+            )
+        return found
+
+    def _holds_key(self, generation: GenerationId) -> bool:
+        """Whether a retry attaches to it: not once it ended with part of its prompt."""
+        if not self._engine.knows(generation):
+            return False
+        is_finished = self._engine.find(generation).log.is_finished
+        return self._uploads[generation].is_complete or not is_finished
+
+    def _forget_expired(self) -> None:
+        if len(self._uploads) <= 2 * self._engine.num_known + 64:
+            return
+        self._uploads = {
+            generation: upload
+            for generation, upload in self._uploads.items()
+            if self._engine.knows(generation)
+        }
+        self._keys = {
+            key: generation for key, generation in self._keys.items() if generation in self._uploads
+        }
+
+    def _entries(self, request: GenerationRequest) -> tuple[int, ...]:
+        return entries_per_group(
+            self._parts.spec.windows,
+            (request.input_tokens or 1) + request.max_output_tokens - 1,
+            block_size=self._parts.cache.block_size,
+            chunk_tokens=self._parts.config.prefill_chunk_tokens,
+        )
+
+
+def _body(request: GenerationRequest) -> GenerationRequest:
+    """The request without what differs between two tries of one call: the time that is left."""
+    return msgspec.structs.replace(request, deadline_s=None)
+
+
+def _check_continues(upload: PromptUpload, chunk: RawChunk) -> None:
+    if upload.is_broken:
+        raise PromptCorrupt("an earlier chunk was taken in half: send the prompt again")
+    if upload.is_text is not None and upload.is_text != chunk.is_text:
+        raise InvalidField("prompt", "text and token ids cannot be mixed in one prompt")
+    if chunk.start != upload.end:
+        kind = "gap" if chunk.start > upload.end else "overlap"
+        raise PromptCorrupt(
+            f"chunk at offset {chunk.start} does not continue the prompt, which ends at "
+            f"{upload.end} ({kind}): send the prompt again",
+            metadata={"offset": str(chunk.start), "expected_offset": str(upload.end)},
+        )
+
+
+def _weighted(counts: Sequence[int], weights: Sequence[int]) -> int:
+    return sum(count * weight for count, weight in zip(counts, weights, strict=True))

@@ -1,0 +1,239 @@
+"""Every error that kvcluster raises on purpose.
+
+    KvClusterError
+    ├── ConfigError               a setting is wrong
+    ├── ModelError
+    │   ├── ModelNotFound         no model of that name is served or on disk
+    │   └── ModelUnsupported      its attention cannot be sharded correctly: refused at load
+    ├── RequestError              the caller can fix it; nothing was allocated
+    │   ├── InvalidField
+    │   ├── ContextTooLong
+    │   ├── PromptCorrupt         gap, overlap or wrong checksum in an upload
+    │   ├── MessageTooLarge
+    │   ├── MalformedMessage      the bytes are not the expected message
+    │   ├── UploadStalled
+    │   ├── RequestIdConflict
+    │   ├── GenerationNotFound
+    │   └── ResumeExpired
+    ├── AdmissionError            correct, but not now (or not here)
+    │   ├── QuotaExceeded
+    │   ├── ClusterOverloaded
+    │   ├── DeadlineInfeasible
+    │   └── Draining
+    ├── DeadlineExceeded
+    ├── ClientTooSlow             the client stopped reading its events
+    ├── ServerUnavailable         no server answers; raised by the client alone
+    └── RankLost                  a rank died, hung or answered out of order
+
+An error carries what a caller needs to act: `reason` (stable, an `ErrorReason` of the protos
+without its prefix), a sentence that says what to do, `metadata`, and `retry_after_s` where trying
+again can help. Each crosses process boundaries as an `ErrorRecord`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import msgspec
+
+
+class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An error in transit between two processes of the cluster."""
+
+    kind: str
+    message: str
+    metadata: dict[str, str]
+    retry_after_s: float | None = None
+
+
+class KvClusterError(Exception):
+    """Root of the tree. `message` is one sentence that says what is wrong and what to do."""
+
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata = dict(metadata or {})
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> "tuple[Callable[[ErrorRecord], KvClusterError], tuple[ErrorRecord]]":
+        # Ray pickles what an actor raises; subclasses have constructors of their own.
+        return from_record, (self.to_record(),)
+
+    def to_record(self) -> ErrorRecord:
+        return ErrorRecord(
+            kind=type(self).__name__,
+            message=self.message,
+            metadata=self.metadata,
+            retry_after_s=self.retry_after_s,
+        )
+
+
+class ConfigError(KvClusterError):
+    """A setting has a wrong value or an unknown name."""
+
+    reason = "INVALID_CONFIG"
+
+
+class ModelError(KvClusterError):
+    """The model cannot be served."""
+
+    reason = "MODEL_UNSUPPORTED"
+
+
+class ModelNotFound(ModelError):
+    """No such model is served here, or its files are not on this machine."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
+class ModelUnsupported(ModelError):
+    """Sharding this model's attention would give wrong answers, so it is refused at load."""
+
+
+class RequestError(KvClusterError):
+    """The request itself is wrong; sending it again unchanged cannot help."""
+
+
+class InvalidField(RequestError):
+    """A request field has a value outside its rule. `metadata["field"]` names it."""
+
+    reason = "INVALID_FIELD"
+
+    def __init__(self, field: str, rule: str) -> None:
+        super().__init__(f"{field}: {rule}", metadata={"field": field})
+
+
+class ContextTooLong(RequestError):
+    """Prompt plus output is over the model's limit."""
+
+    reason = "CONTEXT_TOO_LONG"
+
+    def __init__(self, *, num_tokens: int, limit_tokens: int, is_lower_bound: bool = False) -> None:
+        over = num_tokens - limit_tokens
+        at_least = "at least " if is_lower_bound else ""
+        super().__init__(
+            f"prompt and max_output_tokens need {at_least}{num_tokens} tokens, the limit is "
+            f"{limit_tokens}: cut {at_least}{over} tokens",
+            metadata={"limit_tokens": str(limit_tokens), "over_tokens": str(over)},
+        )
+
+
+class PromptCorrupt(RequestError):
+    """A chunk does not continue the last one, or its checksum is wrong. Upload again."""
+
+    reason = "PROMPT_CORRUPT"
+
+
+class MessageTooLarge(RequestError):
+    """One message is over the limit. Send the prompt in smaller chunks."""
+
+    reason = "MESSAGE_TOO_LARGE"
+
+
+class MalformedMessage(RequestError):
+    """The bytes are not the expected message, or a string in it is not UTF-8."""
+
+    reason = "MALFORMED_MESSAGE"
+
+
+class UploadStalled(RequestError):
+    """No prompt chunk came for too long, so the generation was given up."""
+
+    reason = "UPLOAD_STALLED"
+
+
+class RequestIdConflict(RequestError):
+    """The request_id was already used with another body."""
+
+    reason = "REQUEST_ID_CONFLICT"
+
+
+class GenerationNotFound(RequestError):
+    """No such generation: never was, or its events are no longer kept."""
+
+    reason = "GENERATION_NOT_FOUND"
+
+
+class ResumeExpired(RequestError):
+    """The position to resume from is not in the generation's history."""
+
+    reason = "RESUME_EXPIRED"
+
+
+class AdmissionError(KvClusterError):
+    """A correct request that is refused before anything is allocated for it."""
+
+
+class QuotaExceeded(AdmissionError):
+    """The tenant's partition cannot hold this request."""
+
+    reason = "TENANT_QUOTA_EXCEEDED"
+
+
+class ClusterOverloaded(AdmissionError):
+    """Too much is waiting already. Try again after `retry_after_s`."""
+
+    reason = "CLUSTER_OVERLOADED"
+
+
+class DeadlineInfeasible(AdmissionError):
+    """The estimate is already over the deadline, so no work is started."""
+
+    reason = "DEADLINE_INFEASIBLE"
+
+
+class Draining(AdmissionError):
+    """The server is stopping and takes no more requests. Try another one."""
+
+    reason = "DRAINING"
+
+
+class DeadlineExceeded(KvClusterError):
+    """The deadline passed while the request ran; everything it held was freed."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class ClientTooSlow(KvClusterError):
+    """The client did not read its events in time. They are kept: resume the generation."""
+
+    reason = "CLIENT_TOO_SLOW"
+
+
+class ServerUnavailable(KvClusterError):
+    """The server cannot be reached, or the connection to it broke. Raised by `Client` alone."""
+
+    reason = "SERVER_UNAVAILABLE"
+
+
+class RankLost(KvClusterError):
+    """A rank died, missed its deadline or broke the step protocol. The ring group must rebuild."""
+
+    reason = "SHARD_LOST"
+
+
+def from_record(record: ErrorRecord) -> KvClusterError:
+    """Rebuild the error that `to_record` described, with its class where it is one of ours."""
+    kind = _KINDS.get(record.kind, KvClusterError)
+    error = kind.__new__(kind)
+    KvClusterError.__init__(
+        error, record.message, metadata=record.metadata, retry_after_s=record.retry_after_s
+    )
+    return error
+
+
+def _subclasses(kind: type[KvClusterError]) -> dict[str, type[KvClusterError]]:
+    found = {kind.__name__: kind}
+    for child in kind.__subclasses__():
+        found |= _subclasses(child)
+    return found
+
+
+_KINDS = _subclasses(KvClusterError)

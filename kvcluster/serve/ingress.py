@@ -1,0 +1,49 @@
+"""The router as a Ray Serve deployment: its own gRPC server in a replica's event loop."""
+
+import os
+import resource
+from typing import Any
+
+import msgspec
+from ray.serve.handle import DeploymentHandle
+
+from kvcluster import log
+from kvcluster.config import ClusterConfig
+from kvcluster.errors import ConfigError, ErrorRecord
+from kvcluster.router.server import RouterServer
+from kvcluster.serve.remote import RemoteBackend
+
+
+class RouterMemory(msgspec.Struct, frozen=True):
+    """Memory of the router's process."""
+
+    pid: int
+    peak_bytes: int
+
+
+class Ingress:
+    """One listener in front of the engines. Knows no prompt longer than a chunk."""
+
+    def __init__(self, config: ClusterConfig, *engines: "DeploymentHandle[Any]") -> None:
+        log.configure(level=config.log.level, as_json=True)
+        self._server = RouterServer([RemoteBackend(engine) for engine in engines], config.router)
+        self._is_started = False
+
+    async def startup(self) -> str | ErrorRecord:
+        """Listen. Returns HOST:PORT as bound, or as a value why it cannot be."""
+        try:
+            if not self._is_started:
+                await self._server.start()
+                self._is_started = True
+        except ConfigError as error:
+            return error.to_record()
+        return self._server.address
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls; those that run have `grace_s` to end."""
+        await self._server.stop(grace_s=grace_s)
+
+    async def memory(self) -> RouterMemory:
+        """For `kvcluster bench upload`."""
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return RouterMemory(pid=os.getpid(), peak_bytes=peak_kib * 1024)

@@ -1,0 +1,161 @@
+"""The engine as a Ray Serve deployment: one replica owns one ring group."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeVar
+
+from kvcluster import log
+from kvcluster.cluster.ring_group import RingGroup
+from kvcluster.config import ClusterConfig
+from kvcluster.engine.api import (
+    BackendStatus,
+    Estimate,
+    GenerationEvent,
+    GenerationRecord,
+    GenerationRequest,
+    Opened,
+    PromptChunk,
+)
+from kvcluster.engine.service import EngineService
+from kvcluster.errors import ErrorRecord, KvClusterError, RankLost
+from kvcluster.model.tokenizer import load_tokenizer
+from kvcluster.serve.assembly import engine_service
+from kvcluster.serve.warm_up import warm_up
+from kvcluster.types import GenerationId, ModelSpec, TenantId
+
+T = TypeVar("T")
+
+_RESTART_PAUSE_S = 1.0
+
+logger = log.get_logger(__name__)
+
+
+class Replica:
+    """Starts a ring group, serves it, and starts it again when a rank is lost.
+
+    The methods of `Backend` answer calls from the routers: see `remote`.
+    """
+
+    def __init__(self, config: ClusterConfig) -> None:
+        log.configure(level=config.log.level, as_json=True)
+        self._config = config
+        self._ring = RingGroup(config)
+        self._service: EngineService | None = None
+        self._starting = asyncio.get_running_loop().create_task(self._start())
+        self._supervising: asyncio.Task[None] | None = None
+
+    async def startup(self) -> ErrorRecord | None:
+        """Wait until the cluster serves. What stopped it, as a value, when it cannot."""
+        try:
+            await self._starting
+        except KvClusterError as error:
+            return error.to_record()
+        return None
+
+    async def drain(self) -> None:
+        """Take no more requests; return when those admitted have ended."""
+        if self._service is not None:
+            await self._service.drain()
+
+    async def stop(self) -> None:
+        """End everything: generations, tasks, ranks."""
+        if self._supervising is not None:
+            self._supervising.cancel()
+        self._starting.cancel()
+        if self._service is not None:
+            await self._service.stop()
+        await self._ring.stop()
+
+    async def open(self, request: GenerationRequest) -> Opened | ErrorRecord:
+        return await self._answer(lambda engine: engine.open(request))
+
+    async def append_prompt(
+        self, generation: GenerationId, chunk: PromptChunk
+    ) -> ErrorRecord | None:
+        return await self._answer(lambda engine: engine.append_prompt(generation, chunk))
+
+    async def finish_prompt(self, generation: GenerationId) -> ErrorRecord | None:
+        return await self._answer(lambda engine: engine.finish_prompt(generation))
+
+    async def watch(
+        self, tenant: TenantId, generation: GenerationId, after_sequence: int
+    ) -> AsyncIterator[tuple[GenerationEvent, ...] | ErrorRecord]:
+        try:
+            events = self._engine().watch(tenant, generation, after_sequence)
+            async with aclosing(events) as batches:
+                async for batch in batches:
+                    yield batch
+        except KvClusterError as error:
+            yield error.to_record()
+
+    async def fail(
+        self, generation: GenerationId, error_kind: str, message: str
+    ) -> ErrorRecord | None:
+        return await self._answer(lambda engine: engine.fail(generation, error_kind, message))
+
+    async def cancel(
+        self, tenant: TenantId, generation: GenerationId
+    ) -> GenerationRecord | ErrorRecord:
+        return await self._answer(lambda engine: engine.cancel(tenant, generation))
+
+    async def get(
+        self, tenant: TenantId, generation: GenerationId
+    ) -> GenerationRecord | ErrorRecord:
+        return await self._answer(lambda engine: engine.get(tenant, generation))
+
+    async def list_generations(
+        self, tenant: TenantId
+    ) -> tuple[GenerationRecord, ...] | ErrorRecord:
+        return await self._answer(lambda engine: engine.list_generations(tenant))
+
+    async def count_tokens(self, model: str, chunk: PromptChunk) -> int | ErrorRecord:
+        return await self._answer(lambda engine: engine.count_tokens(model, chunk))
+
+    async def estimate(self, request: GenerationRequest) -> Estimate | ErrorRecord:
+        return await self._answer(lambda engine: engine.estimate(request))
+
+    async def status(self) -> BackendStatus | ErrorRecord:
+        return await self._answer(lambda engine: engine.status())
+
+    async def _start(self) -> None:
+        spec = await self._ring.start()
+        tokenizer = await asyncio.to_thread(load_tokenizer, self._config.model)
+        self._service = engine_service(
+            self._config,
+            spec,
+            self._ring,
+            nodes=self._ring.nodes,
+            epoch=self._ring.epoch,
+            tokenizer=tokenizer,
+        )
+        self._service.start()
+        await warm_up(self._service, self._config, spec)
+        self._service.mark_ready()
+        self._supervising = asyncio.create_task(self._supervise(self._service, spec))
+
+    async def _supervise(self, service: EngineService, spec: ModelSpec) -> None:
+        """Start the ring again whenever a rank is lost. Its requests have ended with RankLost."""
+        while True:
+            await service.wait_ring_lost()
+            await self._ring.stop()
+            try:
+                await self._ring.start()
+                service.restart()
+                await warm_up(service, self._config, spec)
+                service.mark_ready()
+            except KvClusterError as error:
+                logger.error("ring_restart_failed", error=type(error).__name__)
+                await asyncio.sleep(_RESTART_PAUSE_S)
+
+    async def _answer(self, call: Callable[[EngineService], Awaitable[T]]) -> T | ErrorRecord:
+        """The value of a call, or the refusal as a value: see `remote`."""
+        try:
+            return await call(self._engine())
+        except KvClusterError as error:
+            return error.to_record()
+
+    def _engine(self) -> EngineService:
+        if self._service is None:
+            raise RankLost("the engine is starting: try again", retry_after_s=1.0)
+        return self._service

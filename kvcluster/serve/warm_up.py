@@ -1,0 +1,43 @@
+"""The proof that a cluster serves: a token generated through the whole ring."""
+
+from array import array
+
+from kvcluster.config import ClusterConfig
+from kvcluster.engine.api import (
+    Backend,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    TokenChunk,
+)
+from kvcluster.errors import RankLost
+from kvcluster.types import DEFAULT_TENANT, ModelSpec, SamplingParams
+
+_OUTPUT_TOKENS = 2
+
+
+def warm_up_tokens(config: ClusterConfig, spec: ModelSpec) -> int:
+    """Prompt tokens that put rows and blocks on every rank, as far as the limits allow."""
+    on_every_rank = 2 * config.ring.num_ranks * config.cache.block_size
+    wanted = max(on_every_rank, config.engine.shard_min_tokens)
+    held = config.ring.num_ranks * config.cache.capacity_tokens
+    return max(1, min(wanted, spec.max_context_tokens, held) - _OUTPUT_TOKENS)
+
+
+async def warm_up(backend: Backend, config: ClusterConfig, spec: ModelSpec) -> None:
+    """Generate through the whole ring. Raises: RankLost when no token comes out."""
+    opened = await backend.open(
+        GenerationRequest(
+            model=spec.name,
+            max_output_tokens=_OUTPUT_TOKENS,
+            sampling=SamplingParams(ignore_eos=True),
+        )
+    )
+    # Ids that every vocabulary has; what they mean does not matter.
+    ids = array("I", (index % spec.vocab_size for index in range(warm_up_tokens(config, spec))))
+    await backend.append_prompt(opened.generation, TokenChunk(0, ids.tobytes()))
+    await backend.finish_prompt(opened.generation)
+    async for events in backend.watch(DEFAULT_TENANT, opened.generation, 0):
+        last = events[-1].event
+        if isinstance(last, Finished) and last.reason is not FinishReason.LENGTH:
+            raise RankLost(f"the ring gave no token: {last.error_message or last.reason}")

@@ -1,0 +1,124 @@
+"""Small frozen records that every layer may use. Nothing here does I/O or imports torch.
+
+Records that cross a process boundary are `msgspec.Struct`s: they are encoded as msgpack and
+validated when decoded, so nothing of ours is ever unpickled from a socket.
+"""
+
+from enum import StrEnum
+from typing import NewType
+
+import msgspec
+
+TenantId = NewType("TenantId", str)
+GenerationId = NewType("GenerationId", str)
+Rank = NewType("Rank", int)
+BlockId = NewType("BlockId", int)
+SequenceId = NewType("SequenceId", int)
+"""One request as the workers know it: a small number, never used twice by a ring group."""
+
+DEFAULT_TENANT = TenantId("default")
+NO_BLOCK = BlockId(-1)
+"""Stands in a block table where the block has been released (it left the window)."""
+
+
+class Route(StrEnum):
+    """How queries and history meet when they lie on different ranks (DESIGN, attention)."""
+
+    PASS_KV = "pass_kv"
+    """Shards travel round the ring, queries stay."""
+    PASS_Q = "pass_q"
+    """Queries travel, shards stay, partials return."""
+    GATHER = "gather"
+    """Every rank gets every shard in one go."""
+
+
+class LayerGeometry(msgspec.Struct, frozen=True, kw_only=True):
+    """Shape and rules of one layer's attention, as the model itself applies them."""
+
+    num_query_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    """Factor on q·k before the softmax."""
+    window: int | None = None
+    """A query at position p sees keys in (p - window, p]; None: all keys up to p."""
+    softcap: float | None = None
+    """Logits become softcap * tanh(logits / softcap); None: left alone."""
+    has_sinks: bool = False
+    """The layer adds one learned logit per query head to the softmax's denominator (gpt-oss)."""
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine needs to know of a loaded model: no weights, no torch."""
+
+    name: str
+    layers: tuple[LayerGeometry, ...]
+    """In the order in which one forward pass runs them."""
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    bytes_per_element: int
+    weights_digest: str
+    tokenizer_digest: str
+    """Empty when the model has no tokenizer: it then serves token ids only."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return bool(self.tokenizer_digest)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct windows of the layers, first seen first: one KV group each.
+
+        Layers of one group keep the same tokens, so they share block ids.
+        """
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of exact K and V of one token in every layer."""
+        return self.bytes_per_element * sum(layer.kv_elements_per_token for layer in self.layers)
+
+    def group_of(self, layer: LayerGeometry) -> int:
+        return self.windows.index(layer.window)
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request's cache is compressed: one choice per plug-point."""
+
+    codec: str = "exact"
+    retention: str = "full"
+
+    def __str__(self) -> str:
+        return self.codec if self.retention == "full" else f"{self.codec} + {self.retention}"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen. `temperature` 0 is greedy. Checked by `admission.check`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output (CTRL, Keskar et al. 2019, section 4.1)."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Presence and frequency count output tokens only, as in the OpenAI API."""
+    seed: int = 0
+    """Random bits are a function of (seed, position) alone."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    """None: none. n: the chosen token's and the n most likely ones'."""
+    min_output_tokens: int = 0
+    """End-of-sequence and stop token ids are not sampled before this many output tokens."""
+    ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()

@@ -1,0 +1,87 @@
+"""A real engine over real ranks in threads: everything but Ray, in one process and one second."""
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import torch
+
+from kvcluster.cache.capacity import blocks_per_group
+from kvcluster.cache.store import KVStore
+from kvcluster.cluster.runner import StepRunner
+from kvcluster.codec.registry import CODECS
+from kvcluster.config import ClusterConfig
+from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
+from kvcluster.engine.service import EngineService
+from kvcluster.engine.text import Tokenizer
+from kvcluster.errors import RankLost
+from kvcluster.model.loader import LoadedModel
+from kvcluster.serve.assembly import engine_service
+from tests.thread_ring import ThreadRing, run_ranks
+
+
+class ThreadExecutor:
+    """An `Executor`: one `StepRunner` per rank, each step in one thread per rank."""
+
+    def __init__(self, model: LoadedModel, config: ClusterConfig) -> None:
+        self.runners = [
+            StepRunner(
+                model=model,
+                store=KVStore(
+                    model.spec,
+                    CODECS["exact"],
+                    blocks_per_group=blocks_per_group(model.spec, config.cache, config.engine),
+                    block_size=config.cache.block_size,
+                    like=next(model.module.parameters()),
+                ),
+                ring=ring,
+                epoch=1,
+                block_size=config.cache.block_size,
+            )
+            for ring in ThreadRing.group(config.ring.num_ranks)
+        ]
+        self._sampled: tuple[SampledToken, ...] = ()
+        # One thread: plans run in the order of the calls, as they do in a ring group.
+        self._steps = ThreadPoolExecutor(1)
+
+    async def execute(self, plan: StepPlan) -> StepResult:
+        return await asyncio.get_running_loop().run_in_executor(self._steps, self._run, plan)
+
+    def close(self) -> None:
+        self._steps.shutdown()
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        def run_rank(rank: int) -> list[SampledToken]:
+            torch.set_num_threads(1)
+            return self.runners[rank].run(plan, self._sampled).sampled
+
+        try:
+            ranks = run_ranks(len(self.runners), run_rank)
+        except queue.Empty as silence:
+            raise RankLost("two ranks disagree on what to exchange") from silence
+        by_sequence = {token.sequence: token for tokens in ranks for token in tokens}
+        self._sampled = tuple(
+            by_sequence[part.sequence] for part in plan.sequences if part.sequence in by_sequence
+        )
+        return StepResult(plan.epoch, plan.step, self._sampled)
+
+
+@asynccontextmanager
+async def running_engine(
+    model: LoadedModel, config: ClusterConfig, tokenizer: Tokenizer | None = None
+) -> AsyncIterator[tuple[EngineService, ThreadExecutor]]:
+    """An engine that serves, marked ready, over ranks in threads."""
+    executor = ThreadExecutor(model, config)
+    nodes = [f"node-{rank}" for rank in range(config.ring.num_ranks)]
+    service = engine_service(
+        config, model.spec, executor, nodes=nodes, epoch=1, tokenizer=tokenizer
+    )
+    service.start()
+    service.mark_ready()
+    try:
+        yield service, executor
+    finally:
+        await service.stop()
+        executor.close()
