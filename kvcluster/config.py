@@ -62,7 +62,8 @@ class EngineConfig:
     """Most requests that hold blocks at one time."""
 
     max_waiting: int = 256
-    """Most requests that may queue; one more is refused with retry advice."""
+    """How many unfinished requests there may be beyond `max_running`; one more is refused with
+    retry advice."""
 
     upload_window_chunks: int = 4
     """Prefill chunks that a client may be ahead of the prefill before it is held back."""

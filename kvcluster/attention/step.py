@@ -41,7 +41,8 @@ class StepAttention:
         """out_THD of this rank's rows, in q's dtype. All ranks must be in the same layer: one
         without rows calls this with T = 0, because its keys are read all the same."""
         if len(q_THD):
-            self._store.write(layer, self._row_slots(self._groups[layer]), k_TKD, v_TKD)
+            slots_T = self._row_slots(self._groups[layer], q_THD.device)
+            self._store.write(layer, slots_T, k_TKD, v_TKD)
         partials = self._attend_history(layer, q_THD)
         for index, part in enumerate(self._parts):
             if part.has_chunk and part.num_rows[self._ring.rank]:
@@ -56,10 +57,10 @@ class StepAttention:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
 
-    def _row_slots(self, group: int) -> Tensor:
+    def _row_slots(self, group: int, device: torch.device) -> Tensor:
         slots = self._slots_by_group.get(group)
         if slots is None:
-            slots = torch.cat([part.slots(group) for part in self._parts])
+            slots = torch.cat([part.slots(group) for part in self._parts]).to(device)
             self._slots_by_group[group] = slots
         return slots
 
@@ -152,7 +153,7 @@ class StepAttention:
         history = part.history(self._groups[layer], geometry.window)
         k_KSD, v_KSD = self._store.restore(self._store.read(layer, history.slots))
         mask_TS = part.mask(history, geometry.window, asker, self._ring.rank)
-        return attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
+        return attend(q_THD, k_KSD, v_KSD, geometry, _on(q_THD.device, mask_TS))
 
     def _pass_shards(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
         """Shards travel: this rank's rows over every rank's shard. None without rows."""
@@ -169,7 +170,8 @@ class StepAttention:
             if q_rows.shape[0] and shard.num_tokens:
                 k_KSD, v_KSD = self._store.restore(shard)
                 mask_TS = part.mask(history, geometry.window, self._ring.rank, source)
-                partial = merge(partial, attend(q_rows, k_KSD, v_KSD, geometry, mask_TS))
+                seen = attend(q_rows, k_KSD, v_KSD, geometry, _on(q_THD.device, mask_TS))
+                partial = merge(partial, seen)
 
         def room(source: int) -> EncodedKV:
             return self._store.empty(layer, history.counts[source])
@@ -223,6 +225,10 @@ class StepAttention:
             for plane, ordered in zip(received[piece.rank], pieces, strict=True):
                 ordered.append(plane[first:last])
         return torch.cat(pieces[0]).transpose(0, 1), torch.cat(pieces[1]).transpose(0, 1)
+
+
+def _on(device: torch.device, mask_TS: Tensor | None) -> Tensor | None:
+    return None if mask_TS is None else mask_TS.to(device)
 
 
 def _num_rows(parts: Sequence[SequencePart], rank: int) -> int:

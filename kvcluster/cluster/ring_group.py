@@ -156,6 +156,7 @@ class RingGroup:
             self.workers[0].propose_meeting.remote(self.epoch, transport)
         )
         await self._on_all("connect", meeting)
+        await _unwrapped(self.workers[0].close_meeting.remote(meeting))
         loop = asyncio.get_running_loop()
         self._lost = loop.create_future()
         self._following = [
@@ -172,7 +173,9 @@ class RingGroup:
         error = done.exception()
         log.error("rank_lost", rank=rank, epoch=self.epoch, error=type(error).__name__)
         self._lost.set_exception(
-            error if isinstance(error, RankLost) else RankLost(f"rank {rank} ended: {error}")
+            error
+            if isinstance(error, RankLost)
+            else RankLost(f"rank {rank} ended: {type(error).__name__}")
         )
 
     async def _on_all(self, method: str, *arguments: object) -> list[Any]:
@@ -188,7 +191,9 @@ async def _unwrapped(call: Awaitable[T]) -> T:
     except RayTaskError as error:
         if isinstance(error.cause, KvClusterError):
             raise error.cause from error
-        raise RankLost(f"a rank failed: {error.cause!r}") from error
+        # Only the class: the text may name what is none of a client's business.
+        log.error("rank_failed", exc_info=error.cause)
+        raise RankLost(f"a rank failed: {type(error.cause).__name__}") from error
     except RayError as error:
         raise RankLost(f"a rank is gone: {type(error).__name__}") from error
 

@@ -192,7 +192,7 @@ class _Peer:
             except BlockingIOError:
                 return
             except OSError as error:
-                raise RankLost(f"rank {self.rank} closed its connection: {error}") from error
+                raise RankLost(f"rank {self.rank} closed its connection") from error
             if sent < len(view):
                 self.outgoing[0] = (view[sent:], pending)
             else:
@@ -207,7 +207,7 @@ class _Peer:
             except BlockingIOError:
                 return
             except OSError as error:
-                raise RankLost(f"rank {self.rank} closed its connection: {error}") from error
+                raise RankLost(f"rank {self.rank} closed its connection") from error
             if received == 0:
                 raise RankLost(f"rank {self.rank} closed its connection")
             if received < len(view):
@@ -245,6 +245,9 @@ class TorchRing:
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
         )
+        if with_gpu:
+            # NCCL wants every rank in its first call, and our first exchange may be between two.
+            dist.all_reduce(torch.zeros(1, device="cuda"))
         return cls(rank, size)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
@@ -278,7 +281,7 @@ class _TorchPending:
             for work in self._works:
                 work.wait() if timeout is None else work.wait(timeout)
         except RuntimeError as error:
-            raise RankLost(f"a rank of the process group is gone: {error}") from error
+            raise RankLost("a rank of the process group is gone") from error
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -5,6 +5,7 @@ engine, hands it to the others and collects what they sampled.
 """
 
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -155,7 +156,7 @@ class Worker:
     def host(self) -> Host:
         """Facts for choosing a transport."""
         return Host(
-            machine=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            machine=_machine(),
             address=socket.gethostbyname(socket.gethostname()),
             num_cores=len(os.sched_getaffinity(0)),
             has_gpu=torch.cuda.is_available(),
@@ -170,6 +171,11 @@ class Worker:
         with socket.socket() as probe:
             probe.bind((host, 0))
             return Rendezvous(epoch, transport, host=host, port=probe.getsockname()[1])
+
+    def close_meeting(self, meeting: Rendezvous) -> None:
+        """Rank 0: all have met; remove what `propose_meeting` made."""
+        if meeting.directory:
+            shutil.rmtree(meeting.directory)
 
     def _join(self, meeting: Rendezvous) -> WorkerRing:
         size = self._config.ring.num_ranks
@@ -192,6 +198,13 @@ class Worker:
         if self._runner is None or self._control is None:
             raise RankLost(f"rank {self._rank} has not joined a ring")
         return self._runner, self._control
+
+
+def _machine() -> str:
+    """The running kernel and the folder for sockets: two containers share one but not the other."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    folder = Path(tempfile.gettempdir()).stat()
+    return f"{boot_id}-{folder.st_dev}-{folder.st_ino}"
 
 
 def _in_plan_order(plan: StepPlan, sampled: Sequence[SampledToken]) -> tuple[SampledToken, ...]:

@@ -97,9 +97,9 @@ class EngineDriver:
         """Return when a rank is lost: no step runs until `restart`."""
         await self._ring_lost.wait()
 
-    def restart(self) -> None:
-        """The ring group serves again, with empty caches, in its next epoch."""
-        self._engine.restart()
+    def restart(self, epoch: int) -> None:
+        """The ring group runs again, with empty caches, in this epoch."""
+        self._engine.restart(epoch)
         self._ring_lost.clear()
         self.wake()
 

@@ -242,14 +242,16 @@ class Engine:
         self._end_all(RankLost(message))
         self._scheduler.reset()
 
-    def restart(self) -> None:
-        """A ring group with empty caches obeys the next epoch."""
-        self.epoch += 1
+    def restart(self, epoch: int) -> None:
+        """A ring group with empty caches obeys plans of this epoch from now on."""
+        self.epoch = epoch
         self._ring_loss = None
 
     def drain(self) -> None:
         """Take no more requests; those admitted go on."""
-        self._draining = Draining("the server is stopping: try another one")
+        self._draining = Draining(
+            "the server is stopping: try another one", retry_after_s=MIN_RETRY_S
+        )
 
     def shut_down(self) -> None:
         """Take no more requests and end all that are unfinished."""

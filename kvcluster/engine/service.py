@@ -70,10 +70,10 @@ class EngineService:
         """Return when a rank is lost. Every unfinished generation has ended with RankLost."""
         await self._driver.wait_ring_lost()
 
-    def restart(self) -> None:
-        """The ring group was started again. Ready once `mark_ready` is called again."""
+    def restart(self, epoch: int) -> None:
+        """The ring group was started again, in this epoch. Ready once `mark_ready` is called."""
         self._is_marked_ready = False
-        self._driver.restart()
+        self._driver.restart(epoch)
 
     async def drain(self) -> None:
         """Take no more requests; return when those admitted have ended."""

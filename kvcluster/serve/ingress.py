@@ -1,5 +1,6 @@
 """The router as a Ray Serve deployment: its own gRPC server in a replica's event loop."""
 
+import asyncio
 import os
 import resource
 from typing import Any
@@ -27,14 +28,13 @@ class Ingress:
     def __init__(self, config: ClusterConfig, *engines: "DeploymentHandle[Any]") -> None:
         log.configure(level=config.log.level, as_json=True)
         self._server = RouterServer([RemoteBackend(engine) for engine in engines], config.router)
-        self._is_started = False
+        # At once, not when asked: Serve starts a router that died again, and nobody asks then.
+        self._starting = asyncio.get_running_loop().create_task(self._server.start())
 
     async def startup(self) -> str | ErrorRecord:
-        """Listen. Returns HOST:PORT as bound, or as a value why it cannot be."""
+        """Wait until it listens. Returns HOST:PORT as bound, or as a value why it cannot be."""
         try:
-            if not self._is_started:
-                await self._server.start()
-                self._is_started = True
+            await self._starting
         except ConfigError as error:
             return error.to_record()
         return self._server.address

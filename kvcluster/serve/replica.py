@@ -138,15 +138,22 @@ class Replica:
         """Start the ring again whenever a rank is lost. Its requests have ended with RankLost."""
         while True:
             await service.wait_ring_lost()
-            await self._ring.stop()
-            try:
-                await self._ring.start()
-                service.restart()
-                await warm_up(service, self._config, spec)
-                service.mark_ready()
-            except KvClusterError as error:
-                logger.error("ring_restart_failed", error=type(error).__name__)
+            while not await self._restart(service, spec):
                 await asyncio.sleep(_RESTART_PAUSE_S)
+
+    async def _restart(self, service: EngineService, spec: ModelSpec) -> bool:
+        """Whether a new ring group has given a token."""
+        await self._ring.stop()
+        try:
+            await self._ring.start()
+            service.restart(self._ring.epoch)
+            await warm_up(service, self._config, spec)
+        except KvClusterError as error:
+            logger.error("ring_restart_failed", error=type(error).__name__)
+            return False
+        service.mark_ready()
+        logger.info("ring_restarted", epoch=self._ring.epoch)
+        return True
 
     async def _answer(self, call: Callable[[EngineService], Awaitable[T]]) -> T | ErrorRecord:
         """The value of a call, or the refusal as a value: see `remote`."""

@@ -70,9 +70,9 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a generation failed, for programs. Sent as `google.rpc.ErrorInfo.reason`, without
     the prefix, in the domain "kvcluster.dev". The status code of each is named beside it.
 
-    Two refusals come from the transport, before any of our code runs, and so carry a status but no
-    ErrorInfo: a compressed message (UNIMPLEMENTED) and a message over twice the limit
-    (RESOURCE_EXHAUSTED).
+    Three refusals come from the transport, before any of our code runs, and so carry a status but
+    no ErrorInfo: a compressed message (UNIMPLEMENTED), a message over twice the limit and metadata
+    over 16 KiB (both RESOURCE_EXHAUSTED).
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0

@@ -191,7 +191,7 @@ async def test_after_a_restart_requests_run_again(driven: Driven) -> None:
     await driven.turn()
     num_plans = len(driven.executor.plans)
 
-    driven.fake.engine.restart()
+    driven.fake.engine.restart(2)
     driven.fake.submit(PROMPT, 1)
     driven.driver.wake()
     await driven.called(num_plans + 1)

@@ -495,7 +495,7 @@ def test_steps_are_numbered_from_one_again_in_the_next_epoch() -> None:
     fake.submit(PROMPT)
     fake.step()
     fake.engine.lose_ring("rank 1 died")
-    fake.engine.restart()
+    fake.engine.restart(2)
 
     fake.engine.submit(request())
     generation = fake.engine.submit(request(1))
@@ -531,7 +531,7 @@ def test_a_restart_while_draining_does_not_take_requests_again() -> None:
     fake = cluster()
     fake.engine.drain()
     fake.engine.lose_ring("rank 1 died")
-    fake.engine.restart()
+    fake.engine.restart(2)
 
     with pytest.raises(Draining):
         fake.submit(PROMPT)

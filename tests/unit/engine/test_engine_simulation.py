@@ -103,7 +103,7 @@ class EngineSimulation(RuleBasedStateMachine):
                     input_tokens=len(prompt) if is_declared else None,
                     priority=priority,
                     deadline_s=deadline_s,
-                    disconnect_grace_s=86_400.0,
+                    disconnect_grace_s=3_600.0,
                 )
             )
         except AdmissionError:
