@@ -107,7 +107,7 @@ class RingConfig:
     """How ranks exchange tensors."""
 
     threads_per_rank: int = 0
-    """CPU threads of each rank; 0: the rank's share of the node's cores."""
+    """CPU threads of each rank; 0: the rank's share of its machine's cores."""
 
     def __post_init__(self) -> None:
         _want_at_least(1, "ring", self, "num_ranks")

@@ -31,10 +31,6 @@ class Partial(NamedTuple):
         )
         return cls(out_THD, lse_TH)
 
-    def rows(self, start: int, end: int) -> "Partial":
-        """A view of query rows [start, end)."""
-        return Partial(self.out_THD[start:end], self.lse_TH[start:end])
-
 
 def merge(*partials: Partial) -> Partial:
     """Exact attention over the keys of all partials together; no two may share a key.

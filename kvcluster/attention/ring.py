@@ -2,7 +2,7 @@
 
 The loops below are the algorithm; how bytes move is behind the `Ring` protocol. Both routes visit
 every rank's shard once; `Visit` attends to it and merges. The third route, pass-Q, moves queries
-instead: see `step.QueryExchange`.
+instead: see `step.StepAttention`.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,6 +8,7 @@ Shape letters: T this rank's rows, S keys, H query heads, K KV heads, D head dim
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ from kvcluster.codec.base import EncodedKV
 from kvcluster.types import ModelSpec, Route
 
 
+@dataclass(frozen=True)
+class _Questions:
+    """Whose queries go where in one KV group; the same for each of its layers."""
+
+    asked: dict[int, list[SequencePart]]
+    """By rank: the parts whose rows here read keys there."""
+    asking: dict[int, list[SequencePart]]
+    """By rank: the parts whose rows there read keys here."""
+
+
 class StepAttention:
     """The parts of one step over one rank's store. Mutates the store: rows are written."""
 
@@ -31,9 +42,9 @@ class StepAttention:
         self._store = store
         self._ring = ring
         self._parts = parts
-        self._asking = [part for part in parts if part.travels_by_query]
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._slots_by_group: dict[int, Tensor] = {}
+        self._questions_by_group: dict[int, _Questions] = {}
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
@@ -44,14 +55,13 @@ class StepAttention:
             slots_T = self._row_slots(self._groups[layer], q_THD.device)
             self._store.write(layer, slots_T, k_TKD, v_TKD)
         partials = self._attend_history(layer, q_THD)
-        for index, part in enumerate(self._parts):
+        for part in self._parts:
             if part.has_chunk and part.num_rows[self._ring.rank]:
                 inside = self._attend_chunk(layer, part, q_THD, k_TKD, v_TKD)
-                before = partials.get(index)
-                partials[index] = inside if before is None else merge(before, inside)
+                partials[part] = merge(partials[part], inside) if part in partials else inside
         if not partials:
             return q_THD
-        rows = [partials[index] for index in range(len(self._parts)) if index in partials]
+        rows = [partials[part] for part in self._parts if part in partials]
         whole = rows[0] if len(rows) == 1 else _concatenate(rows)
         if sinks_H is not None:
             whole = merge_sinks(whole, sinks_H)
@@ -64,17 +74,17 @@ class StepAttention:
             self._slots_by_group[group] = slots
         return slots
 
-    def _attend_history(self, layer: int, q_THD: Tensor) -> dict[int, Partial]:
-        """Partials of this rank's rows over all history, by index of the part."""
+    def _attend_history(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
+        """Partials of this rank's rows over all history, by part."""
         partials = self._pass_queries(layer, q_THD)
-        for index, part in enumerate(self._parts):
+        for part in self._parts:
             if not part.travels_by_query:
                 partial = self._pass_shards(layer, part, q_THD)
                 if partial is not None:
-                    partials[index] = partial
+                    partials[part] = partial
         return partials
 
-    def _pass_queries(self, layer: int, q_THD: Tensor) -> dict[int, Partial]:
+    def _pass_queries(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Queries travel: ask every rank that holds keys, answer every rank that asks.
 
         The own keys are read while the queries are on their way.
@@ -82,29 +92,25 @@ class StepAttention:
         ring = self._ring
         geometry = self._spec.layers[layer]
         heads, value_dim = geometry.num_query_heads, geometry.value_dim
-        others = [rank for rank in range(ring.size) if rank != ring.rank]
-        asked = {rank: self._links(layer, ring.rank, rank) for rank in others}
-        asking = {rank: self._links(layer, rank, ring.rank) for rank in others}
+        questions = self._questions(self._groups[layer], geometry.window)
         queries = {
             rank: q_THD.new_empty((_num_rows(parts, rank), heads, geometry.key_dim))
-            for rank, parts in asking.items()
+            for rank, parts in questions.asking.items()
         }
         sends: list[Message] = [
             (rank, torch.cat([q_THD[part.rows] for part in parts]))
-            for rank, parts in asked.items()
-            if parts
+            for rank, parts in questions.asked.items()
         ]
         travelling = ring.exchange(sends, list(queries.items()))
-        partials = {
-            index: self._read_own(layer, part, q_THD[part.rows], ring.rank)
-            for index, part in enumerate(self._parts)
+        found = {
+            part: [self._read_own(layer, part, q_THD[part.rows], ring.rank)]
+            for part in self._parts
             if part.travels_by_query and part.num_rows[ring.rank]
         }
         travelling.wait()
         answers: list[Message] = [
             (rank, self._answer(layer, parts, queries[rank], rank))
-            for rank, parts in asking.items()
-            if parts
+            for rank, parts in questions.asking.items()
         ]
         replies = {
             rank: torch.empty(
@@ -112,27 +118,39 @@ class StepAttention:
                 dtype=torch.float32,
                 device=q_THD.device,
             )
-            for rank, parts in asked.items()
+            for rank, parts in questions.asked.items()
         }
         ring.exchange(answers, list(replies.items())).wait()
-        found: dict[int, list[Partial]] = {index: [partials[index]] for index in partials}
-        for rank, parts in asked.items():
+        for rank, parts in questions.asked.items():
             first = 0
             for part in parts:
                 last = first + part.num_rows[ring.rank]
                 reply = replies[rank][first:last]
-                found[self._parts.index(part)].append(Partial(reply[..., :-1], reply[..., -1]))
+                found[part].append(Partial(reply[..., :-1], reply[..., -1]))
                 first = last
-        return {index: merge(*parts) for index, parts in found.items()}
+        return {part: merge(*partials) for part, partials in found.items()}
 
-    def _links(self, layer: int, rows: int, keys: int) -> list[SequencePart]:
-        """The parts whose rows on one rank read keys on another by sending queries."""
-        group, window = self._groups[layer], self._spec.layers[layer].window
-        return [
-            part
-            for part in self._asking
-            if part.num_rows[rows] and part.history(group, window).counts[keys]
-        ]
+    def _questions(self, group: int, window: int | None) -> _Questions:
+        found = self._questions_by_group.get(group)
+        if found is None:
+
+            def between(rows: int, keys: int) -> list[SequencePart]:
+                return [
+                    part
+                    for part in self._parts
+                    if part.travels_by_query
+                    and part.num_rows[rows]
+                    and part.history(group, window).counts[keys]
+                ]
+
+            here = self._ring.rank
+            others = [rank for rank in range(self._ring.size) if rank != here]
+            found = _Questions(
+                asked={rank: parts for rank in others if (parts := between(here, rank))},
+                asking={rank: parts for rank in others if (parts := between(rank, here))},
+            )
+            self._questions_by_group[group] = found
+        return found
 
     def _answer(
         self, layer: int, parts: Sequence[SequencePart], q_THD: Tensor, asker: int

@@ -113,8 +113,8 @@ async def _step_times() -> list[float]:
         opened = await service.open(
             GenerationRequest(model=spec.name, max_output_tokens=WARM_UP_STEPS + NUM_STEPS)
         )
-        await service.append_prompt(opened.generation, TokenChunk(0, bytes(4 * 256)))
-        await service.finish_prompt(opened.generation)
+        await service.append_prompt(opened.generation, opened.upload, TokenChunk(0, bytes(4 * 256)))
+        await service.finish_prompt(opened.generation, opened.upload)
         times = [
             time.perf_counter()
             async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)

@@ -17,7 +17,7 @@ from kvcluster.bench.report import BenchReport, Measurement, bench_report
 from kvcluster.client import Client
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig, RouterConfig
 from kvcluster.engine.api import Output, Progress
-from kvcluster.errors import RankLost
+from kvcluster.errors import KvClusterError
 from kvcluster.serve.app import RunningApp, running
 
 NUM_TOKENS = 1_000_000
@@ -69,7 +69,7 @@ async def _upload(client: Client, ids: "array[int]") -> tuple[float, int]:
         num_progress += isinstance(event.event, Progress)
         if isinstance(event.event, Output):
             return time.perf_counter() - start, num_progress
-    raise RankLost("the upload ended without a token")
+    raise KvClusterError("the upload ended without a token")
 
 
 def _save_tiny_model(directory: Path) -> None:

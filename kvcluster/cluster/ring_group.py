@@ -36,14 +36,13 @@ def worker_actor(worker_class: type[Worker]) -> Any:
         def node_id(self) -> str:
             return str(ray.get_runtime_context().get_node_id())
 
-    WorkerActor.__name__ = worker_class.__name__
-    for name in ("execute", "follow", "load", "connect"):
-        setattr(
-            WorkerActor,
-            name,
-            ray.method(concurrency_group="step")(_own_method(worker_class, name)),
-        )
-    options: Any = ray.remote(concurrency_groups={"step": 1, "control": 2})  # type: ignore[call-overload]
+    # Ray names an actor by its qualified name.
+    WorkerActor.__name__ = WorkerActor.__qualname__ = worker_class.__name__
+    groups = dict.fromkeys(("execute", "follow", "load", "connect"), "step") | {"live": "life"}
+    for name, group in groups.items():
+        marked = ray.method(concurrency_group=group)(_own_method(worker_class, name))
+        setattr(WorkerActor, name, marked)
+    options: Any = ray.remote(concurrency_groups={"step": 1, "life": 1, "control": 2})  # type: ignore[call-overload]
     return options(WorkerActor)
 
 
@@ -55,7 +54,7 @@ class RingGroup:
         self._actor_class = worker_actor(worker_class)
         self._placement: PlacementGroup | None = None
         self.workers: list[Any] = []
-        self._following: list[asyncio.Future[None]] = []
+        self._watching: list[asyncio.Future[None]] = []
         self._lost: asyncio.Future[None] | None = None
         self.epoch = 0
         self.nodes: list[str] = []
@@ -83,18 +82,27 @@ class RingGroup:
         answer = asyncio.ensure_future(
             _unwrapped(self.workers[0].execute.remote(msgspec.msgpack.encode(plan)))
         )
-        await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
+        try:
+            await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                self._lost.result()
+            return msgspec.msgpack.decode(await answer, type=StepResult)
+        finally:
+            # A step that was given up may still fail, and nobody would ask for that error.
             answer.cancel()
-            self._lost.result()
-        return msgspec.msgpack.decode(await answer, type=StepResult)
+
+    async def wait_lost(self) -> str:
+        """Return when a rank of this epoch is lost, in a step or between steps: what happened."""
+        assert self._lost is not None, "start comes first"
+        await asyncio.wait({self._lost})
+        return "the ring was stopped" if self._lost.cancelled() else str(self._lost.exception())
 
     async def stop(self) -> None:
         """End all ranks and give their place back. Safe to call at any time."""
         if self._lost is not None:
             self._lost.cancel()
-        for following in self._following:
-            following.cancel()
+        for watching in self._watching:
+            watching.cancel()
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
@@ -159,14 +167,16 @@ class RingGroup:
         await _unwrapped(self.workers[0].close_meeting.remote(meeting))
         loop = asyncio.get_running_loop()
         self._lost = loop.create_future()
-        self._following = [
-            asyncio.ensure_future(_unwrapped(worker.follow.remote())) for worker in self.workers[1:]
-        ]
-        for rank, following in enumerate(self._following, start=1):
-            following.add_done_callback(partial(self._on_follower_end, rank))
+        # Seen here, whether or not a step is waiting for it.
+        self._lost.add_done_callback(lambda lost: lost.cancelled() or lost.exception())
+        calls = [self.workers[0].live.remote()]
+        calls += [worker.follow.remote() for worker in self.workers[1:]]
+        self._watching = [asyncio.ensure_future(_unwrapped(call)) for call in calls]
+        for rank, watching in enumerate(self._watching):
+            watching.add_done_callback(partial(self._on_rank_end, rank))
         log.info("ring_connected", epoch=self.epoch, transport=transport, ranks=len(self.workers))
 
-    def _on_follower_end(self, rank: int, done: "asyncio.Future[None]") -> None:
+    def _on_rank_end(self, rank: int, done: "asyncio.Future[None]") -> None:
         assert self._lost is not None
         if done.cancelled() or self._lost.done():
             return

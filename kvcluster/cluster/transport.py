@@ -261,7 +261,8 @@ class TorchRing:
         return _TorchPending(operations, dist.batch_isend_irecv(operations))
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class _TorchPending:

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,6 +70,7 @@ class Worker:
         self._control: ControlChannel | None = None
         self._runner: StepRunner | None = None
         self._sampled_before: tuple[SampledToken, ...] = ()
+        self._never = threading.Event()
 
     @property
     def device(self) -> str:
@@ -147,6 +149,10 @@ class Worker:
                     control.reply(msgspec.msgpack.encode(outcome.sampled))
         finally:
             self.disconnect()
+
+    def live(self) -> None:
+        """Does not return while the process lives: whoever waits for it learns of its end."""
+        self._never.wait()
 
     def disconnect(self) -> None:
         """Leave the ring; a thread that waits in it gets RankLost. Safe to call at any time."""

@@ -126,6 +126,9 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     error_kind: str = ""
     """Class name of the error when reason is ERROR (see `errors`)."""
     error_message: str = ""
+    error_metadata: dict[str, str] = {}
+    error_retry_after_s: float | None = None
+    """When to try again, where the error says so. Like the metadata, only in a call's status."""
 
 
 Event = Admitted | Progress | Output | Finished
@@ -162,9 +165,14 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True):
     generation: GenerationId
-    is_attached: bool
-    """The request_id was known: no new generation. The caller still checks the prompt by
-    sending it: chunks are compared, not run again."""
+    upload: int = 0
+    """Which of the generation's uploads this is: 0 is the first, others are retries."""
+
+    @property
+    def is_attached(self) -> bool:
+        """The request_id was known: no new generation. The caller still checks the prompt by
+        sending it: chunks are compared, not run again."""
+        return self.upload > 0
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,16 +218,25 @@ class Backend(Protocol):
         """Admit a request. Its first event, `Admitted`, exists when this returns."""
         ...
 
-    async def append_prompt(self, generation: GenerationId, chunk: PromptChunk) -> None:
+    async def append_prompt(
+        self, generation: GenerationId, upload: int, chunk: PromptChunk
+    ) -> None:
         """Add a chunk. Returns when the engine can take the next one: this is the back-pressure.
 
+        `upload` is that of `Opened`. A retry's chunk is compared; it waits for the upload that
+        feeds the engine, and takes its place once that one is gone. An upload that is refused is
+        over; the generation ends with it when no other upload can complete the prompt.
+
         Raises: PromptCorrupt (gap, overlap), InvalidField (id outside the vocabulary, text without
-        tokenizer), ContextTooLong (as soon as it is known), or the error that ended the generation.
+        tokenizer), ContextTooLong (as soon as it is known), RequestIdConflict (a retry differs),
+        UploadStalled (given up, or another upload took over), or the error that ended the
+        generation.
         """
         ...
 
-    async def finish_prompt(self, generation: GenerationId) -> None:
-        """The prompt is complete. Raises InvalidField when it is empty."""
+    async def finish_prompt(self, generation: GenerationId, upload: int) -> None:
+        """This upload is complete. Raises: InvalidField when the prompt is empty,
+        RequestIdConflict when a retry differs or is shorter, and what `append_prompt` raises."""
         ...
 
     def watch(
@@ -233,8 +250,11 @@ class Backend(Protocol):
         """
         ...
 
-    async def fail(self, generation: GenerationId, error_kind: str, message: str) -> None:
-        """Give up a generation whose upload broke (stall, corrupt chunk, client gone)."""
+    async def fail(
+        self, generation: GenerationId, upload: int, error_kind: str, message: str
+    ) -> None:
+        """An upload broke (stall, corrupt chunk, client gone). The generation ends with this
+        error when its prompt is unfinished and no retry is there to complete it."""
         ...
 
     async def cancel(self, tenant: TenantId, generation: GenerationId) -> GenerationRecord: ...

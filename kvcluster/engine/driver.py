@@ -93,6 +93,17 @@ class EngineDriver:
         while self._engine.num_unfinished or self._engine.num_in_flight:
             await self._idle.wait()
 
+    @property
+    def has_failed(self) -> bool:
+        """A fault of ours has ended the loop. Only a new engine helps."""
+        task = self._loop_task
+        return task is not None and task.done() and not task.cancelled()
+
+    def lose_ring(self, message: str) -> None:
+        """A rank was lost while no step ran. Says the same as a step that fails."""
+        if not self._ring_lost.is_set():
+            self._lose_ring(message)
+
     async def wait_ring_lost(self) -> None:
         """Return when a rank is lost: no step runs until `restart`."""
         await self._ring_lost.wait()
@@ -189,4 +200,5 @@ class EngineDriver:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.error("engine_driver_failed", exc_info=error)
-            self._lose_ring("the engine has stopped because of a fault in it: restart the server")
+            self._abandon_steps()
+            self._engine.lose_ring("the engine has stopped because of a fault in it")

@@ -330,6 +330,8 @@ class Engine:
                 stop_sequence=stop_sequence,
                 error_kind=type(error).__name__ if error else "",
                 error_message=error.message if error else "",
+                error_metadata=dict(error.metadata) if error else {},
+                error_retry_after_s=error.retry_after_s if error else None,
             )
         )
         retention_s = self.parts.config.retention_s

@@ -1,7 +1,7 @@
 """The engine as its callers see it: the `Backend` of one ring group. Runs in the engine process.
 
-Adds to the engine what needs waiting or memory of the caller: back-pressure, encoding of text,
-idempotency keys, following events.
+Adds to the engine what needs waiting or memory of the caller: idempotency keys, following events;
+prompts come in through `intake`.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -13,32 +13,25 @@ from kvcluster.cache.partition import block_bytes_per_group, entries_per_group
 from kvcluster.engine.api import (
     BackendStatus,
     Estimate,
+    FinishReason,
     GenerationEvent,
     GenerationRecord,
     GenerationRequest,
     Opened,
     PromptChunk,
     ShardSize,
-    TextChunk,
 )
 from kvcluster.engine.driver import EngineDriver, Executor
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.generation import Generation
+from kvcluster.engine.intake import FEEDER_SILENCE_S, PromptIntake
 from kvcluster.engine.request import TOKEN_BYTES
-from kvcluster.engine.upload import (
-    PromptCopy,
-    PromptUpload,
-    RawChunk,
-    check_vocabulary,
-    raw_chunk,
-)
+from kvcluster.engine.upload import PromptUpload, check_vocabulary, raw_chunk
 from kvcluster.errors import (
     ErrorRecord,
     GenerationNotFound,
-    InvalidField,
     KvClusterError,
     ModelNotFound,
-    PromptCorrupt,
     RequestIdConflict,
     from_record,
 )
@@ -48,14 +41,24 @@ from kvcluster.types import GenerationId, TenantId
 class EngineService:
     """A `Backend` in the engine's own process and event loop."""
 
-    def __init__(self, engine: Engine, executor: Executor, *, nodes: Sequence[str]) -> None:
-        """`nodes`: where each rank runs, for `status`."""
+    def __init__(
+        self,
+        engine: Engine,
+        executor: Executor,
+        *,
+        nodes: Sequence[str],
+        feeder_silence_s: float = FEEDER_SILENCE_S,
+    ) -> None:
+        """`nodes`: where each rank runs, for `status`. `feeder_silence_s`: how long a retry waits
+        for the upload it follows."""
         self._engine = engine
         self._parts = engine.parts
         self._driver = EngineDriver(engine, executor)
         self._nodes = tuple(nodes)
         self._is_marked_ready = False
-        self._uploads: dict[GenerationId, PromptUpload] = {}
+        self._intake = PromptIntake(
+            engine, wake=self._driver.wake, feeder_silence_s=feeder_silence_s
+        )
         self._keys: dict[tuple[TenantId, str], GenerationId] = {}
 
     def start(self) -> None:
@@ -69,6 +72,15 @@ class EngineService:
     async def wait_ring_lost(self) -> None:
         """Return when a rank is lost. Every unfinished generation has ended with RankLost."""
         await self._driver.wait_ring_lost()
+
+    @property
+    def has_failed(self) -> bool:
+        """The engine itself has stopped because of a fault: it has to be replaced."""
+        return self._driver.has_failed
+
+    def lose_ring(self, message: str) -> None:
+        """A rank was lost while no step ran."""
+        self._driver.lose_ring(message)
 
     def restart(self, epoch: int) -> None:
         """The ring group was started again, in this epoch. Ready once `mark_ready` is called."""
@@ -88,51 +100,27 @@ class EngineService:
         key = (request.tenant, request.request_id)
         known = self._keys.get(key)
         if known is not None and self._holds_key(known):
-            upload = self._uploads[known]
-            if _body(upload.request) != _body(request):
+            prompt = self._intake.find(known)
+            if _body(prompt.request) != _body(request):
                 raise RequestIdConflict(
                     f"request_id {request.request_id!r} was used with another body: use a new one"
                 )
-            upload.add_copy()
-            return Opened(generation=known, is_attached=True)
+            return Opened(generation=known, upload=prompt.add_retry())
         self._forget_expired()
         generation = self._engine.submit(request)
-        self._uploads[generation] = PromptUpload(request)
+        self._intake.expect(generation, request)
         if request.request_id:
             self._keys[key] = generation
         self._driver.wake()
-        return Opened(generation=generation, is_attached=False)
+        return Opened(generation=generation)
 
-    async def append_prompt(self, generation: GenerationId, chunk: PromptChunk) -> None:
-        upload = self._upload(generation)
-        raw = raw_chunk(chunk)
-        copy = upload.copy_at(raw)
-        if copy is not None:
-            await self._compare(self._engine.find(generation), upload, copy, raw)
-            return
-        async with upload.lock:
-            try:
-                await self._take(generation, upload, chunk, raw)
-            except KvClusterError as error:
-                self._give_up(generation, error)
-                raise
-        await self._wait_for_room(self._engine.find(generation))
+    async def append_prompt(
+        self, generation: GenerationId, upload: int, chunk: PromptChunk
+    ) -> None:
+        await self._intake.append(generation, upload, chunk)
 
-    async def finish_prompt(self, generation: GenerationId) -> None:
-        upload = self._upload(generation)
-        if upload.is_complete:
-            if upload.copies:
-                upload.finish_copy()
-            return
-        async with upload.lock:
-            try:
-                self._engine.append_prompt(generation, upload.finish())
-                self._engine.finish_prompt(generation)
-            except KvClusterError as error:
-                self._give_up(generation, error)
-                raise
-            upload.is_complete = True
-        self._note_change(generation)
+    async def finish_prompt(self, generation: GenerationId, upload: int) -> None:
+        await self._intake.finish(generation, upload)
 
     async def watch(
         self, tenant: TenantId, generation: GenerationId, after_sequence: int
@@ -149,15 +137,16 @@ class EngineService:
             self._engine.detach(generation)
             self._driver.wake()
 
-    async def fail(self, generation: GenerationId, error_kind: str, message: str) -> None:
-        """A prompt that is complete cannot break any more: then this changes nothing. So the
-        failing retry of an upload never ends the generation of the first."""
-        if not self._upload(generation).is_complete:
-            record = ErrorRecord(kind=error_kind, message=message, metadata={})
-            self._give_up(generation, from_record(record))
+    async def fail(
+        self, generation: GenerationId, upload: int, error_kind: str, message: str
+    ) -> None:
+        record = ErrorRecord(kind=error_kind, message=message, metadata={})
+        self._intake.leave(generation, upload, from_record(record))
 
     async def cancel(self, tenant: TenantId, generation: GenerationId) -> GenerationRecord:
         found = self._owned(tenant, generation)
+        if not found.log.is_finished:
+            self._intake.find(generation).is_cancelled = True
         self._engine.cancel(generation)
         self._driver.wake()
         return found.record()
@@ -174,7 +163,7 @@ class EngineService:
             raise ModelNotFound(f"model {model!r} is not served here; {spec.name!r} is")
         raw_chunk(chunk)
         upload = PromptUpload(GenerationRequest(model=model, max_output_tokens=1))
-        packed_ids = await upload.encode(chunk, self._parts.tokenizer) + upload.finish()
+        packed_ids = await upload.encode(chunk, self._parts.tokenizer) + await upload.finish()
         check_vocabulary(packed_ids, spec.vocab_size)
         return len(packed_ids) // TOKEN_BYTES
 
@@ -225,46 +214,6 @@ class EngineService:
             ),
         )
 
-    async def _take(
-        self, generation: GenerationId, upload: PromptUpload, chunk: PromptChunk, raw: RawChunk
-    ) -> None:
-        self._engine.find(generation).raise_if_ended()
-        _check_continues(upload, raw)
-        upload.is_broken = True
-        packed_ids = await upload.encode(chunk, self._parts.tokenizer)
-        if not isinstance(chunk, TextChunk):
-            check_vocabulary(packed_ids, self._parts.spec.vocab_size)
-        self._engine.append_prompt(generation, packed_ids)
-        upload.add(raw)
-        upload.is_broken = False
-        self._note_change(generation)
-
-    async def _wait_for_room(self, generation: Generation) -> None:
-        while not generation.log.is_finished and not self._engine.prompt_room(generation.id):
-            await generation.room.wait()
-        generation.raise_if_ended()
-
-    async def _compare(
-        self, generation: Generation, upload: PromptUpload, copy: PromptCopy, chunk: RawChunk
-    ) -> None:
-        while not upload.is_complete and upload.end < chunk.end:
-            generation.raise_if_ended()
-            await generation.room.wait()
-        copy.add(chunk)
-        upload.compare(copy)
-
-    def _give_up(self, generation: GenerationId, error: KvClusterError) -> None:
-        self._engine.fail(generation, error)
-        self._driver.wake()
-
-    def _note_change(self, generation: GenerationId) -> None:
-        self._engine.find(generation).room.notify()
-        self._driver.wake()
-
-    def _upload(self, generation: GenerationId) -> PromptUpload:
-        self._engine.find(generation)
-        return self._uploads[generation]
-
     def _owned(self, tenant: TenantId, generation: GenerationId) -> Generation:
         found = self._engine.find(generation)
         if found.tenant != tenant:
@@ -275,23 +224,22 @@ class EngineService:
         return found
 
     def _holds_key(self, generation: GenerationId) -> bool:
-        """Whether a retry attaches to it: not once it ended with part of its prompt."""
+        """Whether a retry attaches to it: not when it failed, ran late or was abandoned, since a
+        retry after that is meant to run."""
         if not self._engine.knows(generation):
             return False
-        is_finished = self._engine.find(generation).log.is_finished
-        return self._uploads[generation].is_complete or not is_finished
+        finished = self._engine.find(generation).log.finished
+        if finished is None or finished.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            return True
+        return self._intake.find(generation).is_cancelled
 
     def _forget_expired(self) -> None:
-        if len(self._uploads) <= 2 * self._engine.num_known + 64:
-            return
-        self._uploads = {
-            generation: upload
-            for generation, upload in self._uploads.items()
-            if self._engine.knows(generation)
-        }
-        self._keys = {
-            key: generation for key, generation in self._keys.items() if generation in self._uploads
-        }
+        if self._intake.forget_expired():
+            self._keys = {
+                key: generation
+                for key, generation in self._keys.items()
+                if self._engine.knows(generation)
+            }
 
     def _entries(self, request: GenerationRequest) -> tuple[int, ...]:
         return entries_per_group(
@@ -305,20 +253,6 @@ class EngineService:
 def _body(request: GenerationRequest) -> GenerationRequest:
     """The request without what differs between two tries of one call: the time that is left."""
     return msgspec.structs.replace(request, deadline_s=None)
-
-
-def _check_continues(upload: PromptUpload, chunk: RawChunk) -> None:
-    if upload.is_broken:
-        raise PromptCorrupt("an earlier chunk was taken in half: send the prompt again")
-    if upload.is_text is not None and upload.is_text != chunk.is_text:
-        raise InvalidField("prompt", "text and token ids cannot be mixed in one prompt")
-    if chunk.start != upload.end:
-        kind = "gap" if chunk.start > upload.end else "overlap"
-        raise PromptCorrupt(
-            f"chunk at offset {chunk.start} does not continue the prompt, which ends at "
-            f"{upload.end} ({kind}): send the prompt again",
-            metadata={"offset": str(chunk.start), "expected_offset": str(upload.end)},
-        )
 
 
 def _weighted(counts: Sequence[int], weights: Sequence[int]) -> int:

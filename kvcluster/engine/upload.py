@@ -1,22 +1,21 @@
-"""The upload of one prompt, and of its copies: a client that retries with the same request_id
+"""The upload of one prompt, and of its retries: a client that retries with the same request_id
 sends the prompt again, to be compared and not to be run again.
 """
 
 import asyncio
 import hashlib
 from array import array
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from kvcluster.engine.api import GenerationRequest, PromptChunk, TextChunk
+from kvcluster.engine.api import GenerationRequest, PromptChunk, TextChunk, TokenChunk
 from kvcluster.engine.request import TOKEN_BYTES
 from kvcluster.engine.text import PromptEncoder, Tokenizer
-from kvcluster.errors import InvalidField, RequestIdConflict
+from kvcluster.errors import InvalidField, RequestIdConflict, UploadStalled
 
 DIGEST_STRIDE_BYTES = 65_536
-MAX_COPIES = 16
-"""Copies of one prompt that may be on their way; of more, the oldest is no longer compared."""
 THREAD_MIN_CHARS = 16_384
 """Text from this length on is encoded in a thread, so that steps go on meanwhile."""
 
@@ -29,6 +28,20 @@ class RawChunk(NamedTuple):
     """Bytes of text, or tokens."""
     end: int
     raw: bytes
+
+    def split(self, at: int) -> "tuple[RawChunk, RawChunk]":
+        """The parts before and after position `at`, which is inside the chunk."""
+        cut = (at - self.start) * (1 if self.is_text else TOKEN_BYTES)
+        return (
+            self._replace(end=at, raw=self.raw[:cut]),
+            self._replace(start=at, raw=self.raw[cut:]),
+        )
+
+    def prompt_chunk(self) -> PromptChunk:
+        """As it was sent. Of text, whole characters only."""
+        if self.is_text:
+            return TextChunk(self.start, self.raw.decode())
+        return TokenChunk(self.start, self.raw)
 
 
 def raw_chunk(chunk: PromptChunk) -> RawChunk:
@@ -64,98 +77,138 @@ def check_vocabulary(packed_ids: bytes, vocab_size: int) -> None:
         )
 
 
-class ContentDigest:
-    """Digests of a byte stream, one per stride, whatever the pieces it comes in.
-
-    So two uploads that are cut differently can be compared while both are on their way.
-    """
-
-    def __init__(self, *, stride_bytes: int = DIGEST_STRIDE_BYTES) -> None:
-        self.strides: list[bytes] = []
-        self._stride_bytes = stride_bytes
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._room = stride_bytes
-
-    def update(self, raw: bytes) -> None:
-        view = memoryview(raw)
-        while view:
-            piece, view = view[: self._room], view[self._room :]
-            self._hash.update(piece)
-            self._room -= len(piece)
-            if not self._room:
-                self._close_stride()
-
-    def finish(self) -> None:
-        """Close the last stride, however long it is."""
-        self._close_stride()
-
-    def _close_stride(self) -> None:
-        self.strides.append(self._hash.digest())
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._room = self._stride_bytes
-
-
-class PromptCopy:
-    """One upload's content so far."""
+class Content:
+    """What one upload has sent so far, as digests: small, and independent of how it was cut."""
 
     def __init__(self) -> None:
         self.is_text: bool | None = None
         self.end = 0
-        self.digest = ContentDigest()
+        """Bytes of text, or tokens."""
+        self._num_bytes = 0
+        self._hash = hashlib.blake2b(digest_size=16)
 
-    def add(self, chunk: RawChunk) -> None:
-        self.is_text = chunk.is_text
+    @property
+    def stride(self) -> int:
+        """Number of whole strides."""
+        return self._num_bytes // DIGEST_STRIDE_BYTES
+
+    def digest(self) -> bytes:
+        """Of everything up to the end."""
+        return self._hash.digest()
+
+    def add(self, chunk: RawChunk) -> list[bytes]:
+        """Returns the digest of everything before it at each end of a stride that it reaches."""
+        if chunk.raw:
+            self.is_text = chunk.is_text
         self.end = chunk.end
-        self.digest.update(chunk.raw)
+        reached = []
+        view = memoryview(chunk.raw)
+        while view:
+            room = DIGEST_STRIDE_BYTES - self._num_bytes % DIGEST_STRIDE_BYTES
+            piece, view = view[:room], view[room:]
+            self._hash.update(piece)
+            self._num_bytes += len(piece)
+            if len(piece) == room:
+                reached.append(self.digest())
+        return reached
 
 
-class PromptUpload(PromptCopy):
-    """The upload that is run, and the copies that are compared with it."""
+class PromptUpload:
+    """The prompt of one generation: what feeds it, and the retries that are compared with it.
+
+    Upload 0 is the first. Each retry has a number of its own; it feeds the prompt only when the
+    upload that did is gone, from where that one stopped, and only when it was equal up to there.
+    """
 
     def __init__(self, request: GenerationRequest) -> None:
-        super().__init__()
         self.request = request
         self.lock = asyncio.Lock()
         """Held while a chunk is taken in: chunks are encoded in order."""
         self.is_complete = False
         self.is_broken = False
-        """A chunk was taken in half: the encoder's state is not known."""
-        self.copies: list[PromptCopy] = []
+        """A chunk is taken in half: the encoder's state is not known."""
+        self.is_cancelled = False
+        """Its owner ended the generation by name."""
+        self.feeder: int | None = 0
+        """The upload that is run; None: it is gone, and the next retry takes over."""
+        self.content = Content()
+        self._strides: list[bytes] = []
+        self._retries: dict[int, Content] = {}
+        self._num_uploads = 1
         self._encoder: PromptEncoder | None = None
+        self._num_encoded_chars = 0
 
-    def add_copy(self) -> None:
-        """Expect the prompt once more, from its beginning."""
-        self.copies.append(PromptCopy())
-        del self.copies[:-MAX_COPIES]
+    @property
+    def end(self) -> int:
+        return self.content.end
 
-    def copy_at(self, chunk: RawChunk) -> PromptCopy | None:
-        """The copy that the chunk continues; None when it continues the upload itself, or none."""
-        if not self.is_complete and chunk.start == self.end:
-            return None
-        return next((copy for copy in self.copies if copy.end == chunk.start), None)
+    @property
+    def has_retries(self) -> bool:
+        """Whether a retry is under way."""
+        return bool(self._retries)
 
-    def compare(self, copy: PromptCopy) -> None:
-        """Raises: RequestIdConflict where the copy differs. The copy is not ahead of the upload,
-        or the upload is complete."""
-        pairs = zip(copy.digest.strides, self.digest.strides, strict=False)
-        if copy.end > self.end or any(mine != its for mine, its in pairs):
-            self._refuse(copy)
+    def add_retry(self) -> int:
+        """Expect the prompt once more, from its beginning. Returns the number of that upload."""
+        upload = self._num_uploads
+        self._num_uploads += 1
+        self._retries[upload] = Content()
+        return upload
 
-    def finish_copy(self) -> None:
-        """A copy is complete. Raises: RequestIdConflict when none of them is the whole prompt."""
-        copy = next((copy for copy in self.copies if copy.end == self.end), None)
-        if copy is None:
-            self._refuse(self.copies[0])
-        copy.digest.finish()
-        if copy.is_text != self.is_text or copy.digest.strides != self.digest.strides:
-            self._refuse(copy)
-        self.copies.remove(copy)
+    def retry(self, upload: int) -> Content:
+        """Raises: UploadStalled for an upload that is over."""
+        found = self._retries.get(upload)
+        if found is None:
+            raise UploadStalled("this upload was given up: send the prompt again")
+        return found
 
-    def _refuse(self, copy: PromptCopy) -> NoReturn:
-        self.copies.remove(copy)
-        raise RequestIdConflict(
+    def add(self, chunk: RawChunk) -> None:
+        """The feeder's chunk has been taken in."""
+        self._strides += self.content.add(chunk)
+
+    def leave(self, upload: int) -> bool:
+        """The upload is over. True: nobody is left who could complete the prompt."""
+        self._retries.pop(upload, None)
+        if self.is_complete:
+            return False
+        if upload == self.feeder:
+            self.feeder = None
+        return self.feeder is None and (self.is_broken or not self._retries)
+
+    def compare(self, upload: int, chunk: RawChunk) -> None:
+        """Compare a retry's next chunk, which ends where the content does or before.
+
+        Exact at each end of a stride, in `finish_retry` and in `take_over`; nothing depends on
+        what a retry sent before one of them.
+        Raises: RequestIdConflict.
+        """
+        retry = self.retry(upload)
+        first = retry.stride
+        reached = retry.add(chunk)
+        is_mixed = self.content.is_text is not None and chunk.is_text != self.content.is_text
+        if is_mixed or reached != self._strides[first : first + len(reached)]:
+            raise self.conflict()
+
+    def finish_retry(self, upload: int) -> None:
+        """A retry has sent all of its prompt. Raises: RequestIdConflict."""
+        self._check_equal(self.retry(upload))
+        del self._retries[upload]
+
+    def take_over(self, upload: int) -> None:
+        """Make a retry, compared up to the end of the content, the feeder.
+
+        Raises: RequestIdConflict."""
+        self._check_equal(self.retry(upload))
+        del self._retries[upload]
+        self.feeder = upload
+
+    def conflict(self) -> RequestIdConflict:
+        return RequestIdConflict(
             f"request_id {self.request.request_id!r} was used with another prompt: use a new one"
         )
+
+    def _check_equal(self, retry: Content) -> None:
+        if retry.end != self.end or retry.digest() != self.content.digest():
+            raise self.conflict()
 
     async def encode(self, chunk: PromptChunk, tokenizer: Tokenizer | None) -> bytes:
         """The packed ids that the chunk makes certain. Raises: InvalidField."""
@@ -167,13 +220,21 @@ class PromptUpload(PromptCopy):
             self._encoder = tokenizer.prompt_encoder()
         return await self._encoded(self._encoder, chunk.text)
 
-    def finish(self) -> bytes:
-        """The packed ids that were held back. Closes the upload's digest."""
-        self.digest.finish()
+    async def finish(self) -> bytes:
+        """The packed ids that were held back."""
         encoder, self._encoder = self._encoder, None
-        return array("I", encoder.finish()).tobytes() if encoder else b""
+        if encoder is None:
+            return b""
+        return await self._in_turn(lambda: array("I", encoder.finish()).tobytes())
 
     async def _encoded(self, encoder: PromptEncoder, text: str) -> bytes:
-        if len(text) < THREAD_MIN_CHARS:
-            return array("I", encoder.push(text)).tobytes()
-        return await asyncio.to_thread(lambda: array("I", encoder.push(text)).tobytes())
+        self._num_encoded_chars += len(text)
+        return await self._in_turn(
+            lambda: array("I", encoder.push(text)).tobytes(), num_chars=len(text)
+        )
+
+    async def _in_turn(self, encode: Callable[[], bytes], num_chars: int | None = None) -> bytes:
+        # How much an encoder holds back is its own business: no more than it was given.
+        if (self._num_encoded_chars if num_chars is None else num_chars) < THREAD_MIN_CHARS:
+            return encode()
+        return await asyncio.to_thread(encode)

@@ -7,7 +7,6 @@ call breaks is decided here and nowhere else.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from kvcluster.engine.api import (
@@ -20,7 +19,7 @@ from kvcluster.engine.api import (
     Opened,
     PromptChunk,
 )
-from kvcluster.errors import DeadlineExceeded, KvClusterError, UploadStalled
+from kvcluster.errors import DeadlineExceeded, KvClusterError, RequestIdConflict, UploadStalled
 from kvcluster.router.calls import Call
 from kvcluster.router.records import event_to_proto
 from kvcluster.router.status import error_of_kind, is_bug
@@ -31,24 +30,8 @@ _LAST_EVENT_S = 1.0
 _UNFINISHED = UploadStalled("the upload ended before the prompt was complete: send it again")
 
 
-@dataclass
-class _Uploads:
-    """The uploads into one generation that are open on this router."""
-
-    num_open: int = 0
-    has_opener: bool = False
-    is_complete: bool = False
-
-
 class Generating:
-    """Serves Generate, StreamGenerate and ResumeGeneration.
-
-    Its only state is which uploads are open. A retry with the same request_id uploads into the same
-    generation, and the first upload breaking off must not end what the second still feeds.
-    """
-
-    def __init__(self) -> None:
-        self._uploads: dict[GenerationId, _Uploads] = {}
+    """Serves Generate, StreamGenerate and ResumeGeneration. Keeps nothing between calls."""
 
     async def run(
         self,
@@ -60,32 +43,32 @@ class Generating:
         """Open `request`, feed it `prompt` and send its events until it has ended.
 
         Raises the error that the upload or the generation ended with. When it is cancelled or the
-        client does not read, the generation loses this reader, and fails if its prompt is
-        unfinished.
+        client does not read, the generation loses this reader and this upload. A retry's call ends
+        well only once its whole prompt has been found equal.
         """
         opened = await self._open(backend, request)
-        uploads = self._join(opened)
-        feeding = asyncio.create_task(_feed(backend, opened.generation, prompt, uploads))
+        feeding = asyncio.create_task(_feed(backend, opened, prompt))
         following = asyncio.create_task(follow(call, backend, opened.generation, 0))
         broken: KvClusterError = _UNFINISHED
         try:
             await asyncio.wait({feeding, following}, return_when=asyncio.FIRST_COMPLETED)
+            if opened.is_attached and _has_answer(following):
+                await asyncio.wait({feeding})
             failure = feeding.exception() if feeding.done() else None
             if failure is not None:
                 broken = _as_reported(failure)
-                if self._is_abandoned_without(uploads):
-                    await _fail(backend, opened.generation, broken)
+                await _fail(backend, opened, broken)
                 if await _has_ended(backend, request.tenant, opened.generation):
                     await asyncio.wait({following}, timeout=_LAST_EVENT_S)
-                if not _has_other_outcome(following):
+                if not _explains(following, failure):
                     raise failure
             raise_if_failed(await following)
         finally:
             feeding.cancel()
             following.cancel()
             await asyncio.gather(feeding, following, return_exceptions=True)
-            if self._leave(opened.generation, uploads) and not _has_finished(following):
-                await _fail(backend, opened.generation, broken)
+            if feeding.cancelled() or feeding.exception() is not None:
+                await _fail(backend, opened, broken)
 
     async def _open(self, backend: Backend, request: GenerationRequest) -> Opened:
         opening = asyncio.ensure_future(backend.open(request))
@@ -95,30 +78,8 @@ class Generating:
             # The engine may hold the request already, and nobody else knows its name.
             with suppress(KvClusterError):
                 opened = await opening
-                if not opened.is_attached:
-                    await backend.fail(
-                        opened.generation, type(_UNFINISHED).__name__, _UNFINISHED.message
-                    )
+                await _fail(backend, opened, _UNFINISHED)
             raise
-
-    def _join(self, opened: Opened) -> _Uploads:
-        uploads = self._uploads.setdefault(opened.generation, _Uploads())
-        uploads.num_open += 1
-        uploads.has_opener |= not opened.is_attached
-        return uploads
-
-    def _leave(self, generation: GenerationId, uploads: _Uploads) -> bool:
-        """End one upload. True: the prompt is unfinished, and nobody is left to finish it."""
-        is_abandoned = self._is_abandoned_without(uploads)
-        uploads.num_open -= 1
-        if not uploads.num_open:
-            del self._uploads[generation]
-        return is_abandoned
-
-    @staticmethod
-    def _is_abandoned_without(uploads: _Uploads) -> bool:
-        # Without the opener here, another router may hold it, or the prompt may be long complete.
-        return uploads.num_open == 1 and uploads.has_opener and not uploads.is_complete
 
 
 async def follow(
@@ -146,28 +107,27 @@ def raise_if_failed(finished: Finished | None) -> None:
     if finished is None:
         return
     if finished.reason is FinishReason.ERROR:
-        raise error_of_kind(finished.error_kind, finished.error_message)
+        raise error_of_kind(
+            finished.error_kind,
+            finished.error_message,
+            metadata=finished.error_metadata,
+            retry_after_s=finished.error_retry_after_s,
+        )
     if finished.reason is FinishReason.DEADLINE:
         raise DeadlineExceeded("the deadline passed before the generation ended: allow more time")
 
 
-async def _feed(
-    backend: Backend,
-    generation: GenerationId,
-    prompt: AsyncIterator[PromptChunk],
-    uploads: _Uploads,
-) -> None:
+async def _feed(backend: Backend, opened: Opened, prompt: AsyncIterator[PromptChunk]) -> None:
     # The next message is read only when the engine has taken this one: that holds the client back.
     async for chunk in prompt:
-        await backend.append_prompt(generation, chunk)
-    await backend.finish_prompt(generation)
-    uploads.is_complete = True
+        await backend.append_prompt(opened.generation, opened.upload, chunk)
+    await backend.finish_prompt(opened.generation, opened.upload)
 
 
-async def _fail(backend: Backend, generation: GenerationId, error: KvClusterError) -> None:
-    # An engine that cannot be reached has lost the generation anyway.
+async def _fail(backend: Backend, opened: Opened, error: KvClusterError) -> None:
+    # An engine that cannot be reached, or does not know the generation, has lost it anyway.
     with suppress(KvClusterError):
-        await backend.fail(generation, type(error).__name__, error.message)
+        await backend.fail(opened.generation, opened.upload, type(error).__name__, error.message)
 
 
 async def _has_ended(backend: Backend, tenant: TenantId, generation: GenerationId) -> bool:
@@ -184,16 +144,21 @@ def _as_reported(failure: BaseException) -> KvClusterError:
     return KvClusterError("internal error while the prompt was read")
 
 
-def _has_finished(following: asyncio.Task[Finished | None]) -> bool:
-    return not following.cancelled() and following.exception() is None
-
-
-def _has_other_outcome(following: asyncio.Task[Finished | None]) -> bool:
-    """Whether the generation ended for a reason of its own, such as CancelGeneration."""
-    if not following.done() or not _has_finished(following):
-        return False
+def _outcome(following: asyncio.Task[Finished | None]) -> FinishReason | None:
+    if not following.done() or following.cancelled() or following.exception() is not None:
+        return None
     finished = following.result()
-    return finished is not None and finished.reason is not FinishReason.ERROR
+    return None if finished is None else finished.reason
+
+
+def _has_answer(following: asyncio.Task[Finished | None]) -> bool:
+    return _outcome(following) in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def _explains(following: asyncio.Task[Finished | None], failure: BaseException) -> bool:
+    """Whether the upload failed because the generation ended, such as by CancelGeneration."""
+    is_end = _outcome(following) in (FinishReason.CANCELLED, FinishReason.DEADLINE)
+    return is_end and not isinstance(failure, RequestIdConflict)
 
 
 @runtime_checkable

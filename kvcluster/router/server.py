@@ -60,7 +60,7 @@ class RouterServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        await self._publish_health()
+        await self.publish_health()
         try:
             self._port = self._server.add_insecure_port(self._config.listen)
         except RuntimeError as error:
@@ -121,9 +121,10 @@ class RouterServer:
     async def _watch_health(self) -> None:
         while True:
             await asyncio.sleep(self._health_interval_s)
-            await self._publish_health()
+            await self.publish_health()
 
-    async def _publish_health(self) -> None:
+    async def publish_health(self) -> None:
+        """Ask the engines now, and say what they answer."""
         await self._routes.refresh()
         status = health_pb2.HealthCheckResponse.ServingStatus
         current = status.SERVING if self._routes.is_ready else status.NOT_SERVING

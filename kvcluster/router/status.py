@@ -118,9 +118,19 @@ def error_of_reason(
     )
 
 
-def error_of_kind(kind: str, message: str) -> KvClusterError:
+def error_of_kind(
+    kind: str,
+    message: str,
+    *,
+    metadata: dict[str, str] | None = None,
+    retry_after_s: float | None = None,
+) -> KvClusterError:
     """The error of the class named `kind`, as events carry it."""
-    return errors.from_record(ErrorRecord(kind=kind, message=message, metadata={}))
+    return errors.from_record(
+        ErrorRecord(
+            kind=kind, message=message, metadata=metadata or {}, retry_after_s=retry_after_s
+        )
+    )
 
 
 def _error_from_details(raw: bytes) -> KvClusterError | None:

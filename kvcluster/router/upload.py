@@ -28,6 +28,7 @@ class Upload:
     ) -> None:
         self._messages = messages
         self._idle_timeout_s = idle_timeout_s
+        self._is_length_declared = False
 
     async def setup(self) -> pb.GenerateRequest:
         """The first message. Raises InvalidField when it is none or another, UploadStalled."""
@@ -36,6 +37,7 @@ class Upload:
             raise InvalidField("setup", "must be the first message of the stream, before any chunk")
         if message.setup.HasField("prompt"):
             raise InvalidField("setup.prompt", "must be empty: send the prompt as chunks")
+        self._is_length_declared = message.setup.HasField("input_tokens")
         return message.setup
 
     async def chunks(self) -> AsyncIterator[PromptChunk]:
@@ -50,7 +52,9 @@ class Upload:
                 raise InvalidField("chunk", "every message after the first must be a chunk")
             last = _checked(message.chunk, last)
             yield last.chunk
-        await asyncio.sleep(_CANCEL_SETTLES_S)
+        # The engine refuses a prompt that is shorter than was declared.
+        if not self._is_length_declared:
+            await asyncio.sleep(_CANCEL_SETTLES_S)
 
     async def _next(self) -> pb.StreamGenerateRequest | None:
         try:

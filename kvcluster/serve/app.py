@@ -81,19 +81,22 @@ def running(config: ClusterConfig) -> Iterator[RunningApp]:
         _connect_ray(config)
     try:
         serve.start(proxy_location="Disabled", logging_config=_QUIET)
-        engine_app = _deployment("engine", Replica).bind(config)
-        ingress_app = _deployment("ingress", Ingress).bind(config, engine_app)
-        ingress = serve.run(ingress_app, name=APP_NAME, route_prefix=None)
-        engine = serve.get_deployment_handle("engine", APP_NAME)
         try:
-            _raise_refusal(engine.startup.remote().result())
-            address = ingress.startup.remote().result()
-            _raise_refusal(address)
-            yield RunningApp(address, ingress, engine)
+            engine_app = _deployment("engine", Replica).bind(config)
+            ingress_app = _deployment("ingress", Ingress).bind(config, engine_app)
+            ingress = serve.run(ingress_app, name=APP_NAME, route_prefix=None)
+            engine = serve.get_deployment_handle("engine", APP_NAME)
+            try:
+                _raise_refusal(engine.startup.remote().result())
+                address = ingress.startup.remote().result()
+                _raise_refusal(address)
+                yield RunningApp(address, ingress, engine)
+            finally:
+                ingress.stop.remote(_STOP_S).result()
+                engine.stop.remote().result()
         finally:
-            ingress.stop.remote(_STOP_S).result()
-            engine.stop.remote().result()
-            if not owns_ray:
+            # A Ray cluster that goes on without us must not keep our deployments.
+            if config.ray_address or not owns_ray:
                 serve.delete(APP_NAME)
     finally:
         if owns_ray:

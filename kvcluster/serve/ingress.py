@@ -35,6 +35,8 @@ class Ingress:
         """Wait until it listens. Returns HOST:PORT as bound, or as a value why it cannot be."""
         try:
             await self._starting
+            # Whoever is told the address finds the health of now, not of a second ago.
+            await self._server.publish_health()
         except ConfigError as error:
             return error.to_record()
         return self._server.address

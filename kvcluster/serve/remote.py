@@ -6,9 +6,11 @@ with its traceback at every hop, and a refusal is not a fault.
 """
 
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kvcluster.engine.api import (
@@ -38,11 +40,13 @@ class RemoteBackend:
     async def open(self, request: GenerationRequest) -> Opened:
         return await _value(self._handle.open.remote(request))
 
-    async def append_prompt(self, generation: GenerationId, chunk: PromptChunk) -> None:
-        await _value(self._handle.append_prompt.remote(generation, chunk))
+    async def append_prompt(
+        self, generation: GenerationId, upload: int, chunk: PromptChunk
+    ) -> None:
+        await _value(self._handle.append_prompt.remote(generation, upload, chunk))
 
-    async def finish_prompt(self, generation: GenerationId) -> None:
-        await _value(self._handle.finish_prompt.remote(generation))
+    async def finish_prompt(self, generation: GenerationId, upload: int) -> None:
+        await _value(self._handle.finish_prompt.remote(generation, upload))
 
     async def watch(
         self, tenant: TenantId, generation: GenerationId, after_sequence: int
@@ -53,14 +57,17 @@ class RemoteBackend:
                 if isinstance(batch, ErrorRecord):
                     raise from_record(batch)
                 yield batch
-        except RayError as error:
+        except (RayError, RayServeException) as error:
             raise _engine_gone() from error
         finally:
             # The reader may stop early: the engine must learn that nobody reads any more.
-            stream.cancel()
+            with suppress(RayError, RayServeException):
+                stream.cancel()
 
-    async def fail(self, generation: GenerationId, error_kind: str, message: str) -> None:
-        await _value(self._handle.fail.remote(generation, error_kind, message))
+    async def fail(
+        self, generation: GenerationId, upload: int, error_kind: str, message: str
+    ) -> None:
+        await _value(self._handle.fail.remote(generation, upload, error_kind, message))
 
     async def cancel(self, tenant: TenantId, generation: GenerationId) -> GenerationRecord:
         return await _value(self._handle.cancel.remote(tenant, generation))
@@ -85,7 +92,7 @@ async def _value(call: Awaitable[T | ErrorRecord]) -> T:
     """Router side: the value of a call, or the refusal raised again."""
     try:
         answer = await call
-    except RayError as error:
+    except (RayError, RayServeException) as error:
         raise _engine_gone() from error
     if isinstance(answer, ErrorRecord):
         raise from_record(answer)

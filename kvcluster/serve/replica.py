@@ -53,6 +53,13 @@ class Replica:
             return error.to_record()
         return None
 
+    async def check_health(self) -> None:
+        """Serve asks now and then, and replaces a replica that raises. Raises: RankLost."""
+        tasks = [task for task in (self._starting, self._supervising) if task is not None]
+        has_failed = self._service is not None and self._service.has_failed
+        if has_failed or any(_has_ended(task) for task in tasks):
+            raise RankLost("the engine cannot go on; a new one has to be started")
+
     async def drain(self) -> None:
         """Take no more requests; return when those admitted have ended."""
         if self._service is not None:
@@ -71,12 +78,12 @@ class Replica:
         return await self._answer(lambda engine: engine.open(request))
 
     async def append_prompt(
-        self, generation: GenerationId, chunk: PromptChunk
+        self, generation: GenerationId, upload: int, chunk: PromptChunk
     ) -> ErrorRecord | None:
-        return await self._answer(lambda engine: engine.append_prompt(generation, chunk))
+        return await self._answer(lambda engine: engine.append_prompt(generation, upload, chunk))
 
-    async def finish_prompt(self, generation: GenerationId) -> ErrorRecord | None:
-        return await self._answer(lambda engine: engine.finish_prompt(generation))
+    async def finish_prompt(self, generation: GenerationId, upload: int) -> ErrorRecord | None:
+        return await self._answer(lambda engine: engine.finish_prompt(generation, upload))
 
     async def watch(
         self, tenant: TenantId, generation: GenerationId, after_sequence: int
@@ -90,9 +97,11 @@ class Replica:
             yield error.to_record()
 
     async def fail(
-        self, generation: GenerationId, error_kind: str, message: str
+        self, generation: GenerationId, upload: int, error_kind: str, message: str
     ) -> ErrorRecord | None:
-        return await self._answer(lambda engine: engine.fail(generation, error_kind, message))
+        return await self._answer(
+            lambda engine: engine.fail(generation, upload, error_kind, message)
+        )
 
     async def cancel(
         self, tenant: TenantId, generation: GenerationId
@@ -137,9 +146,22 @@ class Replica:
     async def _supervise(self, service: EngineService, spec: ModelSpec) -> None:
         """Start the ring again whenever a rank is lost. Its requests have ended with RankLost."""
         while True:
-            await service.wait_ring_lost()
+            await self._wait_lost(service)
             while not await self._restart(service, spec):
                 await asyncio.sleep(_RESTART_PAUSE_S)
+
+    async def _wait_lost(self, service: EngineService) -> None:
+        """Return when a rank is lost: a step says so, or its process ends between steps."""
+        waits = [
+            asyncio.ensure_future(service.wait_ring_lost()),
+            asyncio.ensure_future(self._ring.wait_lost()),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        service.lose_ring("a rank of the ring group is gone")
 
     async def _restart(self, service: EngineService, spec: ModelSpec) -> bool:
         """Whether a new ring group has given a token."""
@@ -166,3 +188,8 @@ class Replica:
         if self._service is None:
             raise RankLost("the engine is starting: try again", retry_after_s=1.0)
         return self._service
+
+
+def _has_ended(task: asyncio.Task[None]) -> bool:
+    """Whether a task ended by an error."""
+    return task.done() and not task.cancelled() and task.exception() is not None

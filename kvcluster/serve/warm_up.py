@@ -21,7 +21,7 @@ def warm_up_tokens(config: ClusterConfig, spec: ModelSpec) -> int:
     on_every_rank = 2 * config.ring.num_ranks * config.cache.block_size
     wanted = max(on_every_rank, config.engine.shard_min_tokens)
     held = config.ring.num_ranks * config.cache.capacity_tokens
-    return max(1, min(wanted, spec.max_context_tokens, held) - _OUTPUT_TOKENS)
+    return max(1, min(wanted, spec.max_context_tokens - _OUTPUT_TOKENS, held - _OUTPUT_TOKENS))
 
 
 async def warm_up(backend: Backend, config: ClusterConfig, spec: ModelSpec) -> None:
@@ -35,8 +35,8 @@ async def warm_up(backend: Backend, config: ClusterConfig, spec: ModelSpec) -> N
     )
     # Ids that every vocabulary has; what they mean does not matter.
     ids = array("I", (index % spec.vocab_size for index in range(warm_up_tokens(config, spec))))
-    await backend.append_prompt(opened.generation, TokenChunk(0, ids.tobytes()))
-    await backend.finish_prompt(opened.generation)
+    await backend.append_prompt(opened.generation, opened.upload, TokenChunk(0, ids.tobytes()))
+    await backend.finish_prompt(opened.generation, opened.upload)
     async for events in backend.watch(DEFAULT_TENANT, opened.generation, 0):
         last = events[-1].event
         if isinstance(last, Finished) and last.reason is not FinishReason.LENGTH:

@@ -85,8 +85,9 @@ async def output_of(
         )
     )
     ids = torch.tensor(text_ids(name)[:prompt_tokens], dtype=torch.int32)
-    await service.append_prompt(opened.generation, TokenChunk(0, ids.numpy().tobytes()))
-    await service.finish_prompt(opened.generation)
+    chunk = TokenChunk(0, ids.numpy().tobytes())
+    await service.append_prompt(opened.generation, opened.upload, chunk)
+    await service.finish_prompt(opened.generation, opened.upload)
     return [
         token_id
         async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)

@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -89,8 +89,9 @@ async def test_a_prompt_may_be_produced_while_it_is_sent(client: Client) -> None
 async def test_a_prompt_that_cannot_be_read_is_reported_as_it_is(
     client: Client, backend: FakeBackend
 ) -> None:
-    def words() -> Iterator[str]:
+    async def words() -> AsyncIterator[str]:
         yield "hello"
+        await backend.until(lambda generation: True)
         raise OSError("the file went away")
 
     with pytest.raises(OSError, match="went away"):
@@ -155,7 +156,7 @@ async def test_a_failed_generation_gives_finished_and_then_its_error(
     backend.gate.clear()
     events = client.generate(prompt="hello")
     seen = [await anext(events)]
-    await backend.fail("g0", "RankLost", "rank 1 was lost: try again")
+    await backend.fail("g0", 0, "RankLost", "rank 1 was lost: try again")
 
     async def read_on() -> None:
         async for event in events:

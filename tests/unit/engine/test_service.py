@@ -1,26 +1,18 @@
-"""The `Backend` that the router calls, on a fake ring that answers at once."""
+"""The `Backend` that the router calls."""
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
 
 import pytest
 
-from kvcluster.config import EngineConfig
 from kvcluster.engine.api import (
     Finished,
     FinishReason,
-    GenerationEvent,
     GenerationState,
-    Opened,
-    Output,
     TextChunk,
     TokenChunk,
 )
-from kvcluster.engine.plan import StepPlan, StepResult
-from kvcluster.engine.service import EngineService
 from kvcluster.errors import (
     ContextTooLong,
     Draining,
@@ -29,115 +21,32 @@ from kvcluster.errors import (
     KvClusterError,
     ModelNotFound,
     PromptCorrupt,
-    RequestIdConflict,
     ResumeExpired,
     UploadStalled,
 )
-from kvcluster.types import DEFAULT_TENANT, GenerationId, TenantId
+from kvcluster.types import DEFAULT_TENANT, GenerationId
 from tests.fake_engine import (
     VOCAB_SIZE,
-    CharacterTokenizer,
-    FakeCluster,
-    model_spec,
     packed,
     request,
-    sampling,
 )
-from tests.fake_ring import expected_output
-
-PROMPT = list(range(1, 21))
-BLUE = TenantId("blue")
-
-
-@dataclass
-class RingExecutor:
-    """Answers each step after one turn of the event loop, while `gate` is open."""
-
-    fake: FakeCluster
-    gate: asyncio.Event
-
-    async def execute(self, plan: StepPlan) -> StepResult:
-        result = self.fake.ring.execute(plan)
-        await self.gate.wait()
-        await asyncio.sleep(0)
-        return result
-
-
-@dataclass
-class Served:
-    fake: FakeCluster
-    service: EngineService
-    gate: asyncio.Event
-
-    async def open(self, max_output_tokens: int = 4, **fields: object) -> GenerationId:
-        return (await self.service.open(request(max_output_tokens, **fields))).generation
-
-    async def send(self, generation: GenerationId, ids: list[int], offset: int = 0) -> None:
-        await self.service.append_prompt(generation, TokenChunk(offset, packed(ids)))
-
-    async def start(
-        self, prompt: list[int], max_output_tokens: int = 4, **fields: object
-    ) -> GenerationId:
-        generation = await self.open(max_output_tokens, **fields)
-        await self.send(generation, prompt)
-        await self.service.finish_prompt(generation)
-        return generation
-
-    async def read(self, generation: GenerationId, after: int = 0) -> list[GenerationEvent]:
-        batches = self.service.watch(DEFAULT_TENANT, generation, after)
-        return [event async for batch in batches for event in batch]
-
-    async def output(self, generation: GenerationId) -> list[int]:
-        events = [event.event for event in await self.read(generation)]
-        return [token for event in events if isinstance(event, Output) for token in event.token_ids]
-
-    def expected(self, prompt: list[int], max_output_tokens: int = 4) -> list[int]:
-        return expected_output(
-            prompt, sampling(), max_output_tokens=max_output_tokens, spec=self.fake.spec
-        )
-
-    async def settled(self) -> None:
-        """Wait until nothing is unfinished or in flight."""
-        async with asyncio.timeout(5):
-            await self.service._driver.wait_idle()
-
-
-async def serve(fake: FakeCluster) -> AsyncIterator[Served]:
-    gate = asyncio.Event()
-    gate.set()
-    service = EngineService(fake.engine, RingExecutor(fake, gate), nodes=["a", "b"])
-    service.start()
-    yield Served(fake, service, gate)
-    gate.set()
-    await service.stop()
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-@pytest.fixture
-async def served() -> AsyncIterator[Served]:
-    fake = FakeCluster(
-        spec=model_spec(eos_token_ids=(), max_context_tokens=200),
-        config=EngineConfig(prefill_chunk_tokens=8, shard_min_tokens=16, upload_window_chunks=2),
-        tokenizer=CharacterTokenizer(),
-    )
-    async for made in serve(fake):
-        yield made
+from tests.unit.engine.serving import BLUE, PROMPT, Served
 
 
 async def test_a_prompt_in_chunks_gives_the_tokens_of_the_whole(served: Served) -> None:
     generation = await served.open()
     for offset in range(0, 20, 7):
         await served.send(generation, PROMPT[offset : offset + 7], offset)
-    await served.service.finish_prompt(generation)
+    await served.service.finish_prompt(generation, 0)
 
     assert await served.output(generation) == served.expected(PROMPT)
 
 
 async def test_text_is_encoded_and_answered_with_text(served: Served) -> None:
     generation = await served.open()
-    await served.service.append_prompt(generation, TextChunk(0, "hello "))
-    await served.service.append_prompt(generation, TextChunk(6, "world"))
-    await served.service.finish_prompt(generation)
+    await served.service.append_prompt(generation, 0, TextChunk(0, "hello "))
+    await served.service.append_prompt(generation, 0, TextChunk(6, "world"))
+    await served.service.finish_prompt(generation, 0)
 
     expected = served.expected([ord(character) for character in "hello world"])
     assert await served.output(generation) == expected
@@ -195,7 +104,7 @@ async def test_text_and_ids_cannot_be_mixed(served: Served) -> None:
     await served.send(generation, PROMPT[:4])
 
     with pytest.raises(InvalidField, match="mixed"):
-        await served.service.append_prompt(generation, TextChunk(4, "x"))
+        await served.service.append_prompt(generation, 0, TextChunk(4, "x"))
 
 
 async def test_bad_uploads_leave_no_blocks_and_do_not_disturb_others(served: Served) -> None:
@@ -209,13 +118,13 @@ async def test_bad_uploads_leave_no_blocks_and_do_not_disturb_others(served: Ser
     ):
         generation = await served.open()
         with pytest.raises(error):
-            await served.service.append_prompt(generation, chunk)
-        await served.service.fail(generation, "InvalidField", "as the router would")
+            await served.service.append_prompt(generation, 0, chunk)
+        await served.service.fail(generation, 0, "InvalidField", "as the router would")
         assert served.fake.reason(generation) is FinishReason.ERROR
 
     empty = await served.open()
     with pytest.raises(InvalidField, match="empty"):
-        await served.service.finish_prompt(empty)
+        await served.service.finish_prompt(empty, 0)
 
     assert await served.output(neighbour) == served.expected(PROMPT, 30)
     await served.settled()
@@ -225,7 +134,7 @@ async def test_bad_uploads_leave_no_blocks_and_do_not_disturb_others(served: Ser
 async def test_an_upload_that_the_router_gives_up_is_told_to_the_reader(served: Served) -> None:
     generation = await served.open()
     await served.send(generation, PROMPT[:9])
-    await served.service.fail(generation, "UploadStalled", "no chunk for 60 s")
+    await served.service.fail(generation, 0, "UploadStalled", "no chunk for 60 s")
 
     last = (await served.read(generation))[-1].event
     assert isinstance(last, Finished)
@@ -236,7 +145,7 @@ async def test_an_upload_that_the_router_gives_up_is_told_to_the_reader(served: 
 
 async def test_a_complete_upload_cannot_be_given_up(served: Served) -> None:
     generation = await served.start(PROMPT)
-    await served.service.fail(generation, "UploadStalled", "too late")
+    await served.service.fail(generation, 0, "UploadStalled", "too late")
 
     assert await served.output(generation) == served.expected(PROMPT)
 
@@ -296,85 +205,6 @@ async def test_cancel_returns_the_record(served: Served) -> None:
     assert (await served.service.list_generations(DEFAULT_TENANT)) == (record,)
 
 
-async def test_a_retry_attaches_and_its_equal_prompt_is_not_run_again(served: Served) -> None:
-    generation = await served.start(PROMPT, request_id="r", deadline_s=50.0)
-    again = await served.service.open(request(request_id="r", deadline_s=49.0))
-    assert again == Opened(generation=generation, is_attached=True)
-
-    for offset in (0, 13):
-        await served.send(generation, PROMPT[offset : offset + 13], offset)
-    await served.service.finish_prompt(generation)
-
-    assert await served.output(generation) == served.expected(PROMPT)
-    assert served.fake.engine.num_known == 1
-
-
-async def test_a_retry_beside_the_first_upload_waits_for_it(served: Served) -> None:
-    generation = await served.open(request_id="r")
-    await served.send(generation, PROMPT[:8])
-    await served.open(request_id="r")
-    retry = asyncio.create_task(served.send(generation, PROMPT[:12]))
-    await asyncio.sleep(0)
-    assert not retry.done()
-
-    await served.send(generation, PROMPT[8:], 8)
-    await retry
-    await served.service.finish_prompt(generation)
-    await served.send(generation, PROMPT[12:], 12)
-    await served.service.finish_prompt(generation)
-
-    assert await served.output(generation) == served.expected(PROMPT)
-
-
-async def test_the_same_key_with_another_body_is_a_conflict(served: Served) -> None:
-    await served.start(PROMPT, request_id="r")
-
-    with pytest.raises(RequestIdConflict, match="another body"):
-        await served.service.open(request(5, request_id="r"))
-
-
-async def test_the_same_key_with_another_prompt_is_a_conflict_for_the_retry_alone(
-    served: Served,
-) -> None:
-    generation = await served.start(PROMPT, 30, request_id="r")
-    await served.open(30, request_id="r")
-    await served.send(generation, [9] * 20)
-    with pytest.raises(RequestIdConflict, match="another prompt"):
-        await served.service.finish_prompt(generation)
-    await served.service.fail(generation, "RequestIdConflict", "as the router would")
-
-    assert await served.output(generation) == served.expected(PROMPT, 30)
-
-
-async def test_two_tenants_may_use_one_key(served: Served) -> None:
-    generation = await served.start(PROMPT, request_id="r")
-
-    other = await served.service.open(request(request_id="r", tenant=BLUE))
-
-    assert other.generation != generation
-    assert not other.is_attached
-
-
-async def test_a_key_is_free_again_when_the_upload_failed(served: Served) -> None:
-    generation = await served.open(request_id="r")
-    await served.send(generation, PROMPT[:5])
-    await served.service.fail(generation, "UploadStalled", "no chunk for 60 s")
-
-    again = await served.service.open(request(7, request_id="r"))
-
-    assert again.generation != generation
-    assert not again.is_attached
-
-
-async def test_a_key_outlives_a_cancelled_generation_whose_prompt_was_complete(
-    served: Served,
-) -> None:
-    generation = await served.start(PROMPT, 100, request_id="r")
-    await served.service.cancel(DEFAULT_TENANT, generation)
-
-    assert (await served.service.open(request(100, request_id="r"))).is_attached
-
-
 async def test_keys_and_uploads_of_expired_generations_are_forgotten(served: Served) -> None:
     for number in range(200):
         generation = await served.open(request_id=f"r{number}")
@@ -382,7 +212,7 @@ async def test_keys_and_uploads_of_expired_generations_are_forgotten(served: Ser
         served.fake.clock.now += 1000
         served.fake.engine.tick()
 
-    assert len(served.service._uploads) < 100
+    assert served.service._intake.num_known < 100
     assert len(served.service._keys) < 100
 
 
@@ -466,7 +296,7 @@ async def test_random_cancels_in_every_phase_leave_nothing_behind(
                 await served.send(generation, prompt[offset : offset + 9], offset)
                 if dice.random() < 0.15:
                     await served.service.cancel(DEFAULT_TENANT, generation)
-            await served.service.finish_prompt(generation)
+            await served.service.finish_prompt(generation, 0)
         except KvClusterError:
             await reading
             return

@@ -80,6 +80,7 @@ class FakeGeneration:
     """Of the prompt so far, in the unit of its offsets."""
     num_computed: int = 0
     is_complete: bool = False
+    uploads: dict[int, bool] = field(default_factory=lambda: {0: True})  # false: failed
     events: list[GenerationEvent] = field(default_factory=list)
     num_readers: int = 0
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -101,11 +102,9 @@ class FakeBackend:
         self.gate = asyncio.Event()
         self.gate.set()
         self.is_ready = True
-        self.failure: Exception | None = None
-        """Raised by `open` and `append_prompt`."""
+        self.failure: Exception | None = None  # raised by `open` and `append_prompt`
         self.status_failure: Exception | None = None
-        self.output_text: str | None = None
-        """What one output token says; None: its character."""
+        self.output_text: str | None = None  # of one output token; None: its character
         self.generations: dict[GenerationId, FakeGeneration] = {}
         self.num_received_tokens = 0
         self._by_request_id: dict[tuple[TenantId, str], GenerationId] = {}
@@ -131,7 +130,9 @@ class FakeBackend:
         if known is not None:
             if _body(self.generations[known].request) != _body(request):
                 raise RequestIdConflict("request_id was used with another body: choose another")
-            return Opened(generation=known, is_attached=True)
+            uploads = self.generations[known].uploads
+            uploads[len(uploads)] = True
+            return Opened(generation=known, upload=len(uploads) - 1)
         name = GenerationId(f"g{len(self.generations)}")
         record = GenerationRecord(
             generation=name,
@@ -149,9 +150,9 @@ class FakeBackend:
             generation, Admitted(queue_position=0, estimated_first_token_s=0.5, policy="exact")
         )
         generation.running = asyncio.create_task(self._run(generation))
-        return Opened(generation=name, is_attached=False)
+        return Opened(generation=name)
 
-    async def append_prompt(self, name: GenerationId, chunk: PromptChunk) -> None:
+    async def append_prompt(self, name: GenerationId, _upload: int, chunk: PromptChunk) -> None:
         self._raise_failure()
         generation = self._running(name)
         ids, size = self._tokens(chunk)
@@ -175,7 +176,7 @@ class FakeBackend:
             )
         self._running(name)
 
-    async def finish_prompt(self, name: GenerationId) -> None:
+    async def finish_prompt(self, name: GenerationId, _upload: int) -> None:
         generation = self._running(name)
         if not generation.ids:
             raise InvalidField("prompt", "is empty: send at least one token")
@@ -216,10 +217,12 @@ class FakeBackend:
                 )
             await self._notify(generation)
 
-    async def fail(self, name: GenerationId, error_kind: str, message: str) -> None:
-        self._end(
-            self.generations[name], FinishReason.ERROR, error_kind=error_kind, error_message=message
-        )
+    async def fail(self, name: GenerationId, upload: int, error_kind: str, message: str) -> None:
+        generation = self.generations[name]
+        generation.uploads[upload] = False
+        if not generation.is_complete and not any(generation.uploads.values()):
+            error = {"error_kind": error_kind, "error_message": message}
+            self._end(generation, FinishReason.ERROR, **error)
 
     async def cancel(self, tenant: TenantId, name: GenerationId) -> GenerationRecord:
         generation = self._find(tenant, name)

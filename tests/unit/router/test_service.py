@@ -8,6 +8,7 @@ from grpc import aio
 from kvcluster.client import Client
 from kvcluster.engine.api import Admitted, Finished, FinishReason, GenerationState, Output, Phase
 from kvcluster.errors import RankLost
+from kvcluster.router import upload
 from kvcluster.rpc.v1 import common_pb2
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 from kvcluster.rpc.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -121,6 +122,18 @@ async def test_a_second_upload_goes_on_when_the_first_breaks_off(
     responses = await drain(second)
 
     assert "".join(response.output.text for response in responses) == "hell"
+
+
+async def test_a_prompt_of_declared_length_does_not_wait_for_a_late_cancel(
+    stub: InferenceServiceStub, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "_CANCEL_SETTLES_S", 3600.0)
+    messages = [setup(input_tokens=5), text_chunk(0, "hello")]
+
+    async with asyncio.timeout(10):
+        responses = await drain(stub.StreamGenerate(iter(messages)))
+
+    assert responses[-1].HasField("finished")
 
 
 async def test_a_blocked_engine_holds_the_client_back(
@@ -259,7 +272,7 @@ async def test_a_failed_generation_tells_so_in_its_last_event_and_in_the_status(
     call = stub.StreamGenerate()
     await call.write(setup())
     admitted = await call.read()
-    await backend.fail("g0", "RankLost", "rank 1 was lost: try again")
+    await backend.fail("g0", 0, "RankLost", "rank 1 was lost: try again")
 
     finished = await call.read()
     refusal = await refusal_of(drain(call))

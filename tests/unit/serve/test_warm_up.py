@@ -1,0 +1,43 @@
+"""The warm-up prompt is long enough to reach every rank, and fits what the model allows."""
+
+import pytest
+
+from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
+from kvcluster.serve.warm_up import warm_up_tokens
+from kvcluster.types import LayerGeometry, ModelSpec
+
+
+def spec(max_context_tokens: int) -> ModelSpec:
+    layer = LayerGeometry(num_query_heads=1, num_kv_heads=1, key_dim=8, value_dim=8, scale=1.0)
+    return ModelSpec(
+        name="m",
+        layers=(layer,),
+        vocab_size=10,
+        max_context_tokens=max_context_tokens,
+        eos_token_ids=(),
+        dtype="float32",
+        bytes_per_element=4,
+        weights_digest="",
+        tokenizer_digest="",
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 40])
+def test_with_the_defaults_it_is_sharded_over_every_rank(num_ranks: int) -> None:
+    config = ClusterConfig(ring=RingConfig(num_ranks=num_ranks))
+
+    num_tokens = warm_up_tokens(config, spec(100_000))
+
+    assert num_tokens >= config.engine.shard_min_tokens
+    assert num_tokens >= num_ranks * config.cache.block_size
+
+
+def test_it_leaves_room_for_its_output_within_every_limit() -> None:
+    config = ClusterConfig(
+        cache=CacheConfig(block_size=16, capacity_tokens=64),
+        engine=EngineConfig(shard_min_tokens=10_000),
+    )
+
+    assert warm_up_tokens(config, spec(100_000)) < 64
+    assert warm_up_tokens(config, spec(20)) < 20
+    assert warm_up_tokens(config, spec(1)) == 1
