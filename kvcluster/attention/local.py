@@ -125,15 +125,27 @@ def _fused(
 ) -> Partial:
     # Private to aten, but the only CPU attention that returns its LSE. It reads grouped KV heads
     # and strided slots as they are, and divides by zero when T or S is 0.
+    num_tokens, num_heads, _ = q_THD.shape
+    num_kv_heads = k_KSD.shape[0]
+    q_HTD = q_THD.transpose(0, 1)
+    is_packed = num_tokens == 1 and bias_TS is None and num_kv_heads >= torch.get_num_threads()
+    if is_packed:
+        # The query heads that share a KV head become the rows of one head, so that its keys are
+        # read once. The kernel gives each thread whole heads, hence the condition.
+        q_HTD = q_THD[0].unflatten(0, (num_kv_heads, -1))
     out_1HTD, lse_1HT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_THD.transpose(0, 1)[None],
+        q_HTD[None],
         k_KSD[None],
         v_KSD[None],
         0.0,
-        is_causal,
+        is_causal and not is_packed,
         attn_mask=bias_TS,
         scale=layer.scale,
     )
+    if is_packed:
+        return Partial(
+            out_1HTD.reshape(1, num_heads, layer.value_dim), lse_1HT.reshape(1, num_heads)
+        )
     return Partial(out_1HTD[0].transpose(0, 1), lse_1HT[0].transpose(0, 1))
 
 

@@ -4,6 +4,7 @@ Shape letters: P partials, T query tokens, H query heads, D value dimension.
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,15 @@ class Partial(NamedTuple):
     """Softmax-weighted values, float32; zero where no key was visible."""
     lse_TH: Tensor
     """Log-sum-exp of the scaled logits, natural log, float32; -inf where no key was visible."""
+
+    @classmethod
+    def room(cls, num_tokens: int, num_heads: int, value_dim: int, like: Tensor) -> "Partial":
+        """Buffers for a partial that comes from another rank."""
+        shape = (num_tokens, num_heads)
+        return cls(
+            torch.empty(*shape, value_dim, dtype=torch.float32, device=like.device),
+            torch.empty(shape, dtype=torch.float32, device=like.device),
+        )
 
     @classmethod
     def empty(cls, num_tokens: int, num_heads: int, value_dim: int, like: Tensor) -> "Partial":
@@ -37,16 +47,17 @@ def merge(*partials: Partial) -> Partial:
 
     Associative and commutative up to rounding (Milakov and Gimelshein 2018, online softmax).
     """
-    if len(partials) == 1:
-        return partials[0]
-    lse_PTH = torch.stack([partial.lse_TH for partial in partials])
-    lse_TH = torch.logsumexp(lse_PTH, dim=0)
-    # Nobody saw a key: -inf minus -inf is NaN, and one NaN poisons the rest of the ring.
-    weights_PTH = torch.exp(lse_PTH - lse_TH.clamp_min(_LOWEST))
-    out_THD = weights_PTH[0, ..., None] * partials[0].out_THD
-    for weight_TH, partial in zip(weights_PTH[1:], partials[1:], strict=True):
-        out_THD.addcmul_(weight_TH[..., None], partial.out_THD)
-    return Partial(out_THD, lse_TH)
+    return reduce(_merge_two, partials)
+
+
+def _merge_two(one: Partial, other: Partial) -> Partial:
+    # exp(b) / (exp(a) + exp(b)) is sigmoid(b - a). Nobody saw a key: -inf minus -inf is NaN, and
+    # one NaN poisons the rest of the ring.
+    share_TH = torch.sigmoid(other.lse_TH - one.lse_TH.clamp_min(_LOWEST))
+    return Partial(
+        torch.lerp(one.out_THD, other.out_THD, share_TH[..., None]),
+        torch.logaddexp(one.lse_TH, other.lse_TH),
+    )
 
 
 def merge_sinks(partial: Partial, sinks_H: Tensor) -> Partial:

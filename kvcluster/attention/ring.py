@@ -6,7 +6,7 @@ instead: see `step.StepAttention`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import Tensor
 
@@ -42,8 +42,36 @@ class Ring(Protocol):
         """Post messages. Between two ranks they arrive in the order in which they were posted.
 
         Both sides post the same shapes and dtypes; tensors without elements are not sent.
+        Raises: RankLost.
         """
         ...
+
+
+class _Nothing:
+    def wait(self) -> None:
+        return
+
+    def wait_idle(self) -> None:
+        return
+
+
+NOTHING: Final[Pending] = _Nothing()
+"""Nothing is on its way."""
+
+
+class LoneRing:
+    """The ring of a group with one rank: there is nobody to talk to."""
+
+    rank = 0
+    size = 1
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        assert not sends
+        assert not receives
+        return NOTHING
+
+    def close(self) -> None:
+        return
 
 
 Visit = Callable[[int, EncodedKV], None]

@@ -7,7 +7,7 @@ The partials are merged.
 Shape letters: T this rank's rows, S keys, H query heads, K KV heads, D head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +61,7 @@ class StepAttention:
                 partials[part] = merge(partials[part], inside) if part in partials else inside
         if not partials:
             return q_THD
-        rows = [partials[part] for part in self._parts if part in partials]
-        whole = rows[0] if len(rows) == 1 else _concatenate(rows)
+        whole = _concatenate([partials[part] for part in self._parts if part in partials])
         if sinks_H is not None:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
@@ -102,32 +101,25 @@ class StepAttention:
             for rank, parts in questions.asked.items()
         ]
         travelling = ring.exchange(sends, list(queries.items()))
+        replies = {
+            rank: Partial.room(_num_rows(parts, ring.rank), heads, value_dim, q_THD)
+            for rank, parts in questions.asked.items()
+        }
         found = {
             part: [self._read_own(layer, part, q_THD[part.rows], ring.rank)]
             for part in self._parts
             if part.travels_by_query and part.num_rows[ring.rank]
         }
         travelling.wait()
-        answers: list[Message] = [
-            (rank, self._answer(layer, parts, queries[rank], rank))
+        answers = {
+            rank: self._answer(layer, parts, queries[rank], rank)
             for rank, parts in questions.asking.items()
-        ]
-        replies = {
-            rank: torch.empty(
-                (_num_rows(parts, ring.rank), heads, value_dim + 1),
-                dtype=torch.float32,
-                device=q_THD.device,
-            )
-            for rank, parts in questions.asked.items()
         }
-        ring.exchange(answers, list(replies.items())).wait()
+        ring.exchange(_by_plane(answers), _by_plane(replies)).wait()
         for rank, parts in questions.asked.items():
-            first = 0
-            for part in parts:
-                last = first + part.num_rows[ring.rank]
-                reply = replies[rank][first:last]
-                found[part].append(Partial(reply[..., :-1], reply[..., -1]))
-                first = last
+            rows = [part.num_rows[ring.rank] for part in parts]
+            for part, partial in zip(parts, _split(replies[rank], rows), strict=True):
+                found[part].append(partial)
         return {part: merge(*partials) for part, partials in found.items()}
 
     def _questions(self, group: int, window: int | None) -> _Questions:
@@ -154,16 +146,15 @@ class StepAttention:
 
     def _answer(
         self, layer: int, parts: Sequence[SequencePart], q_THD: Tensor, asker: int
-    ) -> Tensor:
-        """Output and LSE of another rank's rows over the keys here, packed into one message."""
-        answers = []
-        first = 0
-        for part in parts:
-            last = first + part.num_rows[asker]
-            partial = self._read_own(layer, part, q_THD[first:last], asker)
-            answers.append(torch.cat([partial.out_THD, partial.lse_TH[..., None]], dim=-1))
-            first = last
-        return torch.cat(answers)
+    ) -> Partial:
+        """Another rank's rows over the keys here."""
+        queries = q_THD.split([part.num_rows[asker] for part in parts])
+        return _concatenate(
+            [
+                self._read_own(layer, part, q_part, asker)
+                for part, q_part in zip(parts, queries, strict=True)
+            ]
+        )
 
     def _read_own(self, layer: int, part: SequencePart, q_THD: Tensor, asker: int) -> Partial:
         """A rank's rows over the part's keys on this rank."""
@@ -213,7 +204,7 @@ class StepAttention:
                 attend_causal(q_piece, k_KSD, v_KSD, geometry, piece.start - part.start)
             )
             row += size
-        return partials[0] if len(partials) == 1 else _concatenate(partials)
+        return _concatenate(partials)
 
     def _gather_chunk(
         self, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor
@@ -253,7 +244,20 @@ def _num_rows(parts: Sequence[SequencePart], rank: int) -> int:
     return sum(part.num_rows[rank] for part in parts)
 
 
+def _by_plane(partials: Mapping[int, Partial]) -> list[Message]:
+    return [(rank, plane) for rank, partial in partials.items() for plane in partial]
+
+
+def _split(whole: Partial, rows: Sequence[int]) -> list[Partial]:
+    return [
+        Partial(out_THD, lse_TH)
+        for out_THD, lse_TH in zip(whole.out_THD.split(rows), whole.lse_TH.split(rows), strict=True)
+    ]
+
+
 def _concatenate(partials: Sequence[Partial]) -> Partial:
+    if len(partials) == 1:
+        return partials[0]
     return Partial(
         torch.cat([partial.out_THD for partial in partials]),
         torch.cat([partial.lse_TH for partial in partials]),

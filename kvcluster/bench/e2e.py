@@ -25,7 +25,7 @@ from kvcluster.model.tokenizer import load_tokenizer
 from kvcluster.serve.app import running
 
 MODEL = "smollm2-135m"
-PROMPT_TOKENS = 2048
+PROMPT_TOKENS = 4096
 OUTPUT_TOKENS = 64
 ROUNDS = 3
 RANK_COUNTS = (1, 3)

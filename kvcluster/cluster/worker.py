@@ -16,11 +16,13 @@ import msgspec
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from kvcluster.attention.ring import LoneRing
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.control import LEADER, ControlChannel
 from kvcluster.cluster.runner import StepRunner, ThreadShare
-from kvcluster.cluster.transport import LoneRing, SocketRing, TorchRing
+from kvcluster.cluster.socket_ring import SocketRing
+from kvcluster.cluster.torch_ring import TorchRing
 from kvcluster.codec.registry import CODECS
 from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import SampledToken, StepPlan, StepResult

@@ -44,6 +44,10 @@ class LoadedModel:
         """
         if len(token_ids_T):
             return forward(self.module, token_ids_T, positions_T, logit_rows_R, attention)
+        return self._forward_nothing(attention)
+
+    @torch.inference_mode()
+    def _forward_nothing(self, attention: LayerAttention) -> Tensor:
         for layer, geometry in enumerate(self.spec.layers):
             q_THD = self._empty(0, geometry.num_query_heads, geometry.key_dim)
             k_TKD = self._empty(0, geometry.num_kv_heads, geometry.key_dim)

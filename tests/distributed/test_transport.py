@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcluster.attention.ring import Ring
+from kvcluster.attention.ring import LoneRing, Ring
 from kvcluster.cluster.control import ControlChannel
-from kvcluster.cluster.transport import LoneRing, SocketRing, TorchRing
+from kvcluster.cluster.socket_ring import SocketRing
+from kvcluster.cluster.torch_ring import TorchRing
 from kvcluster.errors import RankLost
 from tests.thread_ring import ThreadRing, run_ranks
 
