@@ -132,7 +132,7 @@ def _fused(
     if is_packed:
         # The query heads that share a KV head become the rows of one head, so that its keys are
         # read once. The kernel gives each thread whole heads, hence the condition.
-        q_HTD = q_THD[0].unflatten(0, (num_kv_heads, -1))
+        q_HTD = q_THD.reshape(num_kv_heads, num_heads // num_kv_heads, layer.key_dim)
     out_1HTD, lse_1HT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_HTD[None],
         k_KSD[None],
@@ -143,9 +143,7 @@ def _fused(
         scale=layer.scale,
     )
     if is_packed:
-        return Partial(
-            out_1HTD.reshape(1, num_heads, layer.value_dim), lse_1HT.reshape(1, num_heads)
-        )
+        return Partial(out_1HTD.reshape(1, num_heads, -1), lse_1HT.reshape(1, num_heads))
     return Partial(out_1HTD[0].transpose(0, 1), lse_1HT[0].transpose(0, 1))
 
 

@@ -148,7 +148,7 @@ class StepAttention:
         self, layer: int, parts: Sequence[SequencePart], q_THD: Tensor, asker: int
     ) -> Partial:
         """Another rank's rows over the keys here."""
-        queries = q_THD.split([part.num_rows[asker] for part in parts])
+        queries = torch.split(q_THD, [part.num_rows[asker] for part in parts])
         return _concatenate(
             [
                 self._read_own(layer, part, q_part, asker)
@@ -248,10 +248,10 @@ def _by_plane(partials: Mapping[int, Partial]) -> list[Message]:
     return [(rank, plane) for rank, partial in partials.items() for plane in partial]
 
 
-def _split(whole: Partial, rows: Sequence[int]) -> list[Partial]:
+def _split(whole: Partial, rows: list[int]) -> list[Partial]:
     return [
         Partial(out_THD, lse_TH)
-        for out_THD, lse_TH in zip(whole.out_THD.split(rows), whole.lse_TH.split(rows), strict=True)
+        for out_THD, lse_TH in zip(*(torch.split(plane, rows) for plane in whole), strict=True)
     ]
 
 
