@@ -33,7 +33,8 @@ class FakeClock:
 
 
 class CharacterTokenizer:
-    """One token per ASCII character. The encoder holds the last one back, as real ones may."""
+    """One token per character: its lowest seven bits. The encoder holds the last one back, as real
+    ones may."""
 
     vocab_size = VOCAB_SIZE
     digest = "characters"
@@ -52,10 +53,10 @@ class CharacterEncoder:
     def push(self, text: str) -> list[int]:
         held = self.held + text
         self.held = held[-1:]
-        return [ord(character) for character in held[:-1]]
+        return [ord(character) % 128 for character in held[:-1]]
 
     def finish(self) -> list[int]:
-        return [ord(character) for character in self.held]
+        return [ord(character) % 128 for character in self.held]
 
 
 class CharacterDecoder:
