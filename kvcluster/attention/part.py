@@ -109,11 +109,19 @@ class SequencePart:
             self._histories[group, window] = found
         return found
 
-    def mask(self, history: History, window: int | None, rows: int, keys: int) -> Tensor | None:
+    def mask(
+        self,
+        history: History,
+        window: int | None,
+        rows: int,
+        keys: int,
+        device: torch.device,
+    ) -> Tensor | None:
         """mask_TS between the rows of one rank and the keys of another. Cached."""
         if window is None or not self.has_chunk:
             return None
         if (rows, keys) not in history.masks:
             k_positions = torch.from_numpy(self._table.positions(keys, history.start, history.end))
-            history.masks[rows, keys] = visible(self.positions(rows), k_positions, window)
+            mask_TS = visible(self.positions(rows), k_positions, window)
+            history.masks[rows, keys] = mask_TS.to(device)
         return history.masks[rows, keys]

@@ -161,8 +161,8 @@ class StepAttention:
         geometry = self._spec.layers[layer]
         history = part.history(self._groups[layer], geometry.window)
         k_KSD, v_KSD = self._store.restore(self._store.read(layer, history.slots))
-        mask_TS = part.mask(history, geometry.window, asker, self._ring.rank)
-        return attend(q_THD, k_KSD, v_KSD, geometry, _on(q_THD.device, mask_TS))
+        mask_TS = part.mask(history, geometry.window, asker, self._ring.rank, q_THD.device)
+        return attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
 
     def _pass_shards(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
         """Shards travel: this rank's rows over every rank's shard. None without rows."""
@@ -178,8 +178,8 @@ class StepAttention:
             nonlocal partial
             if q_rows.shape[0] and shard.num_tokens:
                 k_KSD, v_KSD = self._store.restore(shard)
-                mask_TS = part.mask(history, geometry.window, self._ring.rank, source)
-                seen = attend(q_rows, k_KSD, v_KSD, geometry, _on(q_THD.device, mask_TS))
+                mask_TS = part.mask(history, geometry.window, self._ring.rank, source, q_THD.device)
+                seen = attend(q_rows, k_KSD, v_KSD, geometry, mask_TS)
                 partial = merge(partial, seen)
 
         def room(source: int) -> EncodedKV:
@@ -234,10 +234,6 @@ class StepAttention:
             for plane, ordered in zip(received[piece.rank], pieces, strict=True):
                 ordered.append(plane[first:last])
         return torch.cat(pieces[0]).transpose(0, 1), torch.cat(pieces[1]).transpose(0, 1)
-
-
-def _on(device: torch.device, mask_TS: Tensor | None) -> Tensor | None:
-    return None if mask_TS is None else mask_TS.to(device)
 
 
 def _num_rows(parts: Sequence[SequencePart], rank: int) -> int:

@@ -36,6 +36,9 @@ def worker_actor(worker_class: type[Worker]) -> Any:
         def node_id(self) -> str:
             return str(ray.get_runtime_context().get_node_id())
 
+        def address(self) -> str:
+            return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
     # Ray names an actor by its qualified name.
     WorkerActor.__name__ = WorkerActor.__qualname__ = worker_class.__name__
     groups = dict.fromkeys(("execute", "follow", "load", "connect"), "step") | {"live": "life"}
@@ -91,11 +94,10 @@ class RingGroup:
             # A step that was given up may still fail, and nobody would ask for that error.
             answer.cancel()
 
-    async def wait_lost(self) -> str:
-        """Return when a rank of this epoch is lost, in a step or between steps: what happened."""
+    async def wait_lost(self) -> None:
+        """Return when a rank of this epoch is lost, in a step or between steps."""
         assert self._lost is not None, "start comes first"
         await asyncio.wait({self._lost})
-        return "the ring was stopped" if self._lost.cancelled() else str(self._lost.exception())
 
     async def stop(self) -> None:
         """End all ranks and give their place back. Safe to call at any time."""

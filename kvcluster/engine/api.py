@@ -13,12 +13,6 @@ import msgspec
 from kvcluster.types import DEFAULT_TENANT, GenerationId, ModelSpec, SamplingParams, TenantId
 
 
-class Durability(StrEnum):
-    """How a generation survives the loss of a rank. More members come with recovery."""
-
-    RECOMPUTE = "recompute"
-
-
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request, without its prompt: that follows in chunks."""
 
@@ -38,7 +32,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     disconnect_grace_s: float = 0.0
     """How long the generation goes on with nobody reading its events; 0: ends at once."""
     priority: int = 0
-    durability: Durability = Durability.RECOMPUTE
 
 
 class TextChunk(msgspec.Struct, frozen=True, tag="text"):

@@ -13,7 +13,7 @@ from kvcluster.errors import InvalidField, ModelNotFound, RankLost
 from kvcluster.types import ModelSpec
 
 
-class Route(NamedTuple):
+class Destination(NamedTuple):
     """A backend and the name under which it serves the model."""
 
     model: str
@@ -47,7 +47,7 @@ class Routes:
         specs = {status.model.name: status.model for status in self._statuses if status}
         return tuple(specs[name] for name in sorted(specs))
 
-    async def resolve(self, model: str, *, request_id: str = "") -> Route:
+    async def resolve(self, model: str, *, request_id: str = "") -> Destination:
         """The backend for `model`; for an empty name the only model there is.
 
         Requests with one `request_id` meet at one backend, which knows it; others go where the
@@ -71,7 +71,7 @@ class Routes:
             _, index = max(candidates, key=lambda pair: _affinity(request_id, pair[1]))
         else:
             _, index = min(candidates, key=lambda pair: _load(pair[0]))
-        return Route(name, self.backends[index])
+        return Destination(name, self.backends[index])
 
     async def _know_some_model(self) -> None:
         if not any(self._statuses):

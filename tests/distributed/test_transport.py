@@ -87,6 +87,28 @@ def test_a_rank_that_closes_is_named(tmp_path: Path) -> None:
     ours.close()
 
 
+def test_what_a_rank_sent_before_it_closed_still_arrives(tmp_path: Path) -> None:
+    ours, theirs = connected_pair(tmp_path, timeout_s=30)
+    received = torch.empty(4)
+    theirs.exchange([(0, torch.ones(4))], []).wait()
+    theirs.close()
+
+    ours.exchange([], [(1, received)]).wait()
+
+    assert received.tolist() == [1.0] * 4
+    ours.close()
+
+
+def test_a_wait_ends_when_another_rank_than_the_awaited_one_is_gone(tmp_path: Path) -> None:
+    rings = run_ranks(3, lambda rank: SocketRing.connect(rank, 3, tmp_path, timeout_s=30))
+    rings[2].close()
+
+    with pytest.raises(RankLost, match="rank 2 closed"):
+        rings[0].exchange([], [(1, torch.empty(4))]).wait()
+    rings[0].close()
+    rings[1].close()
+
+
 def test_a_rank_that_stays_silent_is_named_when_the_deadline_passes(tmp_path: Path) -> None:
     ours, theirs = connected_pair(tmp_path, timeout_s=0.05)
 

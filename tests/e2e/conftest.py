@@ -1,5 +1,6 @@
 """A tiny model behind the real router, engine and ranks; only Ray is left out."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -34,6 +35,20 @@ class Cluster:
     async def num_used_blocks(self) -> int:
         status = await self.service.status()
         return sum(rank.num_blocks - rank.num_free_blocks for rank in status.ranks)
+
+    async def until_nothing_is_left(self) -> None:
+        """Returns once no block is held and every rank has forgotten every sequence."""
+        async with asyncio.timeout(30):
+            while True:
+                status = await self.service.status()
+                if (
+                    not status.num_running
+                    and not status.num_waiting
+                    and not await self.num_used_blocks()
+                    and not any(runner.num_sequences for runner in self.executor.runners)
+                ):
+                    return
+                await asyncio.sleep(0.005)
 
 
 @pytest.fixture(scope="session")

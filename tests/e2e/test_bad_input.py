@@ -61,7 +61,7 @@ async def test_a_wrong_request_leaves_no_blocks_and_disturbs_nobody(
     assert (refusal.code, refusal.reason) == (code, reason)
     assert token_ids(events) == alone
     assert isinstance(events[-1].event, Finished)
-    assert await echo.num_used_blocks() == 0
+    await echo.until_nothing_is_left()
 
 
 async def test_a_generation_can_be_resumed_until_it_expires(tiny_model: LoadedModel) -> None:
@@ -93,5 +93,5 @@ async def test_an_upload_that_stalls_is_ended_and_frees_its_blocks(tiny_model: L
 
         refusal = await refusal_of(drain(call))
 
-        assert await cluster.num_used_blocks() == 0
+        await cluster.until_nothing_is_left()
     assert (refusal.code, refusal.reason) == (Code.ABORTED, "UPLOAD_STALLED")

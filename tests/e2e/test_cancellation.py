@@ -95,28 +95,13 @@ ENDINGS: tuple[Ending, ...] = (
 )
 
 
-async def eventually_nothing_is_left(cluster: Cluster) -> None:
-    """Returns once no block is held and every rank has forgotten every sequence."""
-    async with asyncio.timeout(30):
-        while True:
-            status = await cluster.service.status()
-            if (
-                not status.num_running
-                and not status.num_waiting
-                and not await cluster.num_used_blocks()
-                and not any(runner.num_sequences for runner in cluster.executor.runners)
-            ):
-                return
-            await asyncio.sleep(0.005)
-
-
 async def test_two_hundred_random_ends_leave_nothing_behind(cluster: Cluster) -> None:
     choice = random.Random(20)
     turns = asyncio.Semaphore(CONCURRENCY)
     async with Client(cluster.address) as client:
         async for _ in generate(client, choice):
             pass
-        await eventually_nothing_is_left(cluster)
+        await cluster.until_nothing_is_left()
         tasks_before = len(asyncio.all_tasks())
 
         async def end_early(seed: int) -> None:
@@ -126,7 +111,7 @@ async def test_two_hundred_random_ends_leave_nothing_behind(cluster: Cluster) ->
 
         await asyncio.gather(*(end_early(seed) for seed in range(NUM_CANCELS)))
 
-        await eventually_nothing_is_left(cluster)
+        await cluster.until_nothing_is_left()
         async with asyncio.timeout(30):
             while len(asyncio.all_tasks()) > tasks_before:
                 await asyncio.sleep(0.005)
