@@ -26,6 +26,7 @@ class PrefillBar:
         self._task = self._progress.add_task("queued", total=None, detail="")
         self._total_tokens = 0
         self._is_running = False
+        self._has_output = False
         # rich ends even an unseen bar with an empty line.
         self._is_shown = console.is_terminal or not is_transient
 
@@ -42,7 +43,7 @@ class PrefillBar:
 
     def show(self, event: api.Event) -> None:
         match event:
-            case api.Progress() if event.phase is not api.Phase.DECODING:
+            case api.Progress() if not self._has_output:
                 self._start()
                 self._total_tokens = event.total_tokens
                 self._progress.update(
@@ -53,6 +54,7 @@ class PrefillBar:
                     detail=_detail(event),
                 )
             case api.Output():
+                self._has_output = True
                 self._fill()
                 self.stop()
             case api.Finished():

@@ -92,7 +92,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     """0 while the length of the prompt is not known."""
     cached_tokens: int
     estimated_remaining_s: float | None
-    """Until the first token; None while there is nothing to estimate from."""
+    """Until the first token; None while there is nothing to estimate from, and after it."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):

@@ -231,6 +231,7 @@ class Engine:
             if sampled is not None:
                 generation = self.find(request.generation)
                 reason, stop_sequence = generation.deliver(sampled)
+                generation.put_off_progress(self.parts.clock.monotonic())
                 if reason is not None:
                     self._end(generation, reason, stop_sequence=stop_sequence)
 
@@ -268,8 +269,8 @@ class Engine:
                 self._end(generation, FinishReason.DEADLINE)
             elif now >= generation.abandoned_at:
                 self._end(generation, FinishReason.CANCELLED)
-            elif now >= generation.progress_at and not generation.has_first_token:
-                generation.progress_at = now + generation.request.spec.progress_interval_s
+            elif now >= generation.progress_at:
+                generation.put_off_progress(now)
                 generation.log.append(self.forecast.progress(generation))
         self._generations.expire(now)
         self._next_due = min(

@@ -45,7 +45,9 @@ class Forecast:
             done_tokens=min(request.num_computed, total),
             total_tokens=total if is_known else 0,
             cached_tokens=0,
-            estimated_remaining_s=self._remaining_s(request) if is_known else None,
+            estimated_remaining_s=(
+                self._remaining_s(request) if is_known and not generation.has_first_token else None
+            ),
         )
 
     def _remaining_s(self, request: Request) -> float | None:

@@ -69,19 +69,23 @@ class Generation:
     @property
     def next_due(self) -> float:
         """When a timer of this unfinished generation runs out next."""
-        progress_at = math.inf if self.has_first_token else self.progress_at
-        return min(self.deadline_at, self.abandoned_at, progress_at)
+        return min(self.deadline_at, self.abandoned_at, self.progress_at)
 
     @property
     def phase(self) -> Phase:
         request = self.request
-        if self.has_first_token:
-            return Phase.DECODING
-        if not request.is_prompt_complete and request.num_computed >= len(request.tokens) - 1:
+        is_computed = request.num_computed >= len(request.tokens) - 1
+        if not request.is_prompt_complete and is_computed:
             return Phase.UPLOADING
         if request.state is RequestState.WAITING:
             return Phase.QUEUED
+        if self.has_first_token and is_computed:
+            return Phase.DECODING
         return Phase.PREFILLING
+
+    def put_off_progress(self, now: float) -> None:
+        """Something was sent: the next progress event is due one interval later."""
+        self.progress_at = now + self.request.spec.progress_interval_s
 
     def deliver(self, sampled: SampledToken) -> tuple[FinishReason | None, str]:
         """Add one output token and its event. Returns why it is the last one, if it is, and the

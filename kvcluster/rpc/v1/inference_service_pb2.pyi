@@ -64,7 +64,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def progress_interval(self) -> _duration_pb2.Duration:
-        """A progress event comes at least this often until the first token. Not set: 1 s."""
+        """A progress event comes whenever this long passes without output: during prefill, and when a
+        generation has to wait for room after its first token. Not set: 1 s.
+        """
 
     @_builtins.property
     def disconnect_grace(self) -> _duration_pb2.Duration:
@@ -233,7 +235,7 @@ class Admitted(_message.Message):
     """The compression policy with its defaults filled in."""
     @_builtins.property
     def estimated_first_token(self) -> _duration_pb2.Duration:
-        """Estimate of the time to the first token. Not set: nothing to estimate from yet."""
+        """Estimate of the time to the first token. Not set: nothing to estimate from yet, or it is there."""
 
     def __init__(
         self,
@@ -302,7 +304,7 @@ class Progress(_message.Message):
     """Prompt tokens whose cache was already there."""
     @_builtins.property
     def estimated_remaining(self) -> _duration_pb2.Duration:
-        """Estimate of the time to the first token. Not set: nothing to estimate from yet."""
+        """Estimate of the time to the first token. Not set: nothing to estimate from yet, or it is there."""
 
     def __init__(
         self,

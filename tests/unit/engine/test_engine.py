@@ -258,7 +258,7 @@ def test_there_is_room_for_more_than_a_block_however_small_the_chunks() -> None:
     assert fake.engine.prompt_room(fake.engine.submit(request())) == 32
 
 
-def test_progress_comes_at_every_interval_until_the_first_token() -> None:
+def test_progress_comes_whenever_an_interval_passes_without_an_output() -> None:
     fake = cluster()
     generation = fake.engine.submit(request(9, input_tokens=20, progress_interval_s=0.5))
     for _ in range(3):
@@ -280,7 +280,26 @@ def test_progress_comes_at_every_interval_until_the_first_token() -> None:
         (Phase.UPLOADING, 0, 20),
         (Phase.UPLOADING, 0, 20),
         (Phase.PREFILLING, 16, 20),
+        (Phase.DECODING, 20, 20),
     ]
+
+
+def test_a_preempted_generation_tells_that_it_waits_and_is_computed_again() -> None:
+    fake = cluster(
+        num_ranks=1, num_blocks=6, config=EngineConfig(prefill_chunk_tokens=4, shard_min_tokens=16)
+    )
+    fake.submit(PROMPT[:4], 16)
+    preempted = fake.submit(PROMPT[:7], 12)
+    while fake.plan() is not None:
+        fake.answer()
+        fake.clock.now += 2
+        fake.engine.tick()
+    seen = [(each.phase, each.done_tokens) for each in progress(fake, preempted)]
+
+    decoding = seen.index((Phase.DECODING, 7))
+    waiting = seen.index((Phase.QUEUED, 0), decoding)
+    assert (Phase.PREFILLING, 4) in seen[waiting:]
+    assert fake.reason(preempted) is FinishReason.LENGTH
 
 
 def test_progress_tells_that_a_request_is_queued() -> None:

@@ -6,7 +6,6 @@ from kvcluster.config import EngineConfig
 from kvcluster.engine.api import (
     FinishReason,
     GenerationState,
-    Progress,
 )
 from kvcluster.engine.plan import StepResult
 from kvcluster.errors import (
@@ -16,7 +15,7 @@ from kvcluster.errors import (
     RankLost,
     UploadStalled,
 )
-from kvcluster.types import DEFAULT_TENANT, GenerationId, TenantId
+from kvcluster.types import DEFAULT_TENANT, TenantId
 from tests.fake_engine import (
     FakeCluster,
     model_spec,
@@ -30,10 +29,6 @@ PROMPT = list(range(1, 21))
 def cluster(**fields: object) -> FakeCluster:
     fields.setdefault("spec", model_spec(eos_token_ids=()))
     return FakeCluster(**fields)  # type: ignore[arg-type]
-
-
-def progress(fake: FakeCluster, generation: GenerationId) -> list[Progress]:
-    return [event for event in fake.events(generation) if isinstance(event, Progress)]
 
 
 def test_a_deadline_ends_a_generation_and_frees_its_blocks() -> None:
