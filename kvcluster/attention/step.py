@@ -45,6 +45,8 @@ class StepAttention:
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._slots_by_group: dict[int, Tensor] = {}
         self._questions_by_group: dict[int, _Questions] = {}
+        self._read_parts: dict[SequencePart, tuple[Tensor, Tensor]] = {}
+        """Of the layer in hand: k_KSD and v_KSD of the keys here, read once for all who ask."""
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
@@ -54,6 +56,7 @@ class StepAttention:
         if len(q_THD):
             slots_T = self._row_slots(self._groups[layer], q_THD.device)
             self._store.write(layer, slots_T, k_TKD, v_TKD)
+        self._read_parts.clear()
         partials = self._attend_history(layer, q_THD)
         for part in self._parts:
             if part.has_chunk and part.num_rows[self._ring.rank]:
@@ -86,7 +89,7 @@ class StepAttention:
     def _pass_queries(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Queries travel: ask every rank that holds keys, answer every rank that asks.
 
-        The own keys are read while the queries are on their way.
+        The own keys are read, and the own rows answered, while the queries are on their way.
         """
         ring = self._ring
         geometry = self._spec.layers[layer]
@@ -97,14 +100,16 @@ class StepAttention:
             for rank, parts in questions.asking.items()
         }
         sends: list[Message] = [
-            (rank, torch.cat([q_THD[part.rows] for part in parts]))
-            for rank, parts in questions.asked.items()
+            (rank, _rows_of(parts, q_THD)) for rank, parts in questions.asked.items()
         ]
         travelling = ring.exchange(sends, list(queries.items()))
         replies = {
             rank: Partial.room(_num_rows(parts, ring.rank), heads, value_dim, q_THD)
             for rank, parts in questions.asked.items()
         }
+        for parts in questions.asking.values():
+            for part in parts:
+                self._keys(layer, part)
         found = {
             part: [self._read_own(layer, part, q_THD[part.rows], ring.rank)]
             for part in self._parts
@@ -160,9 +165,18 @@ class StepAttention:
         """A rank's rows over the part's keys on this rank."""
         geometry = self._spec.layers[layer]
         history = part.history(self._groups[layer], geometry.window)
-        k_KSD, v_KSD = self._store.restore(self._store.read(layer, history.slots))
+        k_KSD, v_KSD = self._keys(layer, part)
         mask_TS = part.mask(history, geometry.window, asker, self._ring.rank, q_THD.device)
         return attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
+
+    def _keys(self, layer: int, part: SequencePart) -> tuple[Tensor, Tensor]:
+        """k_KSD and v_KSD of the part's history on this rank."""
+        found = self._read_parts.get(part)
+        if found is None:
+            history = part.history(self._groups[layer], self._spec.layers[layer].window)
+            found = self._store.restore(self._store.read(layer, history.slots))
+            self._read_parts[part] = found
+        return found
 
     def _pass_shards(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
         """Shards travel: this rank's rows over every rank's shard. None without rows."""
@@ -238,6 +252,12 @@ class StepAttention:
 
 def _num_rows(parts: Sequence[SequencePart], rank: int) -> int:
     return sum(part.num_rows[rank] for part in parts)
+
+
+def _rows_of(parts: Sequence[SequencePart], q_THD: Tensor) -> Tensor:
+    """This rank's rows of the parts, in their order."""
+    own = [q_THD[part.rows] for part in parts]
+    return own[0] if len(own) == 1 else torch.cat(own)
 
 
 def _by_plane(partials: Mapping[int, Partial]) -> list[Message]:

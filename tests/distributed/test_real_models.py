@@ -86,15 +86,21 @@ async def output_of(
     )
     ids = torch.tensor(text_ids(name)[:prompt_tokens], dtype=torch.int32)
     chunk = TokenChunk(0, ids.numpy().tobytes())
-    await service.append_prompt(opened.generation, opened.upload, chunk)
-    await service.finish_prompt(opened.generation, opened.upload)
-    return [
-        token_id
-        async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)
-        for event in events
-        if isinstance(event.event, Output)
-        for token_id in event.event.token_ids
-    ]
+
+    async def upload() -> None:
+        await service.append_prompt(opened.generation, opened.upload, chunk)
+        await service.finish_prompt(opened.generation, opened.upload)
+
+    # Beside the reader: a generation that nobody reads is cancelled, even in a long prefill.
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(upload())
+        return [
+            token_id
+            async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)
+            for event in events
+            if isinstance(event.event, Output)
+            for token_id in event.event.token_ids
+        ]
 
 
 @pytest.mark.parametrize(
