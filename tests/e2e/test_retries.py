@@ -83,15 +83,23 @@ async def test_a_late_retry_gets_the_answer_of_the_first(client: Client) -> None
     assert await answer(client, cut(PROMPT, 50), request_id="late") == first
 
 
+async def paused_upload(
+    client: Client, cluster: Cluster, num_tokens: int
+) -> "tuple[asyncio.Task[tuple[str, list[int]]], asyncio.Event]":
+    """Request `r`, which has sent so many tokens of PROMPT and sends the rest after the event."""
+    pause = asyncio.Event()
+    upload = asyncio.create_task(
+        answer(client, cut(PROMPT, 100, pause=pause, pause_at=num_tokens), request_id="r")
+    )
+    await until_uploaded(cluster, num_tokens)
+    return upload, pause
+
+
 async def test_a_retry_that_differs_is_refused_and_the_first_is_undisturbed(
     client: Client, cluster: Cluster
 ) -> None:
     _, alone = await answer(client, PROMPT)
-    pause = asyncio.Event()
-    first = asyncio.create_task(
-        answer(client, cut(PROMPT, 100, pause=pause, pause_at=200), request_id="r")
-    )
-    await until_uploaded(cluster, 200)
+    first, pause = await paused_upload(client, cluster, 200)
     retry = asyncio.create_task(answer(client, cut(OTHER, 70), request_id="r"))
     pause.set()
 
@@ -112,11 +120,7 @@ async def test_a_shorter_retry_beside_the_first_is_refused_and_nothing_is_cut_of
     client: Client, cluster: Cluster
 ) -> None:
     _, alone = await answer(client, PROMPT)
-    pause = asyncio.Event()
-    first = asyncio.create_task(
-        answer(client, cut(PROMPT, 100, pause=pause, pause_at=300), request_id="r")
-    )
-    await until_uploaded(cluster, 300)
+    first, pause = await paused_upload(client, cluster, 300)
 
     with pytest.raises(RequestIdConflict):
         await answer(client, cut(PROMPT[:200], 50), request_id="r")
@@ -128,11 +132,7 @@ async def test_a_retry_takes_over_when_the_first_client_is_gone(
     client: Client, cluster: Cluster
 ) -> None:
     _, alone = await answer(client, PROMPT)
-    never = asyncio.Event()
-    first = asyncio.create_task(
-        answer(client, cut(PROMPT, 100, pause=never, pause_at=200), request_id="r")
-    )
-    await until_uploaded(cluster, 200)
+    first, _ = await paused_upload(client, cluster, 200)
     retry = asyncio.create_task(answer(client, cut(PROMPT, 70), request_id="r"))
     name = (await cluster.service.list_generations(DEFAULT_TENANT))[0].generation
     async with asyncio.timeout(BOUND_S):
