@@ -12,7 +12,6 @@ import torch
 
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepRunner
-from kvcluster.codec.registry import CODECS
 from kvcluster.engine.plan import (
     NewBlock,
     Release,
@@ -64,11 +63,11 @@ class ReferenceGroup:
                 store=_poisoned(
                     KVStore(
                         spec,
-                        CODECS["exact"],
                         blocks_per_group=[num_blocks] * len(spec.windows),
                         block_size=block_size,
                         like=next(model.module.parameters()),
-                    )
+                    ),
+                    len(spec.layers),
                 ),
                 ring=ring,
                 epoch=1,
@@ -150,9 +149,9 @@ class ReferenceGroup:
         ]
 
 
-def _poisoned(store: KVStore) -> KVStore:
+def _poisoned(store: KVStore, num_layers: int) -> KVStore:
     """Slots that were never written hold NaN: reading one shows in every later number."""
-    for layer in range(len(store.pools)):
-        for plane in store.pools[layer].planes:
+    for layer in range(num_layers):
+        for plane in store.planes(layer):
             plane.fill_(float("nan"))
     return store

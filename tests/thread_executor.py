@@ -11,7 +11,6 @@ import torch
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepRunner
-from kvcluster.codec.registry import CODECS
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
 from kvcluster.engine.service import EngineService
@@ -31,7 +30,6 @@ class ThreadExecutor:
                 model=model,
                 store=KVStore(
                     model.spec,
-                    CODECS["exact"],
                     blocks_per_group=blocks_per_group(model.spec, config.cache, config.engine),
                     block_size=config.cache.block_size,
                     like=next(model.module.parameters()),

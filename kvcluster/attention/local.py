@@ -7,11 +7,13 @@ Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimensi
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvcluster.attention.partial import Partial, merge
+from kvcluster.cache.store import Piece, in_line
 from kvcluster.types import LayerGeometry
 
 _PLAIN_TILE_ELEMENTS = 1 << 24
@@ -52,6 +54,13 @@ def attend(
         partial.out_THD.masked_fill(blind_T[:, None, None], 0.0),
         partial.lse_TH.masked_fill(blind_T[:, None], -math.inf),
     )
+
+
+def attend_pieces(q_THD: Tensor, pieces: Sequence[Piece], layer: LayerGeometry) -> Partial:
+    """Attention over all keys of some pieces of a store. Any T and S, zero included."""
+    if not pieces:
+        return Partial.empty(q_THD.shape[0], q_THD.shape[1], layer.value_dim, q_THD)
+    return merge(*(_attend_pages(q_THD, piece, layer) for piece in pieces))
 
 
 def attend_causal(
@@ -145,6 +154,23 @@ def _fused(
     if is_packed:
         return Partial(out_1HTD.reshape(1, num_heads, -1), lse_1HT.reshape(1, num_heads))
     return Partial(out_1HTD[0].transpose(0, 1), lse_1HT[0].transpose(0, 1))
+
+
+def _attend_pages(q_THD: Tensor, piece: Piece, layer: LayerGeometry) -> Partial:
+    """Attention over one piece; of one token over many pages without a copy."""
+    k_PKSD, v_PKSD = piece
+    if len(k_PKSD) == 1 or q_THD.shape[0] != 1 or not _has_fused_kernel(q_THD, layer):
+        return attend(q_THD, in_line(k_PKSD), in_line(v_PKSD), layer)
+    num_pages, num_kv_heads = k_PKSD.shape[:2]
+    q_KGD = q_THD.reshape(num_kv_heads, -1, layer.key_dim)
+    # Pages are the batch: a partial of each, merged in one go.
+    out_PKGD, lse_PKG = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_KGD.expand(num_pages, -1, -1, -1), k_PKSD, v_PKSD, 0.0, scale=layer.scale
+    )
+    lse_KG = torch.logsumexp(lse_PKG, dim=0)
+    share_PKG = torch.exp(lse_PKG - lse_KG)
+    out_KGD = torch.einsum("pkg,pkgd->kgd", share_PKG, out_PKGD)
+    return Partial(out_KGD.reshape(1, -1, layer.value_dim), lse_KG.reshape(1, -1))
 
 
 def _attend_square(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry) -> Partial:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.local import visible
-from kvcluster.cache.shard import Piece, SequenceMap, Slots
+from kvcluster.cache.shard import Piece, SequenceMap
 from kvcluster.types import Route
 
 
@@ -24,8 +24,8 @@ class History:
     end: int
     counts: tuple[int, ...]
     """Keys per rank."""
-    slots: Slots
-    """Where this rank's keys lie in its pools."""
+    runs: list[slice]
+    """Slots of this rank's keys."""
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     """mask_TS by (rank of the rows, rank of the keys); None: every row sees every key."""
 
@@ -86,11 +86,11 @@ class SequencePart:
         )
 
     def slots(self, group: int) -> Tensor:
-        """Slots of this rank's rows in its pools."""
-        slots = self._table.slots(self.rank, group, self.start, self.start + self.num_tokens)
-        if slots.run is not None:
-            return torch.arange(slots.run.start, slots.run.stop)
-        return torch.from_numpy(slots.listed)
+        """Slots of this rank's rows."""
+        runs = self._table.runs(self.rank, group, self.start, self.start + self.num_tokens)
+        if not runs:
+            return torch.empty(0, dtype=torch.long)
+        return torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
     def history(self, group: int, window: int | None) -> History:
         """The keys that any row of this part may read in the group. Cached."""
@@ -104,7 +104,7 @@ class SequencePart:
                     self._table.num_tokens(rank, start, self.history_end)
                     for rank in range(self._num_ranks)
                 ),
-                self._table.slots(self.rank, group, start, self.history_end),
+                self._table.runs(self.rank, group, start, self.history_end),
             )
             self._histories[group, window] = found
         return found

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcluster.attention.local import attend, attend_causal
+from kvcluster.attention.local import attend, attend_causal, attend_pieces
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
-from kvcluster.cache.store import KVStore
+from kvcluster.cache.store import KVStore, Piece
 from kvcluster.codec.base import EncodedKV
 from kvcluster.types import ModelSpec, Route
 
@@ -45,8 +45,8 @@ class StepAttention:
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._slots_by_group: dict[int, Tensor] = {}
         self._questions_by_group: dict[int, _Questions] = {}
-        self._read_parts: dict[SequencePart, tuple[Tensor, Tensor]] = {}
-        """Of the layer in hand: k_KSD and v_KSD of the keys here, read once for all who ask."""
+        self._read_parts: dict[SequencePart, list[Piece]] = {}
+        """Of the layer in hand: the keys here, read once for all who ask."""
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
@@ -165,16 +165,22 @@ class StepAttention:
         """A rank's rows over the part's keys on this rank."""
         geometry = self._spec.layers[layer]
         history = part.history(self._groups[layer], geometry.window)
-        k_KSD, v_KSD = self._keys(layer, part)
+        pieces = self._keys(layer, part)
+        if not part.has_chunk:
+            return attend_pieces(q_THD, pieces, geometry)
         mask_TS = part.mask(history, geometry.window, asker, self._ring.rank, q_THD.device)
-        return attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
+        return attend(q_THD, pieces[0].k_PKSD[0], pieces[0].v_PKSD[0], geometry, mask_TS)
 
-    def _keys(self, layer: int, part: SequencePart) -> tuple[Tensor, Tensor]:
-        """k_KSD and v_KSD of the part's history on this rank."""
+    def _keys(self, layer: int, part: SequencePart) -> list[Piece]:
+        """The keys of the part's history on this rank; for a chunk in one piece."""
         found = self._read_parts.get(part)
         if found is None:
             history = part.history(self._groups[layer], self._spec.layers[layer].window)
-            found = self._store.restore(self._store.read(layer, history.slots))
+            if part.has_chunk:
+                k_KSD, v_KSD = self._store.gather(layer, history.runs).planes
+                found = [Piece(k_KSD[None], v_KSD[None])]
+            else:
+                found = self._store.pieces(layer, history.runs)
             self._read_parts[part] = found
         return found
 
@@ -182,7 +188,7 @@ class StepAttention:
         """Shards travel: this rank's rows over every rank's shard. None without rows."""
         geometry = self._spec.layers[layer]
         history = part.history(self._groups[layer], geometry.window)
-        own = self._store.read(layer, history.slots)
+        own = self._store.gather(layer, history.runs)
         q_rows = q_THD[part.rows]
         partial = Partial.empty(
             q_rows.shape[0], geometry.num_query_heads, geometry.value_dim, q_THD
@@ -191,7 +197,7 @@ class StepAttention:
         def visit(source: int, shard: EncodedKV) -> None:
             nonlocal partial
             if q_rows.shape[0] and shard.num_tokens:
-                k_KSD, v_KSD = self._store.restore(shard)
+                k_KSD, v_KSD = shard.planes
                 mask_TS = part.mask(history, geometry.window, self._ring.rank, source, q_THD.device)
                 seen = attend(q_rows, k_KSD, v_KSD, geometry, mask_TS)
                 partial = merge(partial, seen)

@@ -21,13 +21,6 @@ class Piece(NamedTuple):
     end: int
 
 
-class Slots(NamedTuple):
-    """Where some tokens of one rank lie in its pool: a run where they lie together, else a list."""
-
-    run: slice | None
-    listed: NDArray[np.int64] | None
-
-
 class _Owned:
     """The blocks of one sequence on one rank, in order of position."""
 
@@ -98,21 +91,29 @@ class SequenceMap:
         after = max(0, (indices[last - 1] + 1) * size - end)
         return (last - first) * size - before - after
 
-    def slots(self, rank: int, group: int, start: int, end: int) -> Slots:
-        """Pool slots of the positions of [start, end) that lie on `rank`, in order of position."""
+    def runs(self, rank: int, group: int, start: int, end: int) -> list[slice]:
+        """Slots of the positions of [start, end) that lie on `rank`, in order of position.
+
+        Slot s is token s % block_size of block s // block_size in the rank's pool of the group.
+        """
         assert start >= self._released_below[group] * self.block_size, "read of a released block"
-        count = self.num_tokens(rank, start, end)
-        if count == 0:
-            return Slots(slice(0, 0), None)
         first, last = self._entries(rank, start, end)
+        if first == last:
+            return []
         owned = self._owned[rank]
         size = self.block_size
+        ids, run_starts = owned.block_ids[group], owned.run_starts[group]
         skipped = max(0, start - owned.indices[first] * size)
-        ids = owned.block_ids[group]
-        if owned.run_starts[group][last - 1] <= first:
-            low = ids[first] * size + skipped
-            return Slots(slice(low, low + count), None)
-        return Slots(None, self._expand(ids[first:last])[skipped : skipped + count])
+        left_over = max(0, (owned.indices[last - 1] + 1) * size - end)
+        runs: list[slice] = []
+        while last > first:
+            begin = max(first, run_starts[last - 1])
+            runs.append(slice(ids[begin] * size, (ids[last - 1] + 1) * size))
+            last = begin
+        runs.reverse()
+        runs[0] = slice(runs[0].start + skipped, runs[0].stop)
+        runs[-1] = slice(runs[-1].start, runs[-1].stop - left_over)
+        return runs
 
     def positions(self, rank: int, start: int, end: int) -> NDArray[np.int64]:
         """The positions of [start, end) that lie on `rank`, ascending."""

@@ -23,7 +23,6 @@ from kvcluster.cluster.control import LEADER, ControlChannel
 from kvcluster.cluster.runner import StepRunner, ThreadShare
 from kvcluster.cluster.socket_ring import SocketRing
 from kvcluster.cluster.torch_ring import TorchRing
-from kvcluster.codec.registry import CODECS
 from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
 from kvcluster.errors import RankLost
@@ -103,7 +102,6 @@ class Worker:
         spec = self._model.spec
         store = KVStore(
             spec,
-            CODECS["exact"],
             blocks_per_group=blocks_per_group(spec, self._config.cache, self._config.engine),
             block_size=self._config.cache.block_size,
             like=next(self._model.module.parameters()),

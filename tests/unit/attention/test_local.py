@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from kvcluster.attention.local import attend, attend_causal, attend_plain, visible
+from kvcluster.attention.local import (
+    attend,
+    attend_causal,
+    attend_pieces,
+    attend_plain,
+    visible,
+)
+from kvcluster.cache.store import Piece
 from kvcluster.types import LayerGeometry
 
 # A few hundred float32 roundings of numbers near 1, summed in another order.
@@ -50,6 +57,27 @@ def test_attention_over_all_keys_is_the_definition(
     partial = attend(q_THD, k_KSD, v_KSD, layer)
 
     expected = attend_plain(q_THD, k_KSD, v_KSD, layer)
+    torch.testing.assert_close(partial.out_THD, expected.out_THD, rtol=0, atol=ATOL)
+    torch.testing.assert_close(partial.lse_TH, expected.lse_TH, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("page_counts", [(), (1,), (4,), (1, 3, 1)])
+def test_attention_over_pieces_is_attention_over_their_keys(
+    page_counts: tuple[int, ...], group: int, num_tokens: int, softcap: float | None
+) -> None:
+    layer = geometry(group=group, softcap=softcap)
+    q_THD, k_KSD, v_KSD = random_qkv(layer, num_tokens, 16 * sum(page_counts))
+    pages = Piece(*(x_KSD.unflatten(1, (-1, 16)).transpose(0, 1) for x_KSD in (k_KSD, v_KSD)))
+    cuts = [slice(sum(page_counts[:n]), sum(page_counts[: n + 1])) for n in range(len(page_counts))]
+
+    partial = attend_pieces(
+        q_THD, [Piece(pages.k_PKSD[cut], pages.v_PKSD[cut]) for cut in cuts], layer
+    )
+
+    expected = attend(q_THD, k_KSD, v_KSD, layer)
     torch.testing.assert_close(partial.out_THD, expected.out_THD, rtol=0, atol=ATOL)
     torch.testing.assert_close(partial.lse_TH, expected.lse_TH, rtol=0, atol=ATOL)
 

@@ -1,21 +1,17 @@
 """The ranks' map of a sequence agrees with a plain list of who holds each position."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcluster.cache.shard import SequenceMap, Slots
+from kvcluster.cache.shard import SequenceMap
 
 BLOCK_SIZE = 4
 NUM_RANKS = 3
 
 
-def as_list(slots: Slots) -> list[int]:
-    if slots.run is not None:
-        return list(range(slots.run.start, slots.run.stop))
-    assert slots.listed is not None
-    return slots.listed.tolist()
+def as_list(runs: list[slice]) -> list[int]:
+    return [slot for run in runs for slot in range(run.start, run.stop)]
 
 
 @given(
@@ -36,7 +32,7 @@ def test_slots_positions_and_counts_follow_the_table(
         assert table.num_tokens(rank, start, end) == len(held)
         assert table.positions(rank, start, end).tolist() == held
         for group, shift in enumerate((0, 100)):
-            assert as_list(table.slots(rank, group, start, end)) == [
+            assert as_list(table.runs(rank, group, start, end)) == [
                 (entries[p // BLOCK_SIZE][1] + shift) * BLOCK_SIZE + p % BLOCK_SIZE for p in held
             ]
 
@@ -54,20 +50,15 @@ def test_consecutive_blocks_are_one_run_and_need_no_copy() -> None:
     for rank, block_id in ((0, 5), (1, 0), (0, 6), (0, 7)):
         table.append(rank, (block_id,))
 
-    slots = table.slots(0, 0, 1, 15)
-
-    assert slots.run == slice(21, 31)
+    assert table.runs(0, 0, 1, 15) == [slice(21, 31)]
 
 
-def test_scattered_blocks_are_listed() -> None:
+def test_a_run_ends_where_block_ids_jump() -> None:
     table = SequenceMap(block_size=BLOCK_SIZE, num_ranks=1, num_groups=1)
-    for block_id in (5, 2):
+    for block_id in (5, 2, 3):
         table.append(0, (block_id,))
 
-    slots = table.slots(0, 0, 0, 6)
-
-    assert slots.run is None
-    np.testing.assert_array_equal(slots.listed, [20, 21, 22, 23, 8, 9])
+    assert table.runs(0, 0, 2, 10) == [slice(22, 24), slice(8, 14)]
 
 
 def test_reading_a_released_block_is_caught() -> None:
@@ -77,7 +68,7 @@ def test_reading_a_released_block_is_caught() -> None:
 
     table.release(1, 2)
 
-    assert as_list(table.slots(0, 0, 0, 12)) == list(range(12))
-    assert as_list(table.slots(0, 1, 8, 12)) == list(range(8, 12))
+    assert as_list(table.runs(0, 0, 0, 12)) == list(range(12))
+    assert as_list(table.runs(0, 1, 8, 12)) == list(range(8, 12))
     with pytest.raises(AssertionError, match="released"):
-        table.slots(0, 1, 4, 12)
+        table.runs(0, 1, 4, 12)

@@ -1,0 +1,39 @@
+"""The cache memory of one rank: pages of equal size, which every way of storing divides up.
+
+A page has room for `PAGE_BLOCKS` exact blocks of all layers of one KV group. One kind of contents
+uses it at a time.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+PAGE_BLOCKS = 8
+"""Exact blocks of a page: enough that attention over whole pages runs at full speed, and that
+smaller blocks fill a page with little left over."""
+ALIGNMENT = 64
+"""Bytes; every plane of a page starts on such a boundary."""
+
+
+def aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class PageArena:
+    """The pages of one KV group on one rank. Zeroed; a CPU commits what is touched."""
+
+    def __init__(self, num_pages: int, page_bytes: int, device: torch.device) -> None:
+        assert page_bytes % ALIGNMENT == 0
+        self._bytes = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._bytes.numel()
+
+    def plane(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A view of the same array in every page: [pages, *shape], `offset` bytes into each."""
+        assert offset % ALIGNMENT == 0
+        num_bytes = math.prod(shape) * dtype.itemsize
+        section = self._bytes[:, offset : offset + num_bytes]
+        return section.view(dtype).view(-1, *shape)

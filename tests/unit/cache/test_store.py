@@ -1,0 +1,108 @@
+"""What is written to slots is read back, whichever pages the slots lie in."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcluster.cache.pages import PAGE_BLOCKS
+from kvcluster.cache.store import KVStore, in_line
+from kvcluster.types import LayerGeometry, ModelSpec
+
+BLOCK_SIZE = 2
+PAGE_TOKENS = PAGE_BLOCKS * BLOCK_SIZE
+NUM_BLOCKS = 4 * PAGE_BLOCKS
+NUM_SLOTS = NUM_BLOCKS * BLOCK_SIZE
+
+
+def spec_of(*windows: int | None) -> ModelSpec:
+    return ModelSpec(
+        name="test",
+        layers=tuple(
+            LayerGeometry(
+                num_query_heads=4, num_kv_heads=2, key_dim=6, value_dim=4, scale=1.0, window=window
+            )
+            for window in windows
+        ),
+        vocab_size=8,
+        max_context_tokens=64,
+        eos_token_ids=(),
+        dtype="float32",
+        bytes_per_element=4,
+        weights_digest="",
+        tokenizer_digest="",
+    )
+
+
+def filled_store() -> tuple[KVStore, torch.Tensor, torch.Tensor]:
+    """A store of three layers and two groups; K and V of layer 1 by slot."""
+    spec = spec_of(None, 8, None)
+    store = KVStore(
+        spec, blocks_per_group=[NUM_BLOCKS, 5], block_size=BLOCK_SIZE, like=torch.empty(0)
+    )
+    generator = torch.Generator().manual_seed(0)
+    k_SKD = torch.randn(NUM_SLOTS, 2, 6, generator=generator)
+    v_SKD = torch.randn(NUM_SLOTS, 2, 4, generator=generator)
+    shuffled = torch.randperm(NUM_SLOTS, generator=generator)
+    store.write(2, shuffled, k_SKD[shuffled], v_SKD[shuffled])
+    return store, k_SKD, v_SKD
+
+
+runs_of_slots = st.lists(
+    st.tuples(st.integers(0, NUM_SLOTS), st.integers(0, NUM_SLOTS))
+    .map(sorted)
+    .map(lambda bounds: slice(*bounds))
+    .filter(lambda run: run.start < run.stop),
+    max_size=4,
+)
+
+
+@given(runs=runs_of_slots)
+def test_pieces_and_copies_hold_the_slots_in_order(runs: list[slice]) -> None:
+    store, k_SKD, v_SKD = filled_store()
+    slots = [slot for run in runs for slot in range(run.start, run.stop)]
+
+    gathered = store.gather(2, runs)
+    pieces = store.pieces(2, runs)
+
+    for plane, written, parts in zip(
+        gathered.planes,
+        (k_SKD, v_SKD),
+        zip(*pieces, strict=True) if pieces else ((), ()),
+        strict=True,
+    ):
+        assert torch.equal(plane, written[slots].transpose(0, 1))
+        assert sum(len(part) * part.shape[2] for part in parts) == len(slots)
+        if parts:
+            assert torch.equal(torch.cat([in_line(part) for part in parts], dim=1), plane)
+
+
+def test_whole_pages_are_one_piece_and_no_copy() -> None:
+    store, _, _ = filled_store()
+
+    pieces = store.pieces(2, [slice(3, 3 * PAGE_TOKENS + 1)])
+
+    assert [tuple(piece.k_PKSD.shape) for piece in pieces] == [
+        (1, 2, PAGE_TOKENS - 3, 6),
+        (2, 2, PAGE_TOKENS, 6),
+        (1, 2, 1, 6),
+    ]
+    assert pieces[1].k_PKSD.data_ptr() == store.planes(2).k_PKSD[1].data_ptr()
+
+
+def test_layers_do_not_overlap() -> None:
+    store, _, _ = filled_store()
+
+    for layer in (0, 1):
+        for plane in store.planes(layer):
+            assert not plane.any()
+            plane.fill_(7.0)
+
+    assert all(not (plane == 7.0).any() for plane in store.planes(2))
+
+
+def test_the_bytes_are_those_of_the_pages() -> None:
+    store, _, _ = filled_store()
+    bytes_per_token = 4 * 2 * (6 + 4)
+
+    # Four pages for two layers; five blocks of the windowed layer take one page.
+    assert store.num_bytes == (4 * 2 + 1) * PAGE_TOKENS * bytes_per_token
