@@ -2,6 +2,7 @@
 
     KvClusterError
     ├── ConfigError               a setting is wrong
+    │   └── CalibrationMismatch   the calibration file is damaged or not this model's
     ├── ModelError
     │   ├── ModelNotFound         no model of that name is served or on disk
     │   └── ModelUnsupported      its attention cannot be sharded correctly: refused at load
@@ -79,6 +80,11 @@ class ConfigError(KvClusterError):
     """A setting has a wrong value or an unknown name."""
 
     reason = "INVALID_CONFIG"
+
+
+class CalibrationMismatch(ConfigError):
+    """The calibration file is damaged, or was made for another model or version. Calibrate again,
+    or name the right file."""
 
 
 class ModelError(KvClusterError):

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcluster.cache.pages import PAGE_BLOCKS
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepRunner
+from kvcluster.codec.registry import EXACT
 from kvcluster.engine.plan import (
     NewBlock,
     Release,
@@ -30,6 +32,7 @@ class _Sequence:
     sequence: int
     token_ids: list[int]
     num_prompt_tokens: int
+    codec: str
     num_computed: int = 0
     num_blocks: int = 0
 
@@ -47,42 +50,57 @@ class ReferenceGroup:
         seed: int = 0,
     ) -> None:
         spec = model.spec
+        like = next(model.module.parameters()) if hasattr(model, "module") else torch.empty(0)
         self.spec = spec
         self.num_ranks = num_ranks
         self.block_size = block_size
         self._random = random.Random(seed)
         rings = ThreadRing.group(num_ranks)
         self._rings = rings
+        # Exact blocks have the first half of the pages, encoded ones take the others.
+        half = num_blocks // PAGE_BLOCKS // 2
         self._free = [
-            [self._random.sample(range(num_blocks), num_blocks) for _ in spec.windows]
+            [
+                self._random.sample(range(half * PAGE_BLOCKS), half * PAGE_BLOCKS)
+                for _ in spec.windows
+            ]
             for _ in range(num_ranks)
+        ]
+        self._free_pages = [
+            [self._random.sample(range(half, 2 * half), half) for _ in spec.windows]
+            for _ in range(num_ranks)
+        ]
+        self._free_encoded: dict[tuple[int, int, str], list[int]] = {}
+        self._stores = [
+            _poisoned(
+                KVStore(
+                    spec,
+                    blocks_per_group=[num_blocks] * len(spec.windows),
+                    block_size=block_size,
+                    like=like,
+                ),
+                len(spec.layers),
+            )
+            for _ in rings
         ]
         self._runners = [
             StepRunner(
                 model=model,
-                store=_poisoned(
-                    KVStore(
-                        spec,
-                        blocks_per_group=[num_blocks] * len(spec.windows),
-                        block_size=block_size,
-                        like=next(model.module.parameters()),
-                    ),
-                    len(spec.layers),
-                ),
+                store=store,
                 ring=ring,
                 epoch=1,
                 block_size=block_size,
             )
-            for ring in rings
+            for ring, store in zip(rings, self._stores, strict=True)
         ]
         self._step = 0
         self._sampled: tuple[SampledToken, ...] = ()
         self._sequences: dict[int, _Sequence] = {}
         self._started: list[SequenceStart] = []
 
-    def start(self, sequence: int, prompt: Sequence[int]) -> None:
-        self._started.append(SequenceStart(sequence, SamplingParams(), Policy()))
-        self._sequences[sequence] = _Sequence(sequence, list(prompt), len(prompt))
+    def start(self, sequence: int, prompt: Sequence[int], codec: str = EXACT) -> None:
+        self._started.append(SequenceStart(sequence, SamplingParams(), Policy(codec=codec)))
+        self._sequences[sequence] = _Sequence(sequence, list(prompt), len(prompt), codec)
 
     def output(self, sequence: int) -> list[int]:
         state = self._sequences[sequence]
@@ -119,11 +137,10 @@ class ReferenceGroup:
         self, state: _Sequence, size: int, owners: Sequence[int], route: Route
     ) -> SequenceStep:
         start, end = state.num_computed, state.num_computed + size
-        appended = []
+        appended: list[NewBlock] = []
         while state.num_blocks * self.block_size < end:
             rank = owners[len(appended) % len(owners)]
-            ids = tuple(free.pop() for free in self._free[rank])
-            appended.append(NewBlock(rank, ids))
+            appended.append(self._new_block(state, rank, start, end))
             state.num_blocks += 1
         is_decode = start >= state.num_prompt_tokens
         state.num_computed = end
@@ -137,6 +154,26 @@ class ReferenceGroup:
             samples=end >= state.num_prompt_tokens,
             route=route,
         )
+
+    def _new_block(self, state: _Sequence, rank: int, start: int, end: int) -> NewBlock:
+        first = state.num_blocks * self.block_size
+        is_encoded = state.codec != EXACT and state.num_blocks > 0
+        is_full_at_once = start <= first and first + self.block_size <= end
+        exact = () if is_encoded and is_full_at_once else self._free[rank]
+        groups = range(len(self.spec.windows)) if is_encoded else ()
+        return NewBlock(
+            rank,
+            tuple(free.pop() for free in exact),
+            tuple(self._encoded_id(rank, group, state.codec) for group in groups),
+        )
+
+    def _encoded_id(self, rank: int, group: int, codec: str) -> int:
+        free = self._free_encoded.setdefault((rank, group, codec), [])
+        if not free:
+            page = self._free_pages[rank][group].pop()
+            per_page = self._stores[rank].blocks_per_page(group, codec)
+            free += self._random.sample(range(page * per_page, (page + 1) * per_page), per_page)
+        return free.pop()
 
     def _releases(self, steps: Sequence[SequenceStep]) -> list[Release]:
         """As the engine does: what no later row can see is released, and later reads assert."""

@@ -6,28 +6,25 @@ message without asking. Built once per step and used by every layer.
 Shape letters: T query rows, S keys.
 """
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvcluster.attention.history import History, history
 from kvcluster.attention.local import visible
 from kvcluster.cache.shard import Piece, SequenceMap
+from kvcluster.codec.registry import EXACT
 from kvcluster.types import Route
 
 
-@dataclass(frozen=True)
-class History:
-    """The keys of one KV group that a sequence's rows read besides their own chunk."""
+class FullBlocks(NamedTuple):
+    """Blocks of this rank that are encoded, and where their tokens are."""
 
-    start: int
-    end: int
-    counts: tuple[int, ...]
-    """Keys per rank."""
-    runs: list[slice]
-    """Slots of this rank's keys."""
-    masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
-    """mask_TS by (rank of the rows, rank of the keys); None: every row sees every key."""
+    starts_B: Tensor
+    encoded_ids_B: Tensor
+    first_row: int
+    """This rank's packed row of the first token; the others follow."""
 
 
 class SequencePart:
@@ -45,26 +42,27 @@ class SequencePart:
         num_tokens: int,
         route: Route,
         rank: int,
-        num_ranks: int,
         row_offset: int,
+        codec: str = EXACT,
     ) -> None:
+        """In a sequence with a codec, a part that starts inside a block ends with that block."""
         self._table = table
         self.rank = rank
-        self._num_ranks = num_ranks
         self.start = start
         self.num_tokens = num_tokens
         self.row_offset = row_offset
+        self.codec = codec
         self.pieces = table.pieces(start, start + num_tokens)
         self.num_rows = tuple(
             sum(piece.end - piece.start for piece in self.pieces if piece.rank == other)
-            for other in range(num_ranks)
+            for other in range(table.num_ranks)
         )
         self.has_chunk = num_tokens > 1
         self.history_end = start if self.has_chunk else start + 1
-        held = [table.num_tokens(other, 0, self.history_end) for other in range(num_ranks)]
+        held = [table.num_tokens(other, 0, self.history_end) for other in range(table.num_ranks)]
         self.is_local = not any(
             (held[other] or self.num_rows[other]) and other != self.pieces[0].rank
-            for other in range(num_ranks)
+            for other in range(table.num_ranks)
         )
         self.travels_by_query = not self.has_chunk or self.is_local or route is Route.PASS_Q
         self.route = route
@@ -85,26 +83,79 @@ class SequencePart:
             self._table.positions(rank, self.start, self.start + self.num_tokens)
         )
 
+    @property
+    def block_size(self) -> int:
+        return self._table.block_size
+
+    @property
+    def encoded_at_once(self) -> range:
+        """Positions of the blocks that the part fills from their first token, without the
+        sequence's first block: these are never written exact."""
+        if self.codec == EXACT:
+            return range(0)
+        size = self._table.block_size
+        first = max(size, -(-self.start // size) * size)
+        return range(first, max(first, (self.start + self.num_tokens) // size * size))
+
     def slots(self, group: int) -> Tensor:
-        """Slots of this rank's rows."""
-        runs = self._table.runs(self.rank, group, self.start, self.start + self.num_tokens)
+        """Slots of this rank's rows that are written exact."""
+        at_once, end = self.encoded_at_once, self.start + self.num_tokens
+        spans = [(self.start, end)]
+        if at_once:
+            spans = [(self.start, at_once.start), (at_once.stop, end)]
+        runs = [run for span in spans for run in self._table.runs(self.rank, group, *span)]
         if not runs:
             return torch.empty(0, dtype=torch.long)
         return torch.cat([torch.arange(run.start, run.stop) for run in runs])
+
+    def exact_rows(self) -> list[slice]:
+        """This rank's packed rows that are written exact."""
+        rows = self.rows
+        if not self.encoded_at_once:
+            return [rows]
+        at_once = self.full_blocks(0)
+        last = at_once.first_row + len(at_once.starts_B) * self._table.block_size
+        return [slice(rows.start, at_once.first_row), slice(last, rows.stop)]
+
+    def full_blocks(self, group: int) -> FullBlocks:
+        """This rank's blocks of `encoded_at_once`."""
+        at_once = self.encoded_at_once
+        return FullBlocks(
+            *self._encoded(group, at_once.start, at_once.stop),
+            self.row_offset + self._table.num_tokens(self.rank, self.start, at_once.start),
+        )
+
+    def completed(self, group: int) -> tuple[FullBlocks, list[slice]] | None:
+        """This rank's block that was begun before the part and is full after it, and the slots
+        of its exact tokens. None where there is none, or it stays exact."""
+        size = self._table.block_size
+        first, end = self.start // size * size, self.start + self.num_tokens
+        is_completed = end == first + size and self.start > first and first > 0
+        if self.codec == EXACT or not is_completed or self._table.owner(first) != self.rank:
+            return None
+        return (
+            FullBlocks(*self._encoded(group, first, end), 0),
+            self._table.runs(self.rank, group, first, end),
+        )
+
+    def _encoded(self, group: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        return (
+            torch.from_numpy(self._table.block_starts(self.rank, start, end)),
+            torch.from_numpy(self._table.encoded_ids(self.rank, group, start, end)),
+        )
 
     def history(self, group: int, window: int | None) -> History:
         """The keys that any row of this part may read in the group. Cached."""
         found = self._histories.get((group, window))
         if found is None:
             start = 0 if window is None else max(0, self.start - window + 1)
-            found = History(
-                start,
-                self.history_end,
-                tuple(
-                    self._table.num_tokens(rank, start, self.history_end)
-                    for rank in range(self._num_ranks)
-                ),
-                self._table.runs(self.rank, group, start, self.history_end),
+            size = self._table.block_size
+            found = history(
+                self._table,
+                group,
+                range(start, self.history_end),
+                encoded_below=0 if self.codec == EXACT else self.start // size * size,
+                rank=self.rank,
             )
             self._histories[group, window] = found
         return found

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcluster.attention.local import attend, attend_causal, attend_pieces
+from kvcluster.attention.history import History, RankHistory
+from kvcluster.attention.local import attend, attend_causal, attend_earlier, attend_pieces
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
 from kvcluster.cache.store import KVStore, Piece
 from kvcluster.codec.base import EncodedKV
+from kvcluster.codec.registry import EXACT
 from kvcluster.types import ModelSpec, Route
 
 
@@ -42,6 +44,7 @@ class StepAttention:
         self._store = store
         self._ring = ring
         self._parts = parts
+        self._encoded_parts = [part for part in parts if part.codec != EXACT]
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._slots_by_group: dict[int, Tensor] = {}
         self._questions_by_group: dict[int, _Questions] = {}
@@ -54,20 +57,48 @@ class StepAttention:
         """out_THD of this rank's rows, in q's dtype. All ranks must be in the same layer: one
         without rows calls this with T = 0, because its keys are read all the same."""
         if len(q_THD):
-            slots_T = self._row_slots(self._groups[layer], q_THD.device)
-            self._store.write(layer, slots_T, k_TKD, v_TKD)
+            self._write(layer, k_TKD, v_TKD)
         self._read_parts.clear()
         partials = self._attend_history(layer, q_THD)
         for part in self._parts:
             if part.has_chunk and part.num_rows[self._ring.rank]:
                 inside = self._attend_chunk(layer, part, q_THD, k_TKD, v_TKD)
                 partials[part] = merge(partials[part], inside) if part in partials else inside
+        for part in self._encoded_parts:
+            self._encode_completed(layer, part)
         if not partials:
             return q_THD
         whole = _concatenate([partials[part] for part in self._parts if part in partials])
         if sinks_H is not None:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
+
+    def _write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """Keep this rank's rows: exact, or whole blocks encoded."""
+        group = self._groups[layer]
+        slots_T = self._row_slots(group, k_TKD.device)
+        if not self._encoded_parts:
+            self._store.write(layer, slots_T, k_TKD, v_TKD)
+            return
+        rows = [rows for part in self._parts for rows in part.exact_rows()]
+        k_exact_TKD = torch.cat([k_TKD[span] for span in rows])
+        v_exact_TKD = torch.cat([v_TKD[span] for span in rows])
+        self._store.write(layer, slots_T, k_exact_TKD, v_exact_TKD)
+        for part in self._encoded_parts:
+            full = part.full_blocks(group)
+            if len(full.starts_B):
+                span = slice(full.first_row, full.first_row + len(full.starts_B) * part.block_size)
+                blocks = Piece(*(_blocks(x_TKD[span], part.block_size) for x_TKD in (k_TKD, v_TKD)))
+                self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, full.starts_B)
+
+    def _encode_completed(self, layer: int, part: SequencePart) -> None:
+        """The block that this part has filled goes where full blocks are."""
+        completed = part.completed(self._groups[layer])
+        if completed is not None:
+            block, runs = completed
+            exact = self._store.gather(layer, runs)
+            kv_BKSD = Piece(*(plane[None] for plane in exact.planes))
+            self._store.encode(layer, part.codec, block.encoded_ids_B, kv_BKSD, block.starts_B)
 
     def _row_slots(self, group: int, device: torch.device) -> Tensor:
         slots = self._slots_by_group.get(group)
@@ -137,7 +168,7 @@ class StepAttention:
                     for part in self._parts
                     if part.travels_by_query
                     and part.num_rows[rows]
-                    and part.history(group, window).counts[keys]
+                    and part.history(group, window).ranks[keys].num_tokens
                 ]
 
             here = self._ring.rank
@@ -176,19 +207,50 @@ class StepAttention:
         found = self._read_parts.get(part)
         if found is None:
             history = part.history(self._groups[layer], self._spec.layers[layer].window)
-            if part.has_chunk:
-                k_KSD, v_KSD = self._store.gather(layer, history.runs).planes
+            if part.has_chunk or part.codec != EXACT:
+                shard = self._read_shard(layer, part, history)
+                k_KSD, v_KSD = self._restore(layer, part, shard, history.ranks[self._ring.rank])
                 found = [Piece(k_KSD[None], v_KSD[None])]
             else:
                 found = self._store.pieces(layer, history.runs)
             self._read_parts[part] = found
         return found
 
+    def _read_shard(self, layer: int, part: SequencePart, history: History) -> EncodedKV:
+        """This rank's keys as they are kept and sent: two exact planes, then encoded ones."""
+        exact = self._store.gather(layer, history.runs)
+        if part.codec == EXACT:
+            return exact
+        encoded = self._store.read_encoded(layer, part.codec, history.encoded_ids_B)
+        return EncodedKV((*exact.planes, *encoded))
+
+    def _shard_room(self, layer: int, part: SequencePart, held: RankHistory) -> EncodedKV:
+        exact = self._store.empty(layer, held.num_exact(part.block_size))
+        if part.codec == EXACT:
+            return exact
+        encoded = self._store.empty_encoded(layer, part.codec, held.num_blocks)
+        return EncodedKV((*exact.planes, *encoded))
+
+    def _restore(
+        self, layer: int, part: SequencePart, shard: EncodedKV, held: RankHistory
+    ) -> tuple[Tensor, Tensor]:
+        """k_KSD and v_KSD of a shard, in order of position."""
+        k_KSD, v_KSD, *encoded = shard.planes
+        if not held.num_blocks:
+            return k_KSD, v_KSD
+        decoded = self._store.decode(layer, part.codec, encoded, held.starts_B)
+        split, skipped = held.num_exact_before, held.num_skipped
+        k_whole, v_whole = (
+            torch.cat([exact[:, :split], between[:, skipped:], exact[:, split:]], dim=1)
+            for exact, between in zip((k_KSD, v_KSD), decoded, strict=True)
+        )
+        return k_whole, v_whole
+
     def _pass_shards(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
         """Shards travel: this rank's rows over every rank's shard. None without rows."""
         geometry = self._spec.layers[layer]
         history = part.history(self._groups[layer], geometry.window)
-        own = self._store.gather(layer, history.runs)
+        own = self._read_shard(layer, part, history)
         q_rows = q_THD[part.rows]
         partial = Partial.empty(
             q_rows.shape[0], geometry.num_query_heads, geometry.value_dim, q_THD
@@ -196,14 +258,14 @@ class StepAttention:
 
         def visit(source: int, shard: EncodedKV) -> None:
             nonlocal partial
-            if q_rows.shape[0] and shard.num_tokens:
-                k_KSD, v_KSD = shard.planes
+            if q_rows.shape[0] and history.ranks[source].num_tokens:
+                k_KSD, v_KSD = self._restore(layer, part, shard, history.ranks[source])
                 mask_TS = part.mask(history, geometry.window, self._ring.rank, source, q_THD.device)
                 seen = attend(q_rows, k_KSD, v_KSD, geometry, mask_TS)
                 partial = merge(partial, seen)
 
         def room(source: int) -> EncodedKV:
-            return self._store.empty(layer, history.counts[source])
+            return self._shard_room(layer, part, history.ranks[source])
 
         travel = gather if part.route is Route.GATHER else pass_kv
         travel(own, room, visit, self._ring)
@@ -215,6 +277,8 @@ class StepAttention:
         """The chunk's own rows, causal, over exact K and V: everybody's, in order of position."""
         geometry = self._spec.layers[layer]
         k_KSD, v_KSD = self._gather_chunk(part, k_TKD, v_TKD)
+        if part.encoded_at_once:
+            return self._attend_chunk_strictly(layer, part, q_THD, Piece(k_KSD, v_KSD))
         row = part.row_offset
         partials = []
         for piece in part.own_pieces:
@@ -225,6 +289,41 @@ class StepAttention:
             )
             row += size
         return _concatenate(partials)
+
+    def _attend_chunk_strictly(
+        self, layer: int, part: SequencePart, q_THD: Tensor, exact: Piece
+    ) -> Partial:
+        """The same in a sequence with a codec: earlier blocks are read as they will be later."""
+        geometry = self._spec.layers[layer]
+        read = self._round_trip(layer, part, exact)
+        size, row = part.block_size, part.row_offset
+        partials = []
+        for piece in part.own_pieces:
+            for first in range(piece.start - part.start, piece.end - part.start, size):
+                last = min(first + size, piece.end - part.start)
+                q_block = q_THD[row : row + last - first]
+                own = attend_causal(
+                    q_block, exact.k_PKSD[:, first:last], exact.v_PKSD[:, first:last], geometry, 0
+                )
+                earlier = attend_earlier(
+                    q_block, read.k_PKSD[:, :first], read.v_PKSD[:, :first], geometry
+                )
+                partials.append(merge(earlier, own))
+                row += last - first
+        return _concatenate(partials)
+
+    def _round_trip(self, layer: int, part: SequencePart, exact: Piece) -> Piece:
+        """The chunk's keys with every block that is encoded at once as the codec restores it."""
+        at_once, size = part.encoded_at_once, part.block_size
+        span = slice(at_once.start - part.start, at_once.stop - part.start)
+        starts_B = torch.arange(at_once.start, at_once.stop, size)
+        blocks = [_blocks(plane[:, span].transpose(0, 1), size) for plane in exact]
+        read = [plane.clone() for plane in exact]
+        for plane, restored in zip(
+            read, self._store.round_trip(layer, part.codec, Piece(*blocks), starts_B), strict=True
+        ):
+            plane[:, span] = restored
+        return Piece(*read)
 
     def _gather_chunk(
         self, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor
@@ -254,6 +353,11 @@ class StepAttention:
             for plane, ordered in zip(received[piece.rank], pieces, strict=True):
                 ordered.append(plane[first:last])
         return torch.cat(pieces[0]).transpose(0, 1), torch.cat(pieces[1]).transpose(0, 1)
+
+
+def _blocks(x_TKD: Tensor, block_size: int) -> Tensor:
+    """x_BKSD of tokens that are whole blocks."""
+    return x_TKD.reshape(-1, block_size, *x_TKD.shape[1:]).transpose(1, 2)
 
 
 def _num_rows(parts: Sequence[SequencePart], rank: int) -> int:

@@ -28,6 +28,10 @@ class PageArena:
         self._bytes = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
 
     @property
+    def page_bytes(self) -> int:
+        return int(self._bytes.shape[1])
+
+    @property
     def num_bytes(self) -> int:
         return self._bytes.numel()
 

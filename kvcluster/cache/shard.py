@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcluster.types import NO_BLOCK
+
 
 class Piece(NamedTuple):
     """Consecutive positions [start, end) whose blocks lie on one rank."""
@@ -27,14 +29,21 @@ class _Owned:
     def __init__(self, num_groups: int) -> None:
         self.indices: list[int] = []
         self.block_ids: list[list[int]] = [[] for _ in range(num_groups)]
+        """NO_BLOCK where an entry has no exact block."""
+        self.encoded_ids: list[list[int]] = [[] for _ in range(num_groups)]
         # For each block, the first block of the run of consecutive pool ids that it ends.
         self.run_starts: list[list[int]] = [[] for _ in range(num_groups)]
 
-    def append(self, index: int, block_ids: tuple[int, ...]) -> None:
+    def append(self, index: int, block_ids: tuple[int, ...], encoded_ids: tuple[int, ...]) -> None:
         entry = len(self.indices)
         self.indices.append(index)
-        for ids, starts, block_id in zip(self.block_ids, self.run_starts, block_ids, strict=True):
-            continues = entry > 0 and ids[-1] + 1 == block_id
+        none = (NO_BLOCK,) * len(self.block_ids)
+        for ids, block_id in zip(self.encoded_ids, encoded_ids or none, strict=True):
+            ids.append(block_id)
+        for ids, starts, block_id in zip(
+            self.block_ids, self.run_starts, block_ids or none, strict=True
+        ):
+            continues = entry > 0 and ids[-1] + 1 == block_id != NO_BLOCK + 1
             starts.append(starts[-1] if continues else entry)
             ids.append(block_id)
 
@@ -49,13 +58,19 @@ class SequenceMap:
         self._released_below = [0] * num_groups
 
     @property
+    def num_ranks(self) -> int:
+        return len(self._owned)
+
+    @property
     def capacity_tokens(self) -> int:
         """Tokens that the table has room for."""
         return len(self._owners) * self.block_size
 
-    def append(self, rank: int, block_ids: tuple[int, ...]) -> None:
-        """Add the next block."""
-        self._owned[rank].append(len(self._owners), block_ids)
+    def append(
+        self, rank: int, block_ids: tuple[int, ...], encoded_ids: tuple[int, ...] = ()
+    ) -> None:
+        """Add the next entry: an exact block, or an encoded one, or both, one id per group."""
+        self._owned[rank].append(len(self._owners), block_ids, encoded_ids)
         self._owners.append(rank)
 
     def release(self, group: int, below: int) -> None:
@@ -91,6 +106,18 @@ class SequenceMap:
         after = max(0, (indices[last - 1] + 1) * size - end)
         return (last - first) * size - before - after
 
+    def block_starts(self, rank: int, start: int, end: int) -> NDArray[np.int64]:
+        """First positions of the blocks on `rank` that overlap [start, end), ascending."""
+        first, last = self._entries(rank, start, end)
+        return np.array(self._owned[rank].indices[first:last], dtype=np.int64) * self.block_size
+
+    def encoded_ids(self, rank: int, group: int, start: int, end: int) -> NDArray[np.int64]:
+        """The encoded blocks of the same."""
+        first, last = self._entries(rank, start, end)
+        ids = self._owned[rank].encoded_ids[group][first:last]
+        assert NO_BLOCK not in ids, "read of a block that was never encoded"
+        return np.array(ids, dtype=np.int64)
+
     def runs(self, rank: int, group: int, start: int, end: int) -> list[slice]:
         """Slots of the positions of [start, end) that lie on `rank`, in order of position.
 
@@ -103,6 +130,7 @@ class SequenceMap:
         owned = self._owned[rank]
         size = self.block_size
         ids, run_starts = owned.block_ids[group], owned.run_starts[group]
+        assert NO_BLOCK not in ids[first:last], "read of a block that is not kept exact"
         skipped = max(0, start - owned.indices[first] * size)
         left_over = max(0, (owned.indices[last - 1] + 1) * size - end)
         runs: list[slice] = []

@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcluster.cache.encoded_pages import EncodedLayout, planes_of
 from kvcluster.cache.pages import PAGE_BLOCKS, PageArena, aligned
+from kvcluster.codec.array import BlockShape
 from kvcluster.codec.base import EncodedKV
+from kvcluster.codec.registry import CODECS, LayerCodec
 from kvcluster.types import LayerGeometry, ModelSpec
 
 
@@ -37,7 +40,11 @@ class KVStore:
         like: Tensor,
     ) -> None:
         """K and V get the dtype and device of `like`."""
+        self._spec = spec
+        self._block_size = block_size
         self._page_tokens = PAGE_BLOCKS * block_size
+        self._encoded: dict[tuple[int, str], tuple[int, list[Tensor]]] = {}
+        """By layer and codec: blocks of a page, and the planes, [pages, blocks, ...]."""
         self._planes: list[Piece] = [Piece(like, like)] * len(spec.layers)
         self._arenas: list[PageArena] = []
         for group, num_blocks in enumerate(blocks_per_group):
@@ -80,6 +87,91 @@ class KVStore:
         pages_T, offsets_T = slots_T // self._page_tokens, slots_T % self._page_tokens
         for plane, x_TKD in zip(self._planes[layer], (k_TKD, v_TKD), strict=True):
             plane[pages_T, :, offsets_T] = x_TKD
+
+    def blocks_per_page(self, group: int, codec: str) -> int:
+        """Encoded blocks that one page of the group holds."""
+        layer = next(
+            n
+            for n, geometry in enumerate(self._spec.layers)
+            if self._spec.group_of(geometry) == group
+        )
+        return self._encoded_planes(layer, codec)[0]
+
+    def encode(
+        self, layer: int, codec: str, encoded_ids_B: Tensor, kv_BKSD: Piece, starts_B: Tensor
+    ) -> None:
+        """Keep whole blocks in the layer's encoded blocks."""
+        layer_codec = codec_of(codec)
+        per_page, planes = self._encoded_planes(layer, codec)
+        pages_B, blocks_B = encoded_ids_B // per_page, encoded_ids_B % per_page
+        encoded = (
+            *layer_codec.keys.encode(kv_BKSD[0], starts_B),
+            *layer_codec.values.encode(kv_BKSD[1], starts_B),
+        )
+        for plane, written in zip(planes, encoded, strict=True):
+            plane[pages_B, blocks_B] = written
+
+    def read_encoded(self, layer: int, codec: str, encoded_ids_B: Tensor) -> list[Tensor]:
+        """Copies of the planes of encoded blocks."""
+        per_page, planes = self._encoded_planes(layer, codec)
+        pages_B, blocks_B = encoded_ids_B // per_page, encoded_ids_B % per_page
+        return [plane[pages_B, blocks_B] for plane in planes]
+
+    def empty_encoded(self, layer: int, codec: str, num_blocks: int) -> list[Tensor]:
+        """Room for the planes of blocks that come from another rank."""
+        _, planes = self._encoded_planes(layer, codec)
+        return [plane.new_empty((num_blocks, *plane.shape[2:])) for plane in planes]
+
+    def decode(
+        self, layer: int, codec: str, planes: Sequence[Tensor], starts_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """k_KSD and v_KSD of encoded blocks, one after another, in the dtype of exact ones."""
+        layer_codec = codec_of(codec)
+        geometry = self._spec.layers[layer]
+        num_key_planes = len(
+            layer_codec.keys.planes(
+                BlockShape(geometry.num_kv_heads, self._block_size, geometry.key_dim)
+            )
+        )
+        dtype = self._planes[layer].k_PKSD.dtype
+        k_BKSD = layer_codec.keys.decode(planes[:num_key_planes], starts_B)
+        v_BKSD = layer_codec.values.decode(planes[num_key_planes:], starts_B)
+        return in_line(k_BKSD.to(dtype)), in_line(v_BKSD.to(dtype))
+
+    def round_trip(
+        self, layer: int, codec: str, kv_BKSD: Piece, starts_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """k_KSD and v_KSD of blocks as they would be read after `encode`."""
+        layer_codec = codec_of(codec)
+        encoded = (
+            *layer_codec.keys.encode(kv_BKSD[0], starts_B),
+            *layer_codec.values.encode(kv_BKSD[1], starts_B),
+        )
+        return self.decode(layer, codec, encoded, starts_B)
+
+    def _encoded_planes(self, layer: int, codec: str) -> tuple[int, list[Tensor]]:
+        if (layer, codec) not in self._encoded:
+            self._lay_out(self._spec.group_of(self._spec.layers[layer]), codec)
+        return self._encoded[layer, codec]
+
+    def _lay_out(self, group: int, codec: str) -> None:
+        layer_codec = codec_of(codec)
+        planes_by_layer = {
+            layer: planes_of(layer_codec, geometry, self._block_size)
+            for layer, geometry in enumerate(self._spec.layers)
+            if self._spec.group_of(geometry) == group
+        }
+        arena = self._arenas[group]
+        layout = EncodedLayout(planes_by_layer, arena.page_bytes)
+        blocks = layout.blocks_per_page
+        for layer, planes in planes_by_layer.items():
+            self._encoded[layer, codec] = (
+                blocks,
+                [
+                    arena.plane(offset, (blocks, *plane.shape), plane.dtype)
+                    for offset, plane in zip(layout.offsets[layer], planes, strict=True)
+                ],
+            )
 
     def pieces(self, layer: int, runs: Sequence[slice]) -> list[Piece]:
         """Views of the tokens of the runs, in order."""
@@ -129,6 +221,13 @@ class KVStore:
                 parts.append((slice(page, page + 1), slice(offset, end - page * size)))
                 start = end
         return parts
+
+
+def codec_of(name: str) -> LayerCodec:
+    """The codec of a name that is not `exact`."""
+    codec = CODECS[name]
+    assert codec is not None, "exact tokens are not encoded"
+    return codec
 
 
 def in_line(x_PKSD: Tensor) -> Tensor:

@@ -75,8 +75,9 @@ class _Rows:
 class _SequenceState:
     """What every rank remembers of a sequence between steps."""
 
-    def __init__(self, table: SequenceMap, sampling: SequenceSampling) -> None:
+    def __init__(self, table: SequenceMap, sampling: SequenceSampling, codec: str) -> None:
         self.table = table
+        self.codec = codec
         self.sampling = sampling
         self.last_token: int | None = None
 
@@ -148,12 +149,15 @@ class StepRunner:
                     num_groups=len(self._spec.windows),
                 ),
                 SequenceSampling(params=start.sampling, end_token_ids=self._spec.eos_token_ids),
+                start.policy.codec,
             )
         for release in plan.released:
             self._sequences[release.sequence].table.release(release.group, release.below)
         for step in plan.sequences:
             for block in step.appended:
-                self._sequences[step.sequence].table.append(block.rank, block.block_ids)
+                self._sequences[step.sequence].table.append(
+                    block.rank, block.block_ids, block.encoded_ids
+                )
 
     def _lay_out(self, plan: StepPlan) -> list[_Rows]:
         rows = []
@@ -165,8 +169,8 @@ class StepRunner:
                 start=step.start,
                 num_tokens=step.num_tokens,
                 route=step.route,
+                codec=state.codec,
                 rank=self._ring.rank,
-                num_ranks=self._ring.size,
                 row_offset=offset,
             )
             offset += part.num_rows[self._ring.rank]

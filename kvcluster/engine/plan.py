@@ -23,7 +23,11 @@ class NewBlock(msgspec.Struct, frozen=True, array_like=True):
 
     rank: int
     block_ids: tuple[int, ...]
-    """One id per KV group (`ModelSpec.windows`), in that rank's pools."""
+    """One id per KV group (`ModelSpec.windows`), in that rank's pools of exact blocks. Empty: the
+    step fills the whole block, which is encoded at once."""
+    encoded_ids: tuple[int, ...] = ()
+    """Likewise, in its pools of the policy's codec, where the block goes when it is full. Empty:
+    it stays exact. The exact block is free after the step that fills it."""
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):

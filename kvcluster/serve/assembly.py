@@ -4,7 +4,7 @@ from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.partition import Partition
-from kvcluster.codec.registry import CODECS
+from kvcluster.codec.registry import EXACT
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.driver import Executor, SystemClock, random_id
 from kvcluster.engine.engine import Engine
@@ -33,7 +33,8 @@ def engine_service(
         config=config.engine,
         partition=Partition(pools, tenant=DEFAULT_TENANT),
         choose_route=choose_route,
-        codecs=CODECS,
+        # The engine does not hand out encoded blocks yet.
+        codecs=(EXACT,),
         retentions=RETENTIONS,
         tokenizer=tokenizer,
         clock=SystemClock(),

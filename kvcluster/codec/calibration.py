@@ -1,0 +1,333 @@
+"""Latent bases of a model: fitted from second moments, ranked, and kept in a file tied to it.
+
+A basis maps the keys (or the values) of all KV heads of a layer, side by side, to C numbers and
+back. Directions are ordered by how much error it costs to lose them, so the first C of them are
+the best basis of rank C: a file holds the largest rank, and each request takes a prefix.
+
+The error that counts. Keys: of the logits. A query meets the keys of its own KV head alone, so the
+weight of an error is block-diagonal, one block for a head: the second moment of its queries. With
+W that weight and S the covariance of the keys, E[(q (k - k'))^2] summed over heads is
+tr(W E[(k - k')(k - k')^T]), and is least for a given rank where W^1/2 k is projected on the leading
+eigenvectors of W^1/2 S W^1/2 (Eckart and Young 1936). Values: of what the layer adds to the hidden
+state, with W_o^T W_o of a head's columns as its block.
+
+File: safetensors. For layer i and array keys or values the tensors `i.keys.mean` [F], `.down`
+[F, C], `.up` [C, F] (float32) and `.spectrum` [F] (float64), and one metadata entry, a JSON record
+(`_Header`) with a SHA-256 over itself and all tensors.
+
+Shape letters: F = KV heads * head dimension, C latent dimension, K KV heads, D head dimension,
+E hidden dimension.
+"""
+
+import hashlib
+import heapq
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvcluster.codec.moments import LayerMoments, Spread
+from kvcluster.errors import CalibrationMismatch, ConfigError
+
+MIN_TOKENS_PER_DIRECTION: Final = 4
+"""A covariance from fewer tokens is mostly noise in its small directions."""
+
+_FORMAT_VERSION: Final = 1
+_METADATA_KEY: Final = "kvcluster.calibration"
+_RIDGE: Final = 1e-4
+"""Share of the mean weight that every direction gets: one that no query of the calibration text
+has looked at may be looked at later, and its weight must be invertible."""
+_SMALLEST_SIZE: Final = 1e-3
+"""Smallest standard deviation that a latent is divided by, as a share of the largest: a direction
+that never moved in the calibration text may move later, and must not overflow float16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Basis:
+    """Best directions of one array of one layer, most important first."""
+
+    mean_F: Tensor
+    down_FC: Tensor
+    """latent = (x - mean) @ down. Each latent has unit variance over the calibration text, as far
+    as its direction moved there."""
+    up_CF: Tensor
+    """x = mean + latent @ up."""
+    spectrum_F: Tensor
+    """Error that each direction saves, over all ranks (more than C of them), float64."""
+
+    @property
+    def rank(self) -> int:
+        return int(self.up_CF.shape[0])
+
+    def prefix(self, rank: int) -> "Basis":
+        """The best basis of a lower rank; shares memory. Raises: ValueError."""
+        if not 1 <= rank <= self.rank:
+            raise ValueError(f"rank: want 1 to {self.rank}, got {rank}")
+        return Basis(
+            mean_F=self.mean_F,
+            down_FC=self.down_FC[:, :rank],
+            up_CF=self.up_CF[:rank],
+            spectrum_F=self.spectrum_F,
+        )
+
+    def to(self, device: torch.device) -> "Basis":
+        """The same on a device, for codecs that run there."""
+        return Basis(
+            mean_F=self.mean_F.to(device),
+            down_FC=self.down_FC.to(device),
+            up_CF=self.up_CF.to(device),
+            spectrum_F=self.spectrum_F,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCalibration:
+    """Bases of one layer."""
+
+    keys: Basis
+    """Of keys before rotation."""
+    values: Basis
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Calibration:
+    """Bases of a model, in call order of its layers, and what they were made from."""
+
+    weights_digest: str
+    text_digests: tuple[str, ...]
+    num_tokens: int
+    layers: tuple[LayerCalibration, ...]
+    recipes_json: str = "[]"
+    """What was measured with these bases, in the form that the measurement chose."""
+
+
+def fit_keys(moments: LayerMoments, *, rank: int, scale: float = 1.0) -> Basis:
+    """Basis of keys before rotation, weighted by the queries that meet them.
+
+    `scale` is the factor on the logits: with it, spectra of layers compare.
+    Raises: ConfigError when the text was too short; ValueError for a rank out of range.
+    """
+    return _fit(moments.num_tokens, moments.keys, moments.query_KDD * scale**2, rank)
+
+
+def fit_values(moments: LayerMoments, *, rank: int, output_KDD: Tensor | None = None) -> Basis:
+    """Basis of values, weighted by `output_weights` of the layer, or unweighted.
+
+    The way back is linear: it can be applied once to a weighted sum of latents instead of to every
+    token. Raises: as `fit_keys`.
+    """
+    if output_KDD is None:
+        dim = len(moments.values.mean_F)
+        output_KDD = torch.eye(dim)[None]
+    return _fit(moments.num_tokens, moments.values, output_KDD.double(), rank)
+
+
+def output_weights(output_EHD: Tensor, num_kv_heads: int) -> Tensor:
+    """How much errors of values matter: the Gram matrix of the columns of W_o that belong to a
+    query head, summed over the query heads of a KV head. [K, D, D], float64."""
+    hidden_dim, _, dim = output_EHD.shape
+    grouped_EKGD = output_EHD.detach().cpu().double().reshape(hidden_dim, num_kv_heads, -1, dim)
+    return torch.einsum("ekgd,ekgf->kdf", grouped_EKGD, grouped_EKGD)
+
+
+def adaptive_ranks(
+    spectra: Sequence[Tensor], *, mean_rank: float, multiple: int = 4
+) -> tuple[int, ...]:
+    """Ranks of layers, multiples of `multiple`, that lose least error in total for this mean.
+
+    Equals one threshold over all layers on the error that `multiple` more directions save; the
+    mean is met from below, to less than one multiple in all layers together. Every layer gets at
+    least one multiple. Raises: ValueError for a mean that is out of range.
+    """
+    highest = sum(len(spectrum) // multiple * multiple for spectrum in spectra) / len(spectra)
+    if not multiple <= mean_rank <= highest:
+        raise ValueError(f"mean rank: want {multiple} to {highest:g}, got {mean_rank:g}")
+    num_groups = round(mean_rank * len(spectra)) // multiple
+    groups = [s[: len(s) // multiple * multiple].reshape(-1, multiple) for s in spectra]
+    gains = [group.sum(1).tolist() for group in groups]
+    taken = [1] * len(spectra)
+    # Spectra fall, so the best group not yet taken is the next of some layer.
+    best = [(-gain[1], layer) for layer, gain in enumerate(gains) if len(gain) > 1]
+    heapq.heapify(best)
+    for _ in range(num_groups - len(spectra)):
+        _, layer = heapq.heappop(best)
+        taken[layer] += 1
+        if taken[layer] < len(gains[layer]):
+            heapq.heappush(best, (-gains[layer][taken[layer]], layer))
+    return tuple(count * multiple for count in taken)
+
+
+def rank_for_energy(spectrum_F: Tensor, share: float) -> int:
+    """The lowest rank that keeps this share of the spectrum."""
+    kept_F = spectrum_F.cumsum(0) / spectrum_F.sum()
+    return min(int((kept_F < share).sum()) + 1, len(spectrum_F))
+
+
+def _fit(num_tokens: int, spread: Spread, weight_KDD: Tensor, rank: int) -> Basis:
+    dim = len(spread.mean_F)
+    if not 1 <= rank <= dim:
+        raise ValueError(f"rank: want 1 to {dim}, got {rank}")
+    if num_tokens < MIN_TOKENS_PER_DIRECTION * dim:
+        raise ConfigError(
+            f"calibration text: want at least {MIN_TOKENS_PER_DIRECTION * dim} tokens for a layer "
+            f"with {dim} numbers in the keys or values of a token, got {num_tokens}"
+        )
+    root_FF, inverse_root_FF = _roots(weight_KDD)
+    spectrum_F, vectors_FF = torch.linalg.eigh(root_FF @ spread.covariance_FF @ root_FF)
+    spectrum_F = spectrum_F.flip(0).clamp_min(0)
+    vectors_FC = _with_fixed_signs(vectors_FF.flip(1)[:, :rank])
+    largest = spectrum_F[0] if spectrum_F[0] > 0 else torch.ones_like(spectrum_F[0])
+    size_C = spectrum_F[:rank].clamp_min(largest * _SMALLEST_SIZE**2).sqrt()
+    return Basis(
+        mean_F=spread.mean_F.float(),
+        down_FC=(root_FF @ vectors_FC / size_C).float().contiguous(),
+        up_CF=(size_C[:, None] * (vectors_FC.T @ inverse_root_FF)).float().contiguous(),
+        spectrum_F=spectrum_F,
+    )
+
+
+def _roots(weight_KDD: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of the block-diagonal weight, and its inverse, as [F, F]."""
+    values_KD, vectors_KDD = torch.linalg.eigh(weight_KDD)
+    mean = values_KD.mean()
+    ridge = _RIDGE * mean if mean > 0 else torch.ones_like(mean)
+    sizes_KD = (values_KD.clamp_min(0) + ridge).sqrt()
+
+    def assembled(scales_KD: Tensor) -> Tensor:
+        blocks_KDD = (vectors_KDD * scales_KD[:, None, :]) @ vectors_KDD.transpose(-1, -2)
+        num_heads, dim, _ = blocks_KDD.shape
+        whole_KDKD = torch.zeros(num_heads, dim, num_heads, dim, dtype=blocks_KDD.dtype)
+        heads = torch.arange(num_heads)
+        whole_KDKD[heads, :, heads] = blocks_KDD
+        return whole_KDKD.reshape(num_heads * dim, num_heads * dim)
+
+    return assembled(sizes_KD), assembled(1 / sizes_KD)
+
+
+def _with_fixed_signs(vectors_FC: Tensor) -> Tensor:
+    """An eigenvector's sign is arbitrary; equal moments should give equal files."""
+    columns = torch.arange(vectors_FC.shape[1])
+    return vectors_FC * vectors_FC[vectors_FC.abs().argmax(0), columns].sign()
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    format_version: int
+    weights_digest: str
+    text_digests: tuple[str, ...]
+    num_tokens: int
+    num_layers: int
+    recipes_json: str
+    digest: str = ""
+    """SHA-256 over this record with an empty digest and over the tensors, in hex."""
+
+
+class _Version(msgspec.Struct, frozen=True):
+    """The part of a header that every version has."""
+
+    format_version: int
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write the file, replacing an older one only once it is whole. Raises: OSError."""
+    tensors = {
+        f"{index}.{name}": tensor.detach().cpu().contiguous()
+        for index, layer in enumerate(calibration.layers)
+        for name, tensor in _named(layer).items()
+    }
+    header = _Header(
+        format_version=_FORMAT_VERSION,
+        weights_digest=calibration.weights_digest,
+        text_digests=calibration.text_digests,
+        num_tokens=calibration.num_tokens,
+        num_layers=len(calibration.layers),
+        recipes_json=calibration.recipes_json,
+    )
+    header = msgspec.structs.replace(header, digest=_digest(header, tensors))
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, {_METADATA_KEY: msgspec.json.encode(header).decode()})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_calibration(path: Path, weights_digest: str) -> Calibration:
+    """Read a file that was made for the model of this digest, every byte checked.
+
+    Raises: CalibrationMismatch when it is missing, truncated, edited, of an unknown version, or
+    made for another model.
+    """
+    try:
+        header, tensors = _read(path)
+    except OSError as error:
+        raise CalibrationMismatch(f"calibration file {path} cannot be read: {error}") from error
+    except (SafetensorError, msgspec.DecodeError) as error:
+        raise CalibrationMismatch(
+            f"calibration file {path} is truncated or no calibration file ({error})"
+        ) from error
+    if header.digest != _digest(header, tensors):
+        raise CalibrationMismatch(f"calibration file {path} was changed after it was written")
+    if header.weights_digest != weights_digest:
+        raise CalibrationMismatch(
+            f"calibration file {path} was made for another model: its weights have digest "
+            f"{header.weights_digest}, those of this model {weights_digest}"
+        )
+    return Calibration(
+        weights_digest=header.weights_digest,
+        text_digests=header.text_digests,
+        num_tokens=header.num_tokens,
+        layers=tuple(_layer(tensors, index) for index in range(header.num_layers)),
+        recipes_json=header.recipes_json,
+    )
+
+
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(_METADATA_KEY, "")
+        version = msgspec.json.decode(text, type=_Version).format_version
+        if version != _FORMAT_VERSION:
+            raise CalibrationMismatch(
+                f"calibration file {path} has format version {version}, "
+                f"this kvcluster reads version {_FORMAT_VERSION}"
+            )
+        header = msgspec.json.decode(text, type=_Header)
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _digest(header: _Header, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(header, digest="")))
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _named(layer: LayerCalibration) -> dict[str, Tensor]:
+    return {
+        f"{array}.{name}": tensor
+        for array, basis in (("keys", layer.keys), ("values", layer.values))
+        for name, tensor in (
+            ("mean", basis.mean_F),
+            ("down", basis.down_FC),
+            ("up", basis.up_CF),
+            ("spectrum", basis.spectrum_F),
+        )
+    }
+
+
+def _layer(tensors: Mapping[str, Tensor], index: int) -> LayerCalibration:
+    def basis(array: str) -> Basis:
+        mean_F, down_FC, up_CF, spectrum_F = (
+            tensors[f"{index}.{array}.{name}"] for name in ("mean", "down", "up", "spectrum")
+        )
+        return Basis(mean_F=mean_F, down_FC=down_FC, up_CF=up_CF, spectrum_F=spectrum_F)
+
+    return LayerCalibration(basis("keys"), basis("values"))

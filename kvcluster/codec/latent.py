@@ -1,0 +1,192 @@
+"""Array codecs `LatentKeys` and `LatentValues`: all KV heads of a layer as one short latent.
+
+Low-rank (latent) compression, which the field also calls multi-head compression: the keys or the
+values of a token, all heads side by side, are projected on the leading directions of a basis that
+calibration fitted (`codec/calibration.py`). Keys are projected as they were before rotation, where
+they are of lower rank, and rotated again when they are read.
+
+Stored is the latent as one head [1, S, C], as float16 (`ExactArray`: plane `x`) or quantized per
+direction in groups of tokens (`ChannelQuantizer`: its planes, documented there); no mean, which is
+in the basis. To read keys: latent, times `up`, plus mean, rotated to the token's position.
+
+Shape letters: B blocks, K KV heads, S tokens of a block, D head dimension, F = K * D, C latent
+dimension, T tokens, H query heads, I and J rows and columns of a matrix.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from kvcluster.codec.array import ArrayCodec, BlockShape, Plane
+from kvcluster.codec.calibration import Basis
+from kvcluster.codec.checks import shape_of_blocks
+from kvcluster.codec.exact_array import ExactArray
+from kvcluster.codec.quantized import ChannelQuantizer
+from kvcluster.codec.rounding import MAX_HALF, power_of_two_at_least
+
+_DOUBLE_BITS: Final = 53
+_ROW_BITS: Final = 23
+
+
+class Rotation(Protocol):
+    """How a layer turns its keys by position. Both return float32 in new memory."""
+
+    def apply(self, x_BKSD: Tensor, positions_BS: Tensor) -> Tensor: ...
+
+    def undo(self, x_BKSD: Tensor, positions_BS: Tensor) -> Tensor: ...
+
+
+class LatentValues:
+    """Values as latents: C numbers for a token of a layer instead of K * D.
+
+    The way back is linear, so attention may weigh latents instead of values and call `expand` once
+    for a query: that reads C / F of the memory and never builds a value.
+    """
+
+    def __init__(
+        self,
+        basis: Basis,
+        *,
+        num_heads: int,
+        rank: int,
+        bits: int | None = None,
+        group: int = 64,
+        scale_bits: int = 16,
+    ) -> None:
+        """`basis` must be on the device of the blocks. `bits` of a latent: None for float16, or
+        what `ChannelQuantizer` offers; `group` and `scale_bits` are its, unused with None.
+
+        Raises: ValueError for a rank that the basis does not have, or heads that do not divide it.
+        """
+        basis = basis.prefix(rank)
+        width = len(basis.mean_F)
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"{width} numbers of a token do not divide into {num_heads} heads")
+        self.num_heads = num_heads
+        self.dim = width // num_heads
+        self.rank = rank
+        self._basis = basis
+        self._down = _FixedPointMatrix(basis.down_FC)
+        self._up = _FixedPointMatrix(basis.up_CF)
+        self._stored: ArrayCodec = (
+            ExactArray(torch.float16)
+            if bits is None
+            else ChannelQuantizer(bits, group=group, scale_bits=scale_bits)
+        )
+
+    def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
+        if (shape.num_heads, shape.dim) != (self.num_heads, self.dim):
+            raise ValueError(
+                f"this basis is of {self.num_heads} heads of {self.dim} channels, "
+                f"not of {shape.num_heads} of {shape.dim}"
+            )
+        return self._stored.planes(BlockShape(1, shape.num_tokens, self.rank))
+
+    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
+        """Contiguous planes. Numbers beyond the largest float16 count as that."""
+        self.planes(shape_of_blocks(x_BKSD, starts_B))
+        x_BSF = _bounded(x_BKSD).transpose(1, 2).flatten(2)
+        latent_BSC = self._down.product(x_BSF - self._basis.mean_F)
+        return self._stored.encode(latent_BSC[:, None], starts_B)
+
+    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+        x_BSF = self._up.product(self.latents(planes, starts_B)) + self._basis.mean_F
+        x_BSKD = x_BSF.reshape(*x_BSF.shape[:2], self.num_heads, self.dim)
+        return x_BSKD.transpose(1, 2).contiguous()
+
+    def latents(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+        """latent_BSC, float32: what is stored, without the way back."""
+        return self._stored.decode(planes, starts_B)[:, 0]
+
+    def expand(self, out_THC: Tensor) -> Tensor:
+        """out_THD of weighted sums of latents: each query head gets its KV head's channels.
+
+        The weights of a sum must add up to 1, for the mean is added once: expand a row that has
+        seen no key, which is zero by definition, and it is zero no more.
+        """
+        num_tokens, num_query_heads, _ = out_THC.shape
+        up_CKD = self._basis.up_CF.reshape(self.rank, self.num_heads, self.dim)
+        mean_KD = self._basis.mean_F.reshape(self.num_heads, self.dim)
+        num_sharing = num_query_heads // self.num_heads
+        out_TKGC = out_THC.float().reshape(num_tokens, self.num_heads, num_sharing, self.rank)
+        out_TKGD = torch.einsum("tkgc,ckd->tkgd", out_TKGC, up_CKD) + mean_KD[:, None]
+        return out_TKGD.reshape(num_tokens, num_query_heads, self.dim)
+
+
+class LatentKeys:
+    """Keys as latents of what they were before rotation."""
+
+    def __init__(
+        self,
+        basis: Basis,
+        *,
+        num_heads: int,
+        rank: int,
+        rotation: Rotation | None,
+        bits: int | None = None,
+        group: int = 64,
+        scale_bits: int = 16,
+    ) -> None:
+        """As `LatentValues`; `rotation` is the layer's, None where it has none."""
+        self._unrotated = LatentValues(
+            basis, num_heads=num_heads, rank=rank, bits=bits, group=group, scale_bits=scale_bits
+        )
+        self._rotation = rotation
+
+    @property
+    def rank(self) -> int:
+        return self._unrotated.rank
+
+    def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
+        return self._unrotated.planes(shape)
+
+    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
+        shape = shape_of_blocks(x_BKSD, starts_B)
+        if self._rotation is not None:
+            self.planes(shape)
+            positions_BS = _positions(starts_B, shape.num_tokens)
+            x_BKSD = self._rotation.undo(_bounded(x_BKSD), positions_BS)
+        return self._unrotated.encode(x_BKSD, starts_B)
+
+    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+        x_BKSD = self._unrotated.decode(planes, starts_B)
+        if self._rotation is None:
+            return x_BKSD
+        return self._rotation.apply(x_BKSD, _positions(starts_B, x_BKSD.shape[2]))
+
+
+def _bounded(x_BKSD: Tensor) -> Tensor:
+    """Sums of numbers near the largest float32 would overflow."""
+    return x_BKSD.float().clamp(-MAX_HALF, MAX_HALF)
+
+
+def _positions(starts_B: Tensor, num_tokens: int) -> Tensor:
+    return starts_B[:, None] + torch.arange(num_tokens, device=starts_B.device)
+
+
+class _FixedPointMatrix:
+    """A matrix whose products come out the same whatever rows are beside a row.
+
+    A float product depends on the order of its sums, which depends on the shape of the batch. Here
+    each row is rounded to 23 bits under its largest number and the matrix to as many bits as leave
+    every sum below 2^53: float64 then adds without rounding, in any order, on any device.
+    """
+
+    def __init__(self, matrix_IJ: Tensor) -> None:
+        matrix_bits = _DOUBLE_BITS - _ROW_BITS - math.ceil(math.log2(len(matrix_IJ) + 1))
+        self._unit_J = _unit(matrix_IJ.T, matrix_bits)
+        self._steps_IJ = (matrix_IJ.double() / self._unit_J).round()
+
+    def product(self, x_BSI: Tensor) -> Tensor:
+        """x @ matrix, float32; relative error about 1e-6 of the sum of magnitudes."""
+        unit_BS = _unit(x_BSI, _ROW_BITS)[..., None]
+        steps_BSJ = (x_BSI.double() / unit_BS).round() @ self._steps_IJ
+        return (steps_BSJ * unit_BS * self._unit_J).float()
+
+
+def _unit(x: Tensor, bits: int) -> Tensor:
+    """A power of two, float64, of which no number along the last axis has more than 2^bits."""
+    return power_of_two_at_least(x.float().abs().amax(dim=-1)).double() * 2.0**-bits

@@ -1,0 +1,112 @@
+"""Sharded over any number of ranks, an encoded cache gives what its plain definition says."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcluster.codec.registry import CODECS, EXACT
+from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention
+from kvcluster.types import Route
+from tests.reference_group import ReferenceGroup
+from tests.scripted_model import ScriptedModel, geometry
+
+BLOCK_SIZE = 16
+MAX_TOKENS = 240
+LOSSY = sorted(set(CODECS) - {EXACT})
+MODEL = ScriptedModel(
+    geometry(),
+    geometry(window=24),
+    geometry(softcap=5.0),
+    geometry(window=100),
+    max_tokens=MAX_TOKENS,
+)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a sequence is cut and spread."""
+
+    num_ranks: int
+    chunks: tuple[int, ...]
+    num_decoded: int
+    route: Route = Route.PASS_KV
+    turn: int = 0
+    """Which rank comes first."""
+
+
+def defined(codec: str, num_tokens: int) -> list[Tensor]:
+    """out_THD of each layer, in one pass over the whole sequence."""
+    layer_codec = CODECS[codec]
+    attention = StrictAttention(
+        MODEL.spec,
+        lambda _layer: LayerCodecs(*layer_codec) if layer_codec else None,
+        ExactTokens(block_size=BLOCK_SIZE),
+    )
+    return [
+        attention.attend(layer, *(x[:num_tokens] for x in qkv), None)
+        for layer, qkv in enumerate(MODEL.script)
+    ]
+
+
+def served(codec: str, serving: Serving) -> list[Tensor]:
+    MODEL.recorded.clear()
+    group = ReferenceGroup(MODEL.loaded, num_ranks=serving.num_ranks, block_size=BLOCK_SIZE)
+    group.start(7, [3] * sum(serving.chunks), codec)
+    ranks = [(serving.turn + rank) % serving.num_ranks for rank in range(serving.num_ranks)]
+    for size in serving.chunks:
+        group.run({7: size}, owners=[*ranks, *reversed(ranks)], route=serving.route)
+    for index in range(serving.num_decoded):
+        group.run({7: 1}, owners=[ranks[index % serving.num_ranks]])
+    num_tokens = sum(serving.chunks) + serving.num_decoded
+    return [
+        torch.stack([MODEL.recorded[layer, position] for position in range(num_tokens)])
+        for layer in range(len(MODEL.script))
+    ]
+
+
+def check(codec: str, serving: Serving) -> None:
+    ours = served(codec, serving)
+
+    for ours_THD, defined_THD in zip(ours, defined(codec, len(ours[0])), strict=True):
+        # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
+        torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_every_codec_is_served_as_it_is_defined(codec: str, num_ranks: int) -> None:
+    check(codec, Serving(num_ranks=num_ranks, chunks=(64, 64, 22), num_decoded=20))
+
+
+@pytest.mark.parametrize("route", list(Route))
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_route_carries_encoded_blocks(route: Route, num_ranks: int) -> None:
+    check("int4", Serving(num_ranks, chunks=(48, 32, 80), num_decoded=3, route=route))
+
+
+@st.composite
+def servings(draw: st.DrawFn) -> Serving:
+    """Chunks end anywhere; one that begins inside a block ends with that block or before."""
+    num_tokens = draw(st.integers(1, 200))
+    chunks: list[int] = []
+    while sum(chunks) < num_tokens:
+        start = sum(chunks)
+        room = BLOCK_SIZE - start % BLOCK_SIZE if start % BLOCK_SIZE else num_tokens
+        chunks.append(draw(st.integers(1, min(room, num_tokens - start))))
+    return Serving(
+        num_ranks=draw(st.integers(1, 4)),
+        chunks=tuple(chunks),
+        num_decoded=draw(st.integers(0, 18)),
+        route=draw(st.sampled_from(list(Route))),
+        turn=draw(st.integers(0, 3)),
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(codec=st.sampled_from(sorted(CODECS)), serving=servings())
+def test_chunks_and_ranks_change_nothing(codec: str, serving: Serving) -> None:
+    check(codec, serving)
