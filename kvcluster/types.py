@@ -17,6 +17,9 @@ SequenceId = NewType("SequenceId", int)
 """One request as the workers know it: a small number, never used twice by a ring group."""
 
 DEFAULT_TENANT = TenantId("default")
+PAGE_BLOCKS = 8
+"""Exact blocks of a page of cache memory: enough that attention over whole pages runs at full
+speed, and that smaller blocks fill a page with little left over."""
 NO_BLOCK = BlockId(-1)
 """Stands in a block table where the block has been released (it left the window)."""
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcluster.cache.pages import PAGE_BLOCKS
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepRunner
 from kvcluster.codec.registry import EXACT
@@ -23,7 +22,7 @@ from kvcluster.engine.plan import (
     StepPlan,
 )
 from kvcluster.model.loader import LoadedModel
-from kvcluster.types import Policy, Route, SamplingParams
+from kvcluster.types import PAGE_BLOCKS, Policy, Route, SamplingParams
 from tests.thread_ring import ThreadRing, run_ranks
 
 

@@ -2,12 +2,15 @@
 
 Lives in the engine process; the rank's tensors are `cache/store.py`. Attention reads blocks with
 consecutive ids as one view without a copy, so ids are handed out to make long runs.
+
+`PAGE_BLOCKS` neighbours are a page. Encoded blocks, which are smaller, take whole pages: see
+`encoded_pool`.
 """
 
 import heapq
 from dataclasses import dataclass
 
-from kvcluster.types import BlockId
+from kvcluster.types import PAGE_BLOCKS, BlockId
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,45 @@ class BlockPool:
         self._ref_counts[block] = 1
         self._num_free -= 1
         return BlockId(block)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages whose blocks are all free."""
+        return sum(
+            max(0, end // PAGE_BLOCKS - -(-start // PAGE_BLOCKS))
+            for start, end in self._end_of.items()
+        )
+
+    def allocate_page(self) -> int | None:
+        """Take all blocks of a free page; returns its number, None when no page is free.
+
+        It comes from the end of the shortest run that has one, out of the way of sequences that
+        grow.
+        """
+        fitting = [
+            (end - start, start, end)
+            for start, end in self._end_of.items()
+            if end // PAGE_BLOCKS > -(-start // PAGE_BLOCKS)
+        ]
+        if not fitting:
+            return None
+        _, start, end = min(fitting)
+        page = end // PAGE_BLOCKS - 1
+        self._drop_run(start)
+        first, last = page * PAGE_BLOCKS, (page + 1) * PAGE_BLOCKS
+        if start < first:
+            self._add_run(start, first)
+        if last < end:
+            self._add_run(last, end)
+        for block in range(first, last):
+            self._ref_counts[block] = 1
+        self._num_free -= PAGE_BLOCKS
+        return page
+
+    def release_page(self, page: int) -> None:
+        """Give back what `allocate_page` took."""
+        for block in range(page * PAGE_BLOCKS, (page + 1) * PAGE_BLOCKS):
+            self.release(BlockId(block))
 
     def retain(self, block_id: BlockId) -> None:
         """Add a user to a block that is in use."""

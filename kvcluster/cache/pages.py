@@ -9,9 +9,6 @@ import math
 import torch
 from torch import Tensor
 
-PAGE_BLOCKS = 8
-"""Exact blocks of a page: enough that attention over whole pages runs at full speed, and that
-smaller blocks fill a page with little left over."""
 ALIGNMENT = 64
 """Bytes; every plane of a page starts on such a boundary."""
 

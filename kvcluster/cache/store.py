@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from kvcluster.cache.encoded_pages import EncodedLayout, planes_of
-from kvcluster.cache.pages import PAGE_BLOCKS, PageArena, aligned
+from kvcluster.cache.pages import PageArena, aligned
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.base import EncodedKV
 from kvcluster.codec.registry import CODECS, LayerCodec
-from kvcluster.types import LayerGeometry, ModelSpec
+from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 
 
 class Piece(NamedTuple):

@@ -4,9 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcluster.cache.pages import PAGE_BLOCKS
 from kvcluster.cache.store import KVStore, in_line
-from kvcluster.types import LayerGeometry, ModelSpec
+from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 
 BLOCK_SIZE = 2
 PAGE_TOKENS = PAGE_BLOCKS * BLOCK_SIZE
