@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from kvcluster.config import ClusterConfig
 from kvcluster.errors import (
     AdmissionError,
+    CalibrationMismatch,
     ClientTooSlow,
     ClusterOverloaded,
     ConfigError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdmissionError",
+    "CalibrationMismatch",
     "Client",
     "ClientTooSlow",
     "ClusterConfig",

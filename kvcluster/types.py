@@ -16,6 +16,8 @@ BlockId = NewType("BlockId", int)
 SequenceId = NewType("SequenceId", int)
 """One request as the workers know it: a small number, never used twice by a ring group."""
 
+EXACT = "exact"
+"""The codec that leaves K and V as the model gave them."""
 DEFAULT_TENANT = TenantId("default")
 PAGE_BLOCKS = 8
 """Exact blocks of a page of cache memory: enough that attention over whole pages runs at full
@@ -95,7 +97,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How one request's cache is compressed: one choice per plug-point."""
 
-    codec: str = "exact"
+    codec: str = EXACT
     retention: str = "full"
 
     def __str__(self) -> str:

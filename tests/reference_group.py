@@ -12,7 +12,6 @@ import torch
 
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepRunner
-from kvcluster.codec.registry import EXACT
 from kvcluster.engine.plan import (
     NewBlock,
     Release,
@@ -22,7 +21,7 @@ from kvcluster.engine.plan import (
     StepPlan,
 )
 from kvcluster.model.loader import LoadedModel
-from kvcluster.types import PAGE_BLOCKS, Policy, Route, SamplingParams
+from kvcluster.types import EXACT, PAGE_BLOCKS, Policy, Route, SamplingParams
 from tests.thread_ring import ThreadRing, run_ranks
 
 

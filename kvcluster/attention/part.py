@@ -14,8 +14,7 @@ from torch import Tensor
 from kvcluster.attention.history import History, history
 from kvcluster.attention.local import visible
 from kvcluster.cache.shard import Piece, SequenceMap
-from kvcluster.codec.registry import EXACT
-from kvcluster.types import Route
+from kvcluster.types import EXACT, Route
 
 
 class FullBlocks(NamedTuple):

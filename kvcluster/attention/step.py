@@ -20,8 +20,7 @@ from kvcluster.attention.partial import Partial, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
 from kvcluster.cache.store import KVStore, Piece
 from kvcluster.codec.base import EncodedKV
-from kvcluster.codec.registry import EXACT
-from kvcluster.types import ModelSpec, Route
+from kvcluster.types import EXACT, ModelSpec, Route
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Entry i covers positions [i * block_size, (i + 1) * block_size). Ownership is da
 
 from typing import NamedTuple
 
-from kvcluster.types import NO_BLOCK, BlockId, Rank
+from kvcluster.types import EXACT, NO_BLOCK, BlockId, Rank
 
 
 class TableEntry(NamedTuple):
@@ -13,43 +13,80 @@ class TableEntry(NamedTuple):
 
     rank: Rank
     block_ids: tuple[BlockId, ...]
+    """Exact blocks. Empty: the entry is encoded as a whole."""
+    encoded_ids: tuple[BlockId, ...] = ()
+    """Blocks of the table's codec. Empty: the entry stays exact."""
+
+
+class HeldBlock(NamedTuple):
+    """What an entry holds in one group; NO_BLOCK where it holds none."""
+
+    rank: Rank
+    block_id: BlockId
+    encoded_id: BlockId
 
 
 class BlockTable:
     """Entries in order of position. Only a `Partition` changes it, so counts stay right."""
 
-    def __init__(self, num_groups: int) -> None:
+    def __init__(self, num_groups: int, codec: str = EXACT) -> None:
+        self.codec = codec
         self.owners: list[Rank] = []
         self.block_ids: list[list[BlockId]] = [[] for _ in range(num_groups)]
-        """`[group][entry]`; NO_BLOCK where that group has released the entry."""
+        """`[group][entry]`; NO_BLOCK where that group has no exact block for the entry."""
+        self.encoded_ids: list[list[BlockId]] = [[] for _ in range(num_groups)]
+        """The same for encoded blocks."""
         self.released_below: list[int] = [0] * num_groups
         """Per group: entries before this one are released."""
         self._last_ids: list[dict[Rank, BlockId]] = [{} for _ in range(num_groups)]
+        self._num_exact = [0] * num_groups
+        self._num_encoded = [0] * num_groups
 
     def __len__(self) -> int:
         return len(self.owners)
 
-    def num_held(self, group: int) -> int:
-        """Entries that still have a block in this group."""
-        return len(self.owners) - self.released_below[group]
+    def num_exact(self, group: int) -> int:
+        """Exact blocks held in this group."""
+        return self._num_exact[group]
+
+    def num_encoded(self, group: int) -> int:
+        """Encoded blocks held in this group."""
+        return self._num_encoded[group]
 
     def last_id(self, rank: Rank, group: int) -> BlockId | None:
-        """The block that this sequence took last on a rank, where the next should follow."""
+        """The exact block that this sequence took last on a rank, where the next should follow."""
         return self._last_ids[group].get(rank)
 
     def add(self, entry: TableEntry) -> None:
+        none = (NO_BLOCK,) * len(self.block_ids)
         self.owners.append(entry.rank)
-        for group, block_id in enumerate(entry.block_ids):
+        for group, block_id in enumerate(entry.block_ids or none):
             self.block_ids[group].append(block_id)
-            self._last_ids[group][entry.rank] = block_id
+            if block_id != NO_BLOCK:
+                self._last_ids[group][entry.rank] = block_id
+                self._num_exact[group] += 1
+        for group, block_id in enumerate(entry.encoded_ids or none):
+            self.encoded_ids[group].append(block_id)
+            self._num_encoded[group] += block_id != NO_BLOCK
 
-    def remove_below(self, group: int, below: int) -> list[tuple[Rank, BlockId]]:
+    def remove_below(self, group: int, below: int) -> list[HeldBlock]:
         """Forget the group's blocks of entries before `below`; returns those, in order."""
         start = self.released_below[group]
         if below <= start:
             return []
-        ids = self.block_ids[group]
-        removed = list(zip(self.owners[start:below], ids[start:below], strict=True))
-        ids[start:below] = [NO_BLOCK] * (below - start)
         self.released_below[group] = below
-        return removed
+        return [self._remove(group, entry) for entry in range(start, below)]
+
+    def remove_exact(self, group: int, entry: int) -> HeldBlock:
+        """Forget the group's exact block of an entry that is encoded now."""
+        held = HeldBlock(self.owners[entry], self.block_ids[group][entry], NO_BLOCK)
+        self._num_exact[group] -= held.block_id != NO_BLOCK
+        self.block_ids[group][entry] = NO_BLOCK
+        return held
+
+    def _remove(self, group: int, entry: int) -> HeldBlock:
+        rank, block_id, _ = self.remove_exact(group, entry)
+        encoded_id = self.encoded_ids[group][entry]
+        self._num_encoded[group] -= encoded_id != NO_BLOCK
+        self.encoded_ids[group][entry] = NO_BLOCK
+        return HeldBlock(rank, block_id, encoded_id)

@@ -4,12 +4,12 @@ A page holds as many blocks as fit, layer by layer, plane by plane, each plane's
 Block b is block b % blocks_per_page of page b // blocks_per_page.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvcluster.cache.pages import aligned
 from kvcluster.codec.array import BlockShape, Plane
-from kvcluster.codec.registry import LayerCodec
-from kvcluster.types import LayerGeometry
+from kvcluster.codec.registry import CODECS, LayerCodec
+from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 
 
 def planes_of(codec: LayerCodec, geometry: LayerGeometry, block_size: int) -> tuple[Plane, ...]:
@@ -46,3 +46,50 @@ class EncodedLayout:
             for plane in planes:
                 self.offsets[layer].append(offset)
                 offset += aligned(blocks * plane.num_bytes)
+
+
+def section_bytes(
+    geometry: LayerGeometry, block_size: int, bytes_per_element: int
+) -> tuple[int, int]:
+    """What the exact keys, and the exact values, of one layer take in a page."""
+    tokens = PAGE_BLOCKS * block_size * geometry.num_kv_heads * bytes_per_element
+    return aligned(tokens * geometry.key_dim), aligned(tokens * geometry.value_dim)
+
+
+def layers_of(spec: ModelSpec, group: int) -> Iterable[tuple[int, LayerGeometry]]:
+    """The layers of a KV group, with their indices."""
+    return (
+        (index, geometry)
+        for index, geometry in enumerate(spec.layers)
+        if spec.group_of(geometry) == group
+    )
+
+
+def blocks_per_page(spec: ModelSpec, block_size: int) -> dict[str, tuple[int, ...]]:
+    """For each codec that can encode the model's blocks, how many of them a page holds, one
+    number per KV group. The ranks lay out their pages alike."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, codec in CODECS.items():
+        if codec is None:
+            continue
+        try:
+            found[name] = tuple(
+                group_layout(spec, group, codec, block_size).blocks_per_page
+                for group in range(len(spec.windows))
+            )
+        except ValueError:
+            # The codec says which number does not fit; requests are told that it is not offered.
+            continue
+    return found
+
+
+def group_layout(spec: ModelSpec, group: int, codec: LayerCodec, block_size: int) -> EncodedLayout:
+    """The encoded pages of one group. Raises: ValueError where the codec cannot encode them."""
+    layers = list(layers_of(spec, group))
+    return EncodedLayout(
+        {index: planes_of(codec, geometry, block_size) for index, geometry in layers},
+        sum(
+            sum(section_bytes(geometry, block_size, spec.bytes_per_element))
+            for _, geometry in layers
+        ),
+    )

@@ -26,6 +26,11 @@ class EncodedPool:
         return len(self._free_of)
 
     @property
+    def has_partial(self) -> bool:
+        """Whether a block can be had without another page."""
+        return bool(self._partial)
+
+    @property
     def num_free(self) -> int:
         """Blocks that could be allocated."""
         in_partial = sum(len(self._free_of[page]) for page in self._partial)

@@ -4,12 +4,13 @@ Lives in the engine process. Every entry of a block table has a block in each KV
 rank, so entries are taken in all groups or in none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvcluster.cache.block_pool import BlockPool
-from kvcluster.cache.block_table import BlockTable, TableEntry
-from kvcluster.types import BlockId, ModelSpec, Rank, TenantId
+from kvcluster.cache.block_table import BlockTable, HeldBlock, TableEntry
+from kvcluster.cache.encoded_pool import EncodedPool
+from kvcluster.types import EXACT, NO_BLOCK, PAGE_BLOCKS, BlockId, ModelSpec, Rank, TenantId
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Partition:
     """What one tenant may take from the pools. `pools[rank][group]` may be shared by partitions.
 
     `limit_blocks` is the most blocks of any one KV group, over all ranks, that the tenant may
-    hold; None: as many as the pools have.
+    hold; None: as many as the pools have. A page of encoded blocks counts as the exact blocks
+    that it has room for, and belongs to this partition alone.
     """
 
     def __init__(
@@ -44,11 +46,23 @@ class Partition:
         *,
         tenant: TenantId,
         limit_blocks: int | None = None,
+        encoded_per_page: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
+        """`encoded_per_page`: by codec, how many of its blocks a page of each group holds."""
         self.tenant = tenant
         self.limit_blocks = limit_blocks
         self._pools = tuple(tuple(groups) for groups in pools)
         self._used = [0] * self.num_groups
+        self._encoded_per_page = dict(encoded_per_page or {})
+        self._encoded = {
+            codec: tuple(
+                tuple(
+                    EncodedPool(pool, per_page) for pool, per_page in zip(pools, sizes, strict=True)
+                )
+                for pools in self._pools
+            )
+            for codec, sizes in self._encoded_per_page.items()
+        }
 
     @property
     def num_ranks(self) -> int:
@@ -62,56 +76,99 @@ class Partition:
     def num_used(self) -> int:
         return sum(self._used)
 
-    def free_entries(self, rank: Rank) -> int:
-        """Table entries that the rank could still take for this tenant."""
-        return min(
-            self._within_limit(group, pool.num_free) for group, pool in enumerate(self._pools[rank])
-        )
+    def can_append(self, table: BlockTable, rank: Rank) -> bool:
+        """Whether `rank` could still take an entry of the table for this tenant."""
+        for group, pool in enumerate(self._pools[rank]):
+            needed = 1
+            if table.codec != EXACT and not self._encoded[table.codec][rank][group].has_partial:
+                if not pool.num_free_pages:
+                    return False
+                needed += PAGE_BLOCKS
+            if self._within_limit(group, pool.num_free) < needed:
+                return False
+        return True
 
     def free_blocks(self, rank: Rank) -> int:
         """Free blocks of the rank over all groups: the measure of how empty it is."""
         return sum(pool.num_free for pool in self._pools[rank])
 
-    def append(self, table: BlockTable, rank: Rank) -> TableEntry | None:
+    def append(self, table: BlockTable, rank: Rank, *, is_whole: bool = False) -> TableEntry | None:
         """Take a block in every group of `rank` and add the entry to `table`.
 
+        In a table with a codec all entries but the first get encoded blocks, and exact ones
+        beside them unless the entry `is_whole`: filled by the step that it is taken for.
         None, and nothing taken, when any group has none left or the limit is reached.
         """
-        if self.free_entries(rank) < 1:
-            return None
-        block_ids: list[BlockId] = []
-        for group, pool in enumerate(self._pools[rank]):
-            block_id = pool.allocate(table.last_id(rank, group))
-            assert block_id is not None, "free_entries counted a block that the pool has not"
-            block_ids.append(block_id)
-            self._used[group] += 1
-        entry = TableEntry(rank, tuple(block_ids))
+        is_encoded = table.codec != EXACT and len(table) > 0
+        taken: list[HeldBlock] = []
+        for group in range(self.num_groups):
+            encoded_id = block_id = NO_BLOCK
+            if is_encoded:
+                encoded_id = self._take_encoded(table.codec, rank, group)
+            if not (is_encoded and is_whole):
+                block_id = self._take_exact(rank, group, after=table.last_id(rank, group))
+            taken.append(HeldBlock(rank, block_id, encoded_id))
+            if (is_encoded and encoded_id == NO_BLOCK) or (
+                not (is_encoded and is_whole) and block_id == NO_BLOCK
+            ):
+                for group_taken, held in enumerate(taken):
+                    self._release(table.codec, group_taken, held)
+                return None
+        entry = TableEntry(
+            rank,
+            () if is_encoded and is_whole else tuple(held.block_id for held in taken),
+            tuple(held.encoded_id for held in taken) if is_encoded else (),
+        )
         table.add(entry)
         return entry
 
     def release_below(self, table: BlockTable, group: int, below: int) -> None:
         """Free one group's blocks of all entries before `below`. The entries stay in the table."""
-        for rank, block_id in table.remove_below(group, below):
-            self._pools[rank][group].release(block_id)
-            self._used[group] -= 1
+        for held in table.remove_below(group, below):
+            self._release(table.codec, group, held)
+
+    def release_exact(self, table: BlockTable, entry: int) -> None:
+        """Free the exact blocks of an entry that is encoded now."""
+        for group in range(self.num_groups):
+            self._release(table.codec, group, table.remove_exact(group, entry))
 
     def release_all(self, table: BlockTable) -> None:
         """Free every block of `table`."""
         for group in range(self.num_groups):
             self.release_below(table, group, len(table))
 
-    def can_hold(self, entries: Sequence[int]) -> bool:
-        """Whether the empty share could hold so many entries (one number per group)."""
-        return all(
-            num_entries <= capacity
-            for num_entries, capacity in zip(entries, self.capacity(), strict=True)
+    def blocks_for(self, entries: Sequence[int], codec: str) -> tuple[int, ...]:
+        """Exact blocks' worth of memory that so many entries (one number per group) take, in
+        whole pages where they are encoded."""
+        if codec == EXACT:
+            return tuple(entries)
+        # Two stay exact: the first one and the one that is being filled.
+        return tuple(
+            min(count, 2) + PAGE_BLOCKS * -(-max(0, count - 1) // per_page)
+            for count, per_page in zip(entries, self._encoded_per_page[codec], strict=True)
         )
 
-    def has_room(self, entries: Sequence[int]) -> bool:
-        """Whether so many more entries (one number per group) would fit now."""
+    def can_hold(self, blocks: Sequence[int]) -> bool:
+        """Whether the empty share could hold so many blocks (one number per group)."""
         return all(
-            num_entries <= num_free
-            for num_entries, num_free in zip(entries, self.free_per_group(), strict=True)
+            num_blocks <= capacity
+            for num_blocks, capacity in zip(blocks, self.capacity(), strict=True)
+        )
+
+    def has_room(self, blocks: Sequence[int]) -> bool:
+        """Whether so many more blocks (one number per group) would fit now."""
+        return all(
+            num_blocks <= num_free
+            for num_blocks, num_free in zip(blocks, self.free_per_group(), strict=True)
+        )
+
+    def held(self, table: BlockTable) -> tuple[float, ...]:
+        """Exact blocks' worth of memory that the table holds, per group."""
+        if table.codec == EXACT:
+            return tuple(table.num_exact(group) for group in range(self.num_groups))
+        return tuple(
+            table.num_exact(group) + table.num_encoded(group) * PAGE_BLOCKS / per_page
+            for group, per_page in enumerate(self._encoded_per_page[table.codec])
         )
 
     def free_per_group(self) -> tuple[int, ...]:
@@ -144,6 +201,39 @@ class Partition:
                 for groups in self._pools
             ),
         )
+
+    def _take_exact(self, rank: Rank, group: int, *, after: BlockId | None) -> BlockId:
+        pool = self._pools[rank][group]
+        if self._within_limit(group, pool.num_free) < 1:
+            return NO_BLOCK
+        block_id = pool.allocate(after)
+        assert block_id is not None, "num_free counted a block that the pool has not"
+        self._used[group] += 1
+        return block_id
+
+    def _take_encoded(self, codec: str, rank: Rank, group: int) -> BlockId:
+        encoded = self._encoded[codec][rank][group]
+        needs_page = not encoded.has_partial
+        if (
+            needs_page
+            and self._within_limit(group, self._pools[rank][group].num_free) < PAGE_BLOCKS
+        ):
+            return NO_BLOCK
+        block_id = encoded.allocate()
+        if block_id is None:
+            return NO_BLOCK
+        self._used[group] += PAGE_BLOCKS * needs_page
+        return block_id
+
+    def _release(self, codec: str, group: int, held: HeldBlock) -> None:
+        if held.block_id != NO_BLOCK:
+            self._pools[held.rank][group].release(held.block_id)
+            self._used[group] -= 1
+        if held.encoded_id != NO_BLOCK:
+            encoded = self._encoded[codec][held.rank][group]
+            num_pages = encoded.num_pages
+            encoded.release(held.encoded_id)
+            self._used[group] -= PAGE_BLOCKS * (num_pages - encoded.num_pages)
 
     def _within_limit(self, group: int, num_free: int) -> int:
         if self.limit_blocks is None:

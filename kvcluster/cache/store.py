@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcluster.cache.encoded_pages import EncodedLayout, planes_of
-from kvcluster.cache.pages import PageArena, aligned
+from kvcluster.cache.encoded_pages import group_layout, layers_of, planes_of, section_bytes
+from kvcluster.cache.pages import PageArena
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.base import EncodedKV
 from kvcluster.codec.registry import CODECS, LayerCodec
-from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
+from kvcluster.types import PAGE_BLOCKS, ModelSpec
 
 
 class Piece(NamedTuple):
@@ -48,30 +48,25 @@ class KVStore:
         self._planes: list[Piece] = [Piece(like, like)] * len(spec.layers)
         self._arenas: list[PageArena] = []
         for group, num_blocks in enumerate(blocks_per_group):
-            layers = [n for n, layer in enumerate(spec.layers) if spec.group_of(layer) == group]
-            self._add_group(spec, layers, -(-num_blocks // PAGE_BLOCKS), like)
+            self._add_group(spec, group, -(-num_blocks // PAGE_BLOCKS), like)
 
-    def _add_group(
-        self, spec: ModelSpec, layers: Sequence[int], num_pages: int, like: Tensor
-    ) -> None:
-        offsets: list[tuple[int, int]] = []
-        page_bytes = 0
-        for layer in layers:
-            section = [
-                aligned(size * self._page_tokens * like.element_size())
-                for size in _elements_per_token(spec.layers[layer])
-            ]
-            offsets.append((page_bytes, page_bytes + section[0]))
-            page_bytes += sum(section)
-        arena = PageArena(num_pages, page_bytes, like.device)
+    def _add_group(self, spec: ModelSpec, group: int, num_pages: int, like: Tensor) -> None:
+        sections = [
+            section_bytes(geometry, self._block_size, like.element_size())
+            for _, geometry in layers_of(spec, group)
+        ]
+        arena = PageArena(num_pages, sum(map(sum, sections)), like.device)
         self._arenas.append(arena)
-        for layer, (k_offset, v_offset) in zip(layers, offsets, strict=True):
-            geometry = spec.layers[layer]
+        offset = 0
+        for (layer, geometry), (k_bytes, v_bytes) in zip(
+            layers_of(spec, group), sections, strict=True
+        ):
             heads, tokens = geometry.num_kv_heads, self._page_tokens
             self._planes[layer] = Piece(
-                arena.plane(k_offset, (heads, tokens, geometry.key_dim), like.dtype),
-                arena.plane(v_offset, (heads, tokens, geometry.value_dim), like.dtype),
+                arena.plane(offset, (heads, tokens, geometry.key_dim), like.dtype),
+                arena.plane(offset + k_bytes, (heads, tokens, geometry.value_dim), like.dtype),
             )
+            offset += k_bytes + v_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -90,11 +85,7 @@ class KVStore:
 
     def blocks_per_page(self, group: int, codec: str) -> int:
         """Encoded blocks that one page of the group holds."""
-        layer = next(
-            n
-            for n, geometry in enumerate(self._spec.layers)
-            if self._spec.group_of(geometry) == group
-        )
+        layer, _ = next(iter(layers_of(self._spec, group)))
         return self._encoded_planes(layer, codec)[0]
 
     def encode(
@@ -156,19 +147,14 @@ class KVStore:
 
     def _lay_out(self, group: int, codec: str) -> None:
         layer_codec = codec_of(codec)
-        planes_by_layer = {
-            layer: planes_of(layer_codec, geometry, self._block_size)
-            for layer, geometry in enumerate(self._spec.layers)
-            if self._spec.group_of(geometry) == group
-        }
-        arena = self._arenas[group]
-        layout = EncodedLayout(planes_by_layer, arena.page_bytes)
+        layout = group_layout(self._spec, group, layer_codec, self._block_size)
         blocks = layout.blocks_per_page
-        for layer, planes in planes_by_layer.items():
+        for layer, geometry in layers_of(self._spec, group):
+            planes = planes_of(layer_codec, geometry, self._block_size)
             self._encoded[layer, codec] = (
                 blocks,
                 [
-                    arena.plane(offset, (blocks, *plane.shape), plane.dtype)
+                    self._arenas[group].plane(offset, (blocks, *plane.shape), plane.dtype)
                     for offset, plane in zip(layout.offsets[layer], planes, strict=True)
                 ],
             )
@@ -233,7 +219,3 @@ def codec_of(name: str) -> LayerCodec:
 def in_line(x_PKSD: Tensor) -> Tensor:
     """x_KSD, the pages one after another: a view of one page, a copy of several."""
     return x_PKSD[0] if len(x_PKSD) == 1 else x_PKSD.transpose(0, 1).flatten(1, 2)
-
-
-def _elements_per_token(geometry: LayerGeometry) -> tuple[int, int]:
-    return geometry.num_kv_heads * geometry.key_dim, geometry.num_kv_heads * geometry.value_dim

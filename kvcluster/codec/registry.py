@@ -7,6 +7,7 @@ from kvcluster.codec.array import ArrayCodec
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
 from kvcluster.codec.rotated import Rotated
+from kvcluster.types import EXACT
 
 
 class LayerCodec(NamedTuple):
@@ -15,8 +16,6 @@ class LayerCodec(NamedTuple):
     keys: ArrayCodec
     values: ArrayCodec
 
-
-EXACT: Final = "exact"
 
 _SPANS: Final = (0.85, 0.7)
 

@@ -14,7 +14,7 @@ from kvcluster.errors import (
     ModelNotFound,
     QuotaExceeded,
 )
-from kvcluster.types import ModelSpec, SamplingParams
+from kvcluster.types import EXACT, ModelSpec, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
@@ -93,13 +93,15 @@ def check_capacity(
     cache: CacheConfig,
     partition: Partition,
     num_prompt_tokens: int,
+    codec: str = EXACT,
 ) -> None:
     """Raises: QuotaExceeded when the tenant's share could not hold the request even when empty."""
     # The last output token is never fed back, so it needs no slot.
     num_tokens = num_prompt_tokens + request.max_output_tokens - 1
-    needed = entries_per_group(
+    entries = entries_per_group(
         spec.windows, num_tokens, block_size=cache.block_size, chunk_tokens=cache.block_size
     )
+    needed = partition.blocks_for(entries, codec)
     if partition.can_hold(needed):
         return
     capacity = partition.capacity()

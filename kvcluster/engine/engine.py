@@ -103,7 +103,7 @@ class Engine:
         policy = parse_policy(
             spec.policy, codecs=self.parts.codecs, retentions=self.parts.retentions
         )
-        self._check_length(spec, spec.input_tokens or 1)
+        self._check_length(spec, policy, spec.input_tokens or 1)
         if self.refusal is not None:
             raise self.refusal
         load = admission.Load(
@@ -133,7 +133,7 @@ class Engine:
         declared = request.spec.input_tokens
         if declared is not None and num_prompt_tokens > declared:
             raise InvalidField("input_tokens", f"declared {declared}, but more tokens were sent")
-        self._check_length(request.spec, num_prompt_tokens)
+        self._check_length(request.spec, request.policy, num_prompt_tokens)
         request.append_prompt(packed_ids)
 
     def prompt_room(self, generation_id: GenerationId) -> int:
@@ -355,7 +355,9 @@ class Engine:
         )
         self._end(self.find(request.generation), FinishReason.ERROR, error=error)
 
-    def _check_length(self, spec: GenerationRequest, num_prompt_tokens: int) -> None:
+    def _check_length(
+        self, spec: GenerationRequest, policy: Policy, num_prompt_tokens: int
+    ) -> None:
         admission.check_context(
             spec, self.parts.spec, num_prompt_tokens=num_prompt_tokens, is_complete=False
         )
@@ -365,4 +367,5 @@ class Engine:
             cache=self.parts.cache,
             partition=self.parts.partition,
             num_prompt_tokens=num_prompt_tokens,
+            codec=policy.codec,
         )

@@ -21,7 +21,7 @@ from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.sharding import zigzag
 from kvcluster.retention.base import RetentionPolicy
-from kvcluster.types import LayerGeometry, ModelSpec, Rank, Route, SequenceId
+from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Rank, Route, SequenceId
 
 _by_order = attrgetter("order")
 
@@ -155,7 +155,13 @@ class Scheduler:
     def _chunk_end(self, request: Request, budget: int) -> int:
         end = request.prefill_end(self._block_size)
         within = request.num_planned + budget
-        return end if end <= within else within // self._block_size * self._block_size
+        if end > within:
+            end = within // self._block_size * self._block_size
+        begun = request.num_planned % self._block_size
+        if begun and request.policy.codec != EXACT:
+            # Rows of the block that is begun read it exact, those after it do not.
+            end = min(end, request.num_planned - begun + self._block_size)
+        return end
 
     def _extend(self, draft: _Draft, request: Request, end: int) -> int:
         """Plan a running request up to `end`, or as far as its blocks go; returns its tokens."""
@@ -201,12 +207,13 @@ class Scheduler:
             block_size=self._block_size,
             chunk_tokens=self._chunk_tokens,
         )
+        blocks = self._partition.blocks_for(entries, request.policy.codec)
         # Each running request will soon want one more; without it the newcomer is preempted.
-        return self._partition.has_room([count + len(self.running) for count in entries])
+        return self._partition.has_room([count + len(self.running) for count in blocks])
 
     def _start(self, draft: _Draft, request: Request, budget: int) -> int:
         end = self._chunk_end(request, budget)
-        table = BlockTable(len(self._windows))
+        table = BlockTable(len(self._windows), request.policy.codec)
         appended = self._append_blocks(request, table, end)
         covered = min(end, len(table) * self._block_size)
         if not covered:
@@ -229,12 +236,15 @@ class Scheduler:
             return []
         appended: list[NewBlock] = []
         for rank in self._owners(request, table, count):
-            entry = self._partition.append(table, rank)
+            first = len(table) * self._block_size
+            is_whole = request.num_planned <= first and first + self._block_size <= end
+            entry = self._partition.append(table, rank, is_whole=is_whole)
             if entry is None:
-                entry = self._partition.append(table, self._emptiest_first(table)[0])
+                emptiest = self._emptiest_first(table)[0]
+                entry = self._partition.append(table, emptiest, is_whole=is_whole)
             if entry is None:
                 break
-            appended.append(NewBlock(entry.rank, entry.block_ids))
+            appended.append(NewBlock(entry.rank, entry.block_ids, entry.encoded_ids))
         return appended
 
     def _owners(self, request: Request, table: BlockTable, count: int) -> Sequence[Rank]:
@@ -250,7 +260,7 @@ class Scheduler:
         def emptiness(rank: Rank) -> tuple[bool, int, int]:
             # Equal ranks take turns, starting after the sequence's last one.
             turn = (rank - after_last) % partition.num_ranks
-            return (partition.free_entries(rank) < 1, -partition.free_blocks(rank), turn)
+            return (not partition.can_append(table, rank), -partition.free_blocks(rank), turn)
 
         return sorted((Rank(rank) for rank in range(partition.num_ranks)), key=emptiness)
 
@@ -295,10 +305,12 @@ class Scheduler:
     def _note_peak(self, request: Request) -> None:
         assert request.table is not None, "a running request has a table"
         held = sum(
-            request.table.num_held(group) * num_bytes
-            for group, num_bytes in enumerate(self._block_bytes)
+            num_blocks * num_bytes
+            for num_blocks, num_bytes in zip(
+                self._partition.held(request.table), self._block_bytes, strict=True
+            )
         )
-        request.peak_kv_bytes = max(request.peak_kv_bytes, held)
+        request.peak_kv_bytes = max(request.peak_kv_bytes, round(held))
         request.peak_tokens = max(request.peak_tokens, request.num_planned)
 
     def _seal(self, draft: _Draft, *, epoch: int, step: int, is_idle: bool) -> Schedule:
@@ -316,9 +328,22 @@ class Scheduler:
         )
         self._released.clear()
         self._free_leaving()
-        for request in draft.requests:
+        for part, request in zip(draft.parts, draft.requests, strict=True):
+            self._release_encoded(part, request)
             self._release_unread(request)
         return Schedule(step=PlannedStep(plan, tuple(draft.requests)), refused=refused)
+
+    def _release_encoded(self, part: SequenceStep, request: Request) -> None:
+        """Free the exact blocks that the step fills: the ranks encode them in this very step."""
+        table = request.table
+        if table is None or table.codec == EXACT:
+            return
+        filled = range(
+            max(1, part.start // self._block_size),
+            (part.start + part.num_tokens) // self._block_size,
+        )
+        for entry in filled:
+            self._partition.release_exact(table, entry)
 
     def _release_unread(self, request: Request) -> None:
         """Free what no later query of the request reads. The next plan tells the ranks, before

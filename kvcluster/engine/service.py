@@ -35,7 +35,7 @@ from kvcluster.errors import (
     RequestIdConflict,
     from_record,
 )
-from kvcluster.types import GenerationId, TenantId
+from kvcluster.types import GenerationId, Policy, TenantId
 
 
 class EngineService:
@@ -169,13 +169,15 @@ class EngineService:
 
     async def estimate(self, request: GenerationRequest) -> Estimate:
         reason = message = ""
+        policy = Policy()
         try:
-            self._engine.check(request)
+            policy = self._engine.check(request)
         except KvClusterError as error:
             reason, message = error.reason, error.message
         first_token_s = self._engine.forecast.first_token_s(request)
         decode_s = self._engine.estimate_decode(request.max_output_tokens - 1)
         total_s = None if first_token_s is None or decode_s is None else first_token_s + decode_s
+        partition = self._parts.partition
         block_bytes = block_bytes_per_group(self._parts.spec, self._parts.cache.block_size)
         return Estimate(
             is_admissible=not reason,
@@ -183,8 +185,10 @@ class EngineService:
             message=message,
             first_token_s=first_token_s,
             total_s=total_s,
-            kv_bytes=_weighted(self._entries(request), block_bytes),
-            kv_bytes_left=_weighted(self._parts.partition.free_per_group(), block_bytes),
+            kv_bytes=_weighted(
+                partition.blocks_for(self._entries(request), policy.codec), block_bytes
+            ),
+            kv_bytes_left=_weighted(partition.free_per_group(), block_bytes),
         )
 
     async def status(self) -> BackendStatus:

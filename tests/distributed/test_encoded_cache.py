@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.codec.registry import CODECS, EXACT
+from kvcluster.codec.registry import CODECS
 from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention
-from kvcluster.types import Route
+from kvcluster.types import EXACT, Route
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry
 

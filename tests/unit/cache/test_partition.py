@@ -45,7 +45,7 @@ def test_a_tenant_gets_no_more_than_its_limit_though_blocks_are_free() -> None:
         assert red.append(table, Rank(rank)) is not None
 
     assert red.append(table, Rank(1)) is None
-    assert red.free_entries(Rank(1)) == 0
+    assert not red.can_append(table, Rank(1))
     assert red.capacity() == (3,)
 
 

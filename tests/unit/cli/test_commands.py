@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,15 @@ async def test_a_deadline_that_passes_exits_with_5(server: str, backend: Watched
     assert result.code == 5
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """In the background a shell has SIGINT ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 async def test_ctrl_c_cancels_the_generation_and_exits_with_130(
     server: str, backend: WatchedBackend
 ) -> None:

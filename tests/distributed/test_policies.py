@@ -1,0 +1,124 @@
+"""Requests with different policies are served together, each as it would be alone."""
+
+import asyncio
+from array import array
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from kvcluster.codec.registry import CODECS
+from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
+from kvcluster.engine.api import Finished, GenerationRequest, Output, TokenChunk, Usage
+from kvcluster.engine.service import EngineService
+from kvcluster.errors import InvalidField
+from kvcluster.model.loader import LoadedModel
+from kvcluster.model.probe import probe
+from kvcluster.types import DEFAULT_TENANT, EXACT, ModelSpec
+from tests.architectures import VOCAB_SIZE, tiny_models
+from tests.thread_executor import running_engine
+
+BLOCK_SIZE = 16
+PROMPT_TOKENS = 150
+OUTPUT_TOKENS = 24
+POLICIES = sorted(CODECS)
+
+
+@cache
+def model() -> LoadedModel:
+    module = tiny_models()["gemma2"]()
+    spec = ModelSpec(
+        name="tiny",
+        layers=probe(module),
+        vocab_size=VOCAB_SIZE,
+        max_context_tokens=512,
+        eos_token_ids=(),
+        dtype="float32",
+        bytes_per_element=4,
+        weights_digest="test",
+        tokenizer_digest="",
+    )
+    return LoadedModel(spec=spec, module=module, device=torch.device("cpu"))
+
+
+def config(num_ranks: int) -> ClusterConfig:
+    return ClusterConfig(
+        model="tiny",
+        cache=CacheConfig(block_size=BLOCK_SIZE, capacity_tokens=4096),
+        engine=EngineConfig(prefill_chunk_tokens=64, shard_min_tokens=32),
+        ring=RingConfig(num_ranks=num_ranks),
+    )
+
+
+async def generate(service: EngineService, policy: str, seed: int) -> tuple[list[int], Usage]:
+    """The output of a prompt of its own, and what it cost."""
+    opened = await service.open(
+        GenerationRequest(model="tiny", max_output_tokens=OUTPUT_TOKENS, policy=policy)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(3, VOCAB_SIZE, (PROMPT_TOKENS,), generator=generator).tolist()
+
+    chunk = TokenChunk(0, array("I", prompt).tobytes())
+
+    async def upload() -> None:
+        await service.append_prompt(opened.generation, opened.upload, chunk)
+        await service.finish_prompt(opened.generation, opened.upload)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(upload())
+        heard = [
+            event.event
+            async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)
+            for event in events
+        ]
+    output = [id_ for event in heard if isinstance(event, Output) for id_ in event.token_ids]
+    finished = heard[-1]
+    assert isinstance(finished, Finished)
+    return output, finished.usage
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+async def test_mixed_policies_give_what_each_gives_alone(num_ranks: int) -> None:
+    async with running_engine(model(), config(num_ranks)) as (service, _):
+        alone = [await generate(service, policy, seed) for seed, policy in enumerate(POLICIES)]
+        together = await asyncio.gather(
+            *(generate(service, policy, seed) for seed, policy in enumerate(POLICIES))
+        )
+        status = await service.status()
+
+    assert [output for output, _ in together] == [output for output, _ in alone]
+    assert all(len(output) == OUTPUT_TOKENS for output, _ in together)
+    assert all(rank.num_free_blocks == rank.num_blocks for rank in status.ranks)
+
+
+async def test_usage_and_estimate_fall_with_the_bits() -> None:
+    async with running_engine(model(), config(num_ranks=1)) as (service, _):
+        used = {
+            policy: (await generate(service, policy, seed=0))[1].kv_bytes
+            for policy in (EXACT, "int8", "int4", "int2")
+        }
+        estimated = {
+            policy: (
+                await service.estimate(
+                    GenerationRequest(
+                        model="tiny", max_output_tokens=1, input_tokens=450, policy=policy
+                    )
+                )
+            ).kv_bytes
+            for policy in used
+        }
+
+    assert used[EXACT] > used["int8"] > used["int4"] > used["int2"]
+    # In whole pages, of which two codecs may need as many.
+    assert estimated[EXACT] > estimated["int8"] > estimated["int4"] >= estimated["int2"]
+
+
+async def test_a_codec_that_cannot_encode_the_blocks_is_not_offered() -> None:
+    tiny_blocks = replace(
+        config(num_ranks=1), cache=CacheConfig(block_size=1, capacity_tokens=1024)
+    )
+
+    async with running_engine(model(), tiny_blocks) as (service, _):
+        with pytest.raises(InvalidField, match="no codec or retention is called 'int4'"):
+            await generate(service, "int4", seed=0)
