@@ -92,13 +92,9 @@ class KVStore:
         self, layer: int, codec: str, encoded_ids_B: Tensor, kv_BKSD: Piece, starts_B: Tensor
     ) -> None:
         """Keep whole blocks in the layer's encoded blocks."""
-        layer_codec = codec_of(codec)
         per_page, planes = self._encoded_planes(layer, codec)
         pages_B, blocks_B = encoded_ids_B // per_page, encoded_ids_B % per_page
-        encoded = (
-            *layer_codec.keys.encode(kv_BKSD[0], starts_B),
-            *layer_codec.values.encode(kv_BKSD[1], starts_B),
-        )
+        encoded = _encoded(codec_of(codec), kv_BKSD, starts_B)
         for plane, written in zip(planes, encoded, strict=True):
             plane[pages_B, blocks_B] = written
 
@@ -133,11 +129,7 @@ class KVStore:
         self, layer: int, codec: str, kv_BKSD: Piece, starts_B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """k_KSD and v_KSD of blocks as they would be read after `encode`."""
-        layer_codec = codec_of(codec)
-        encoded = (
-            *layer_codec.keys.encode(kv_BKSD[0], starts_B),
-            *layer_codec.values.encode(kv_BKSD[1], starts_B),
-        )
+        encoded = _encoded(codec_of(codec), kv_BKSD, starts_B)
         return self.decode(layer, codec, encoded, starts_B)
 
     def _encoded_planes(self, layer: int, codec: str) -> tuple[int, list[Tensor]]:
@@ -219,3 +211,11 @@ def codec_of(name: str) -> LayerCodec:
 def in_line(x_PKSD: Tensor) -> Tensor:
     """x_KSD, the pages one after another: a view of one page, a copy of several."""
     return x_PKSD[0] if len(x_PKSD) == 1 else x_PKSD.transpose(0, 1).flatten(1, 2)
+
+
+def _encoded(codec: LayerCodec, kv_BKSD: Piece, starts_B: Tensor) -> tuple[Tensor, ...]:
+    """All planes of some blocks, those of the keys first."""
+    return (
+        *codec.keys.encode(kv_BKSD.k_PKSD, starts_B),
+        *codec.values.encode(kv_BKSD.v_PKSD, starts_B),
+    )

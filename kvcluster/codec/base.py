@@ -10,7 +10,3 @@ class EncodedKV(NamedTuple):
 
     planes: tuple[Tensor, ...]
     """Each is [KV head, token, ...]."""
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.planes[0].shape[1])
