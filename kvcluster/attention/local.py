@@ -58,9 +58,15 @@ def attend(
 
 def attend_pieces(q_THD: Tensor, pieces: Sequence[Piece], layer: LayerGeometry) -> Partial:
     """Attention over all keys of some pieces of a store. Any T and S, zero included."""
+    num_tokens, num_heads, _ = q_THD.shape
     if not pieces:
-        return Partial.empty(q_THD.shape[0], q_THD.shape[1], layer.value_dim, q_THD)
-    return merge(*(_attend_pages(q_THD, piece, layer) for piece in pieces))
+        return Partial.empty(num_tokens, num_heads, layer.value_dim, q_THD)
+    num_pages = sum(len(piece.k_PKSD) for piece in pieces)
+    if num_tokens == 1 and num_pages > 1 and _has_fused_kernel(q_THD, layer):
+        return _attend_pages(q_THD, pieces, layer)
+    return merge(
+        *(attend(q_THD, in_line(piece.k_PKSD), in_line(piece.v_PKSD), layer) for piece in pieces)
+    )
 
 
 def attend_causal(
@@ -170,20 +176,19 @@ def _fused(
     return Partial(out_1HTD[0].transpose(0, 1), lse_1HT[0].transpose(0, 1))
 
 
-def _attend_pages(q_THD: Tensor, piece: Piece, layer: LayerGeometry) -> Partial:
-    """Attention over one piece; of one token over many pages without a copy."""
-    k_PKSD, v_PKSD = piece
-    if len(k_PKSD) == 1 or q_THD.shape[0] != 1 or not _has_fused_kernel(q_THD, layer):
-        return attend(q_THD, in_line(k_PKSD), in_line(v_PKSD), layer)
-    num_pages, num_kv_heads = k_PKSD.shape[:2]
-    q_KGD = q_THD.reshape(num_kv_heads, -1, layer.key_dim)
-    # Pages are the batch: a partial of each, merged in one go.
-    out_PKGD, lse_PKG = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_KGD.expand(num_pages, -1, -1, -1), k_PKSD, v_PKSD, 0.0, scale=layer.scale
-    )
+def _attend_pages(q_1HD: Tensor, pieces: Sequence[Piece], layer: LayerGeometry) -> Partial:
+    """Attention of one token, without a copy of its keys: a partial of each page, merged at once."""
+    q_KGD = q_1HD.reshape(pieces[0].k_PKSD.shape[1], -1, layer.key_dim)
+    partials = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_KGD.expand(len(k_PKSD), -1, -1, -1), k_PKSD, v_PKSD, 0.0, scale=layer.scale
+        )
+        for k_PKSD, v_PKSD in pieces
+    ]
+    out_PKGD, lse_PKG = (torch.cat(planes) for planes in zip(*partials, strict=True))
+    share_PKG = torch.softmax(lse_PKG, dim=0)
+    out_KGD = (share_PKG[..., None] * out_PKGD).sum(dim=0)
     lse_KG = torch.logsumexp(lse_PKG, dim=0)
-    share_PKG = torch.exp(lse_PKG - lse_KG)
-    out_KGD = torch.einsum("pkg,pkgd->kgd", share_PKG, out_PKGD)
     return Partial(out_KGD.reshape(1, -1, layer.value_dim), lse_KG.reshape(1, -1))
 
 

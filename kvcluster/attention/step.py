@@ -18,7 +18,7 @@ from kvcluster.attention.local import attend, attend_causal, attend_earlier, att
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
-from kvcluster.cache.store import KVStore, Piece
+from kvcluster.cache.store import KVStore, Piece, Places
 from kvcluster.codec.base import EncodedKV
 from kvcluster.types import EXACT, ModelSpec, Route
 
@@ -45,7 +45,7 @@ class StepAttention:
         self._parts = parts
         self._encoded_parts = [part for part in parts if part.codec != EXACT]
         self._groups = [spec.group_of(layer) for layer in spec.layers]
-        self._slots_by_group: dict[int, Tensor] = {}
+        self._places_by_group: dict[int, Places] = {}
         self._questions_by_group: dict[int, _Questions] = {}
         self._read_parts: dict[SequencePart, list[Piece]] = {}
         """Of the layer in hand: the keys here, read once for all who ask."""
@@ -75,14 +75,14 @@ class StepAttention:
     def _write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Keep this rank's rows: exact, or whole blocks encoded."""
         group = self._groups[layer]
-        slots_T = self._row_slots(group, k_TKD.device)
+        places = self._row_places(group, k_TKD.device)
         if not self._encoded_parts:
-            self._store.write(layer, slots_T, k_TKD, v_TKD)
+            self._store.write(layer, places, k_TKD, v_TKD)
             return
         rows = [rows for part in self._parts for rows in part.exact_rows()]
         k_exact_TKD = torch.cat([k_TKD[span] for span in rows])
         v_exact_TKD = torch.cat([v_TKD[span] for span in rows])
-        self._store.write(layer, slots_T, k_exact_TKD, v_exact_TKD)
+        self._store.write(layer, places, k_exact_TKD, v_exact_TKD)
         for part in self._encoded_parts:
             full = part.full_blocks(group)
             if len(full.starts_B):
@@ -99,12 +99,12 @@ class StepAttention:
             kv_BKSD = Piece(*(plane[None] for plane in exact.planes))
             self._store.encode(layer, part.codec, block.encoded_ids_B, kv_BKSD, block.starts_B)
 
-    def _row_slots(self, group: int, device: torch.device) -> Tensor:
-        slots = self._slots_by_group.get(group)
-        if slots is None:
-            slots = torch.cat([part.slots(group) for part in self._parts]).to(device)
-            self._slots_by_group[group] = slots
-        return slots
+    def _row_places(self, group: int, device: torch.device) -> Places:
+        places = self._places_by_group.get(group)
+        if places is None:
+            slots_T = torch.cat([part.slots(group) for part in self._parts])
+            places = self._places_by_group[group] = self._store.places(slots_T.to(device))
+        return places
 
     def _attend_history(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Partials of this rank's rows over all history, by part."""

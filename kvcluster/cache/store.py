@@ -28,6 +28,13 @@ class Piece(NamedTuple):
     v_PKSD: Tensor
 
 
+class Places(NamedTuple):
+    """Slots, as pages and what is inside them."""
+
+    pages_T: Tensor
+    offsets_T: Tensor
+
+
 class KVStore:
     """All pages of one rank."""
 
@@ -77,11 +84,14 @@ class KVStore:
         """Every slot of the layer, used or not."""
         return self._planes[layer]
 
-    def write(self, layer: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
+    def places(self, slots_T: Tensor) -> Places:
+        """Where slots of any group lie, for `write`."""
+        return Places(slots_T // self._page_tokens, slots_T % self._page_tokens)
+
+    def write(self, layer: int, places: Places, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Keep tokens in the layer's slots."""
-        pages_T, offsets_T = slots_T // self._page_tokens, slots_T % self._page_tokens
         for plane, x_TKD in zip(self._planes[layer], (k_TKD, v_TKD), strict=True):
-            plane[pages_T, :, offsets_T] = x_TKD
+            plane[places.pages_T, :, places.offsets_T] = x_TKD
 
     def blocks_per_page(self, group: int, codec: str) -> int:
         """Encoded blocks that one page of the group holds."""

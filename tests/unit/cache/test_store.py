@@ -42,7 +42,7 @@ def filled_store() -> tuple[KVStore, torch.Tensor, torch.Tensor]:
     k_SKD = torch.randn(NUM_SLOTS, 2, 6, generator=generator)
     v_SKD = torch.randn(NUM_SLOTS, 2, 4, generator=generator)
     shuffled = torch.randperm(NUM_SLOTS, generator=generator)
-    store.write(2, shuffled, k_SKD[shuffled], v_SKD[shuffled])
+    store.write(2, store.places(shuffled), k_SKD[shuffled], v_SKD[shuffled])
     return store, k_SKD, v_SKD
 
 
