@@ -177,7 +177,7 @@ def _fused(
 
 
 def _attend_pages(q_1HD: Tensor, pieces: Sequence[Piece], layer: LayerGeometry) -> Partial:
-    """Attention of one token, without a copy of its keys: a partial of each page, merged at once."""
+    """Attention of one token without a copy of its keys: a partial of each page, merged in one go."""
     q_KGD = q_1HD.reshape(pieces[0].k_PKSD.shape[1], -1, layer.key_dim)
     partials = [
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
