@@ -80,7 +80,8 @@ class GenerateOptions(SamplingOptions, total=False):
     model: str
     """Left out: the only model that is served."""
     policy: str
-    """How the cache is compressed; left out: the server's default."""
+    """How the cache is compressed, in the policy language: `int4`, `auto: ppl<=1%`; `models` tells
+    what there is. Left out: the server's default."""
     max_output_tokens: int
     request_id: str
     """Idempotency key: a second call with it attaches to the first one's generation."""

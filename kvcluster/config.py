@@ -176,8 +176,19 @@ class ClusterConfig:
     dtype: str = "auto"
     """Weights and cache: float32, bfloat16, float16; auto: float32 on CPU, the model's on GPU."""
 
+    calibration: str = ""
+    """File that `kvcluster calibrate` wrote for the model: latent codecs and `auto` need it."""
+
     ray_address: str = ""
     """Address of a running Ray cluster; empty: start one on this machine."""
+
+    default_policy: str = ""
+    """How the cache of a request that names no policy is compressed, in the policy language; empty:
+    not at all."""
+
+    tenant_policies: dict[str, str] = field(default_factory=dict)
+    """Likewise by tenant id, for that tenant's requests: `tenant_policies.red = "int4"`. A variable
+    sets it for ids in lower case."""
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -189,6 +200,8 @@ class ClusterConfig:
         if not self.model:
             raise ConfigError("model: want a name, a directory or a GGUF file, got nothing")
         _want_one_of(("auto", "float32", "bfloat16", "float16"), "dtype", self.dtype)
+        if "" in self.tenant_policies:
+            raise ConfigError("tenant_policies: want the id of a tenant, got nothing")
 
 
 class Address(NamedTuple):

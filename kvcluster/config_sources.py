@@ -22,6 +22,8 @@ from kvcluster.config import ClusterConfig
 from kvcluster.errors import ConfigError
 
 ENV_PREFIX = "KVCLUSTER_"
+_ANY = "*"
+"""Stands in a key for a name that is the operator's to choose."""
 
 # Kubernetes sets these in every pod that runs beside a service whose name begins with kvcluster.
 _KUBERNETES_NAME = re.compile(
@@ -70,7 +72,7 @@ def load(
 
 
 def known_keys() -> tuple[str, ...]:
-    """Every key that a file, a variable or a flag can set."""
+    """Every key that a file, a variable or a flag can set; `*` stands for any name."""
     return tuple(_key_types(ClusterConfig, ""))
 
 
@@ -105,7 +107,9 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, _Given]:
 
 
 def _typed(key: str, given: _Given) -> object:
-    kind = _key_types(ClusterConfig, "").get(key)
+    kinds = _key_types(ClusterConfig, "")
+    section, dot, _ = key.partition(".")
+    kind = kinds.get(key) or (kinds.get(f"{section}.{_ANY}") if dot else None)
     if kind is None:
         raise ConfigError(_unknown_key(key, given.origin))
     try:
@@ -146,12 +150,19 @@ def _nest(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _sections() -> frozenset[str]:
-    return frozenset(spec.name for spec in fields(ClusterConfig) if is_dataclass(spec.type))
+    return frozenset(
+        spec.name
+        for spec in fields(ClusterConfig)
+        if is_dataclass(spec.type) or spec.type == dict[str, str]
+    )
 
 
 def _key_types(kind: type, prefix: str) -> dict[str, type]:
     found: dict[str, type] = {}
     for spec in fields(kind):
+        if spec.type == dict[str, str]:
+            found[f"{prefix}{spec.name}.{_ANY}"] = str
+            continue
         assert isinstance(spec.type, type), "config.py does not postpone its annotations"
         if is_dataclass(spec.type):
             found |= _key_types(spec.type, f"{prefix}{spec.name}.")

@@ -8,6 +8,7 @@
     │   └── ModelUnsupported      its attention cannot be sharded correctly: refused at load
     ├── RequestError              the caller can fix it; nothing was allocated
     │   ├── InvalidField
+    │   ├── PolicyUnsupported     this model cannot compress its cache so
     │   ├── ContextTooLong
     │   ├── PromptCorrupt         gap, overlap or wrong checksum in an upload
     │   ├── MessageTooLarge
@@ -114,6 +115,12 @@ class InvalidField(RequestError):
 
     def __init__(self, field: str, rule: str) -> None:
         super().__init__(f"{field}: {rule}", metadata={"field": field})
+
+
+class PolicyUnsupported(RequestError):
+    """The policy is well formed, but this model cannot serve it, or nothing measured meets it."""
+
+    reason = "POLICY_UNSUPPORTED"
 
 
 class ContextTooLong(RequestError):

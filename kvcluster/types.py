@@ -95,13 +95,24 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """How one request's cache is compressed: one choice per plug-point."""
+    """How one request's cache is compressed: one method per plug-point, each as the canonical text
+    of its choice (`policy.Choice`)."""
 
+    sharing: str = "own"
     codec: str = EXACT
     retention: str = "full"
+    selection: str = "all"
 
     def __str__(self) -> str:
-        return self.codec if self.retention == "full" else f"{self.codec} + {self.retention}"
+        """Canonical: the codec, and what is not at its default."""
+        default = Policy()
+        chosen = [
+            "" if self.sharing == default.sharing else self.sharing,
+            self.codec,
+            "" if self.retention == default.retention else self.retention,
+            "" if self.selection == default.selection else self.selection,
+        ]
+        return " + ".join(filter(None, chosen))
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -75,6 +75,31 @@ INVALID_UTF8 = b"\x0a\x04\xff\xfe\xfd\xfc"
 
 BAD_INPUTS: dict[str, tuple[Attempt, Code, str]] = {
     "unknown model": (generating(model="other"), Code.NOT_FOUND, "MODEL_NOT_FOUND"),
+    "unknown method": (generating(policy="int5"), Code.INVALID_ARGUMENT, "INVALID_FIELD"),
+    "two codecs": (generating(policy="int4 + exact"), Code.INVALID_ARGUMENT, "INVALID_FIELD"),
+    "policy in two forms": (
+        generating(
+            policy="int4", cache_policy=pb.CachePolicy(choices=[pb.PolicyChoice(method="int4")])
+        ),
+        Code.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+    ),
+    "policy in parts with an unknown argument": (
+        generating(
+            cache_policy=pb.CachePolicy(
+                choices=[
+                    pb.PolicyChoice(method="int4", arguments={"r": pb.PolicyValue(number=0.5)})
+                ]
+            )
+        ),
+        Code.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+    ),
+    "bound that nothing meets": (
+        generating(policy="auto: ratio>=1000"),
+        Code.FAILED_PRECONDITION,
+        "POLICY_UNSUPPORTED",
+    ),
     "no prompt": (generating(prompt=None), Code.INVALID_ARGUMENT, "INVALID_FIELD"),
     "prompt without chunks": (uploading(setup()), Code.INVALID_ARGUMENT, "INVALID_FIELD"),
     "empty chunk": (

@@ -3,7 +3,7 @@ tokenizer of single characters.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvcluster.attention.strategy import choose_route
@@ -14,8 +14,15 @@ from kvcluster.engine.api import Event, Finished, FinishReason, GenerationReques
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.plan import StepPlan, StepResult
-from kvcluster.retention.registry import RETENTIONS
-from kvcluster.types import DEFAULT_TENANT, GenerationId, LayerGeometry, ModelSpec, SamplingParams
+from kvcluster.policy import MeasuredRecipe, Menu
+from kvcluster.types import (
+    DEFAULT_TENANT,
+    GenerationId,
+    LayerGeometry,
+    ModelSpec,
+    SamplingParams,
+    TenantId,
+)
 from tests.fake_ring import FakeRing
 
 VOCAB_SIZE = 128
@@ -114,6 +121,14 @@ class FakeCluster:
     """Per rank and KV group."""
     tokenizer: CharacterTokenizer | None = None
     clock: FakeClock = field(default_factory=FakeClock)
+    menu: Menu = field(default_factory=Menu)
+    encoded_per_page: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """By the text of a codec of the menu."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """By the text of a policy, why it is refused."""
+    recipes: Sequence[MeasuredRecipe] = ()
+    default_policy: str = ""
+    tenant_policies: Mapping[TenantId, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_groups = len(self.spec.windows)
@@ -128,6 +143,7 @@ class FakeCluster:
                 for _ in range(self.num_ranks)
             ],
             tenant=DEFAULT_TENANT,
+            encoded_per_page=lambda codec: self.encoded_per_page[codec],
         )
         ids = iter(range(1, 1_000_000))
         self.engine = Engine(
@@ -137,8 +153,11 @@ class FakeCluster:
                 config=self.config,
                 partition=self.partition,
                 choose_route=choose_route,
-                codecs=("exact",),
-                retentions=RETENTIONS,
+                menu=self.menu,
+                refusal=lambda policy: self.refused.get(str(policy)),
+                recipes=self.recipes,
+                default_policy=self.default_policy,
+                tenant_policies=self.tenant_policies,
                 tokenizer=self.tokenizer,
                 clock=self.clock,
                 new_id=lambda: f"generation-{next(ids)}",

@@ -12,6 +12,7 @@ import torch
 
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepRunner
+from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.engine.plan import (
     NewBlock,
     Release,
@@ -21,8 +22,12 @@ from kvcluster.engine.plan import (
     StepPlan,
 )
 from kvcluster.model.loader import LoadedModel
+from kvcluster.retention.offered import recent_blocks
 from kvcluster.types import EXACT, PAGE_BLOCKS, Policy, Route, SamplingParams
+from tests.codec_models import plain_codecs
 from tests.thread_ring import ThreadRing, run_ranks
+
+EXACT_POLICY = Policy()
 
 
 @dataclass
@@ -31,6 +36,7 @@ class _Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     codec: str
+    recent_blocks: int | None
     num_computed: int = 0
     num_blocks: int = 0
 
@@ -46,8 +52,10 @@ class ReferenceGroup:
         block_size: int,
         num_blocks: int = 256,
         seed: int = 0,
+        codecs: ModelCodecs | None = None,
     ) -> None:
         spec = model.spec
+        codecs = codecs or plain_codecs(spec)
         like = next(model.module.parameters()) if hasattr(model, "module") else torch.empty(0)
         self.spec = spec
         self.num_ranks = num_ranks
@@ -76,6 +84,7 @@ class ReferenceGroup:
                     blocks_per_group=[num_blocks] * len(spec.windows),
                     block_size=block_size,
                     like=like,
+                    codecs=codecs,
                 ),
                 len(spec.layers),
             )
@@ -96,9 +105,15 @@ class ReferenceGroup:
         self._sequences: dict[int, _Sequence] = {}
         self._started: list[SequenceStart] = []
 
-    def start(self, sequence: int, prompt: Sequence[int], codec: str = EXACT) -> None:
-        self._started.append(SequenceStart(sequence, SamplingParams(), Policy(codec=codec)))
-        self._sequences[sequence] = _Sequence(sequence, list(prompt), len(prompt), codec)
+    def start(self, sequence: int, prompt: Sequence[int], policy: Policy = EXACT_POLICY) -> None:
+        self._started.append(SequenceStart(sequence, SamplingParams(), policy))
+        self._sequences[sequence] = _Sequence(
+            sequence,
+            list(prompt),
+            len(prompt),
+            policy.codec,
+            recent_blocks(policy.retention, self.block_size),
+        )
 
     def output(self, sequence: int) -> list[int]:
         state = self._sequences[sequence]
@@ -175,13 +190,17 @@ class ReferenceGroup:
 
     def _releases(self, steps: Sequence[SequenceStep]) -> list[Release]:
         """As the engine does: what no later row can see is released, and later reads assert."""
-        return [
-            Release(step.sequence, group, max(0, step.start - window + 1) // self.block_size)
-            for step in steps
-            if step.start
-            for group, window in enumerate(self.spec.windows)
-            if window is not None
-        ]
+        releases: list[Release] = []
+        for step in steps:
+            recent = self._sequences[step.sequence].recent_blocks
+            for group, window in enumerate(self.spec.windows):
+                if window is not None:
+                    below = max(0, step.start - window + 1) // self.block_size
+                    releases.append(Release(step.sequence, group, below))
+                elif recent is not None:
+                    below = step.start // self.block_size - recent + 1
+                    releases.append(Release(step.sequence, group, max(1, below), after=1))
+        return releases
 
 
 def _poisoned(store: KVStore, num_layers: int) -> KVStore:

@@ -16,6 +16,7 @@ from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
 from kvcluster.engine.service import EngineService
 from kvcluster.engine.text import Tokenizer
 from kvcluster.errors import RankLost
+from kvcluster.model.codecs import load_codecs
 from kvcluster.model.loader import LoadedModel
 from kvcluster.serve.assembly import engine_service
 from tests.thread_ring import ThreadRing, run_ranks
@@ -33,6 +34,7 @@ class ThreadExecutor:
                     blocks_per_group=blocks_per_group(model.spec, config.cache, config.engine),
                     block_size=config.cache.block_size,
                     like=next(model.module.parameters()),
+                    codecs=load_codecs(model, config.calibration),
                 ),
                 ring=ring,
                 epoch=1,

@@ -4,11 +4,15 @@ Tokens are kept exact or, a whole block at a time, encoded. In a sequence with a
 block stays exact (it holds the attention sinks, whose error would reach every token) and so does
 the block that is being filled; the others are encoded. What a row reads exact is thus a matter of
 its position alone: its own block and the first one.
+
+In a sequence that keeps what is latest, a row reads the first block and the latest ones.
 """
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcluster.cache.shard import SequenceMap
@@ -37,8 +41,8 @@ class RankHistory:
 class History:
     """The keys of one KV group that a sequence's rows read besides their own chunk."""
 
-    start: int
-    end: int
+    spans: tuple[range, ...]
+    """Their positions, ascending."""
     ranks: tuple[RankHistory, ...]
     runs: list[slice]
     """Slots of this rank's exact keys."""
@@ -47,39 +51,57 @@ class History:
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     """mask_TS by (rank of the rows, rank of the keys); None: every row sees every key."""
 
+    def positions(self, table: SequenceMap, rank: int) -> NDArray[np.int64]:
+        """Positions of the keys on a rank, ascending."""
+        held = [table.positions(rank, span.start, span.stop) for span in self.spans]
+        return np.concatenate(held)
+
 
 def history(
     table: SequenceMap,
     group: int,
-    positions: range,
+    spans: tuple[range, ...],
     *,
     encoded_below: int,
     rank: int,
 ) -> History:
-    """The history that covers `positions`, as `rank` finds it.
+    """The history that covers `spans` of positions, ascending, as `rank` finds it: one, or the
+    first block and another one.
 
     Blocks before `encoded_below` (a block boundary) are encoded, all but the first; 0: none.
     """
     size = table.block_size
-    start, end = positions.start, positions.stop
-    # Exact up to here, then encoded up to `encoded_below`, then exact again.
-    first_end = min(max(start, size), end) if encoded_below > size else end
-    open_start = max(first_end, min(encoded_below, end))
+    before, encoded, after = _by_storage(spans, size, encoded_below)
 
     def held_by(other: int) -> RankHistory:
-        starts_B = table.block_starts(other, first_end, open_start)
-        skipped = max(0, first_end - int(starts_B[0])) if len(starts_B) else 0
+        starts_B = table.block_starts(other, encoded.start, encoded.stop)
+        skipped = max(0, encoded.start - int(starts_B[0])) if len(starts_B) else 0
         return RankHistory(
-            num_tokens=table.num_tokens(other, start, end),
-            num_exact_before=table.num_tokens(other, start, first_end),
+            num_tokens=sum(table.num_tokens(other, span.start, span.stop) for span in spans),
+            num_exact_before=table.num_tokens(other, before.start, before.stop),
             starts_B=torch.from_numpy(starts_B),
             num_skipped=skipped,
         )
 
     return History(
-        start,
-        end,
+        spans,
         tuple(held_by(other) for other in range(table.num_ranks)),
-        table.runs(rank, group, start, first_end) + table.runs(rank, group, open_start, end),
-        torch.from_numpy(table.encoded_ids(rank, group, first_end, open_start)),
+        [run for span in (before, after) for run in table.runs(rank, group, span.start, span.stop)],
+        torch.from_numpy(table.encoded_ids(rank, group, encoded.start, encoded.stop)),
     )
+
+
+def _by_storage(
+    spans: tuple[range, ...], block_size: int, encoded_below: int
+) -> tuple[range, range, range]:
+    """The positions that are exact, then encoded, then exact again."""
+    *first, last = spans
+    if first:
+        before, rest = first[0], last
+    else:
+        split = min(max(last.start, block_size), last.stop)
+        if encoded_below <= block_size:
+            split = last.stop
+        before, rest = range(last.start, split), range(split, last.stop)
+    open_start = max(rest.start, min(encoded_below, rest.stop))
+    return before, range(rest.start, open_start), range(open_start, rest.stop)

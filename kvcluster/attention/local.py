@@ -29,6 +29,13 @@ def visible(q_positions_T: Tensor, k_positions_S: Tensor, window: int | None) ->
     return mask_TS
 
 
+def visible_blocks(q_blocks_T: Tensor, k_blocks_S: Tensor, recent_blocks: int) -> Tensor:
+    """mask_TS: True where the query's block may read the key's earlier one: the first block, and
+    the `recent_blocks` latest ones, its own included."""
+    distance_TS = q_blocks_T[:, None] - k_blocks_S[None, :]
+    return (distance_TS < recent_blocks) | (k_blocks_S == 0)[None, :]
+
+
 def attend(
     q_THD: Tensor,
     k_KSD: Tensor,
@@ -177,7 +184,7 @@ def _fused(
 
 
 def _attend_pages(q_1HD: Tensor, pieces: Sequence[Piece], layer: LayerGeometry) -> Partial:
-    """Attention of one token without a copy of its keys: a partial of each page, merged in one go."""
+    """Attention of one token, without a copy of its keys: one partial a page, merged in one go."""
     q_KGD = q_1HD.reshape(pieces[0].k_PKSD.shape[1], -1, layer.key_dim)
     partials = [
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

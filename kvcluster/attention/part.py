@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.history import History, history
-from kvcluster.attention.local import visible
+from kvcluster.attention.local import visible, visible_blocks
 from kvcluster.cache.shard import Piece, SequenceMap
 from kvcluster.types import EXACT, Route
+
+
+class CacheRules(NamedTuple):
+    """How a sequence is kept: its policy, as attention needs it."""
+
+    codec: str = EXACT
+    recent_blocks: int | None = None
+    """In layers without a window, a row in block j reads block 0 and the blocks after
+    j - recent_blocks; None: all."""
 
 
 class FullBlocks(NamedTuple):
@@ -42,7 +51,7 @@ class SequencePart:
         route: Route,
         rank: int,
         row_offset: int,
-        codec: str = EXACT,
+        rules: CacheRules,
     ) -> None:
         """In a sequence with a codec, a part that starts inside a block ends with that block."""
         self._table = table
@@ -50,7 +59,8 @@ class SequencePart:
         self.start = start
         self.num_tokens = num_tokens
         self.row_offset = row_offset
-        self.codec = codec
+        self.codec = rules.codec
+        self.recent_blocks = rules.recent_blocks
         self.pieces = table.pieces(start, start + num_tokens)
         self.num_rows = tuple(
             sum(piece.end - piece.start for piece in self.pieces if piece.rank == other)
@@ -147,17 +157,35 @@ class SequencePart:
         """The keys that any row of this part may read in the group. Cached."""
         found = self._histories.get((group, window))
         if found is None:
-            start = 0 if window is None else max(0, self.start - window + 1)
             size = self._table.block_size
             found = history(
                 self._table,
                 group,
-                range(start, self.history_end),
+                self._history_spans(window),
                 encoded_below=0 if self.codec == EXACT else self.start // size * size,
                 rank=self.rank,
             )
             self._histories[group, window] = found
         return found
+
+    def _history_spans(self, window: int | None) -> tuple[range, ...]:
+        end, size = self.history_end, self._table.block_size
+        if window is not None:
+            return (range(max(0, self.start - window + 1), end),)
+        if self.recent_blocks is not None:
+            first_block = self.start // size - self.recent_blocks + 1
+            if first_block > 1:
+                return (range(size), range(first_block * size, end))
+        return (range(end),)
+
+    def drops_inside(self, window: int | None) -> bool:
+        """Whether some row of the part does not read a block that an earlier row of it reads,
+        in a layer with this window of its own."""
+        if self.recent_blocks is None or window is not None:
+            return False
+        size = self._table.block_size
+        first_block, last_block = self.start // size, (self.start + self.num_tokens - 1) // size
+        return last_block > first_block and last_block - self.recent_blocks + 1 > 1
 
     def mask(
         self,
@@ -168,10 +196,20 @@ class SequencePart:
         device: torch.device,
     ) -> Tensor | None:
         """mask_TS between the rows of one rank and the keys of another. Cached."""
-        if window is None or not self.has_chunk:
+        drops = self.drops_inside(window)
+        if not self.has_chunk or (window is None and not drops):
             return None
         if (rows, keys) not in history.masks:
-            k_positions = torch.from_numpy(self._table.positions(keys, history.start, history.end))
-            mask_TS = visible(self.positions(rows), k_positions, window)
+            q_positions = self.positions(rows)
+            k_positions = torch.from_numpy(history.positions(self._table, keys))
+            if drops:
+                assert self.recent_blocks is not None
+                mask_TS = visible_blocks(
+                    q_positions // self.block_size,
+                    k_positions // self.block_size,
+                    self.recent_blocks,
+                )
+            else:
+                mask_TS = visible(q_positions, k_positions, window)
             history.masks[rows, keys] = mask_TS.to(device)
         return history.masks[rows, keys]

@@ -4,6 +4,7 @@ Shape letters: P partials, T query tokens, H query heads, D value dimension.
 """
 
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -70,3 +71,13 @@ def merge_sinks(partial: Partial, sinks_H: Tensor) -> Partial:
         sinks_H.to(torch.float32).expand_as(partial.lse_TH),
     )
     return merge(partial, sink)
+
+
+def concatenate(partials: Sequence[Partial]) -> Partial:
+    """Partials of different rows, one after another."""
+    if len(partials) == 1:
+        return partials[0]
+    return Partial(
+        torch.cat([partial.out_THD for partial in partials]),
+        torch.cat([partial.lse_TH for partial in partials]),
+    )

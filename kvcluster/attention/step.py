@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcluster.attention.chunk import ChunkAttention, whole_blocks
 from kvcluster.attention.history import History, RankHistory
-from kvcluster.attention.local import attend, attend_causal, attend_earlier, attend_pieces
+from kvcluster.attention.local import attend, attend_pieces
 from kvcluster.attention.part import SequencePart
-from kvcluster.attention.partial import Partial, merge, merge_sinks
+from kvcluster.attention.partial import Partial, concatenate, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
 from kvcluster.cache.store import KVStore, Piece, Places
 from kvcluster.codec.base import EncodedKV
@@ -43,6 +44,7 @@ class StepAttention:
         self._store = store
         self._ring = ring
         self._parts = parts
+        self._chunks = ChunkAttention(spec, store, ring)
         self._encoded_parts = [part for part in parts if part.codec != EXACT]
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}
@@ -61,13 +63,13 @@ class StepAttention:
         partials = self._attend_history(layer, q_THD)
         for part in self._parts:
             if part.has_chunk and part.num_rows[self._ring.rank]:
-                inside = self._attend_chunk(layer, part, q_THD, k_TKD, v_TKD)
+                inside = self._chunks.attend(layer, part, q_THD, k_TKD, v_TKD)
                 partials[part] = merge(partials[part], inside) if part in partials else inside
         for part in self._encoded_parts:
             self._encode_completed(layer, part)
         if not partials:
             return q_THD
-        whole = _concatenate([partials[part] for part in self._parts if part in partials])
+        whole = concatenate([partials[part] for part in self._parts if part in partials])
         if sinks_H is not None:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
@@ -87,7 +89,9 @@ class StepAttention:
             full = part.full_blocks(group)
             if len(full.starts_B):
                 span = slice(full.first_row, full.first_row + len(full.starts_B) * part.block_size)
-                blocks = Piece(*(_blocks(x_TKD[span], part.block_size) for x_TKD in (k_TKD, v_TKD)))
+                blocks = Piece(
+                    *(whole_blocks(x_TKD[span], part.block_size) for x_TKD in (k_TKD, v_TKD))
+                )
                 self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, full.starts_B)
 
     def _encode_completed(self, layer: int, part: SequencePart) -> None:
@@ -184,7 +188,7 @@ class StepAttention:
     ) -> Partial:
         """Another rank's rows over the keys here."""
         queries = torch.split(q_THD, [part.num_rows[asker] for part in parts])
-        return _concatenate(
+        return concatenate(
             [
                 self._read_own(layer, part, q_part, asker)
                 for part, q_part in zip(parts, queries, strict=True)
@@ -270,94 +274,6 @@ class StepAttention:
         travel(own, room, visit, self._ring)
         return partial if q_rows.shape[0] else None
 
-    def _attend_chunk(
-        self, layer: int, part: SequencePart, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor
-    ) -> Partial:
-        """The chunk's own rows, causal, over exact K and V: everybody's, in order of position."""
-        geometry = self._spec.layers[layer]
-        k_KSD, v_KSD = self._gather_chunk(part, k_TKD, v_TKD)
-        if part.encoded_at_once:
-            return self._attend_chunk_strictly(layer, part, q_THD, Piece(k_KSD, v_KSD))
-        row = part.row_offset
-        partials = []
-        for piece in part.own_pieces:
-            size = piece.end - piece.start
-            q_piece = q_THD[row : row + size]
-            partials.append(
-                attend_causal(q_piece, k_KSD, v_KSD, geometry, piece.start - part.start)
-            )
-            row += size
-        return _concatenate(partials)
-
-    def _attend_chunk_strictly(
-        self, layer: int, part: SequencePart, q_THD: Tensor, exact: Piece
-    ) -> Partial:
-        """The same in a sequence with a codec: earlier blocks are read as they will be later."""
-        geometry = self._spec.layers[layer]
-        read = self._round_trip(layer, part, exact)
-        size, row = part.block_size, part.row_offset
-        partials = []
-        for piece in part.own_pieces:
-            for first in range(piece.start - part.start, piece.end - part.start, size):
-                last = min(first + size, piece.end - part.start)
-                q_block = q_THD[row : row + last - first]
-                own = attend_causal(
-                    q_block, exact.k_PKSD[:, first:last], exact.v_PKSD[:, first:last], geometry, 0
-                )
-                earlier = attend_earlier(
-                    q_block, read.k_PKSD[:, :first], read.v_PKSD[:, :first], geometry
-                )
-                partials.append(merge(earlier, own))
-                row += last - first
-        return _concatenate(partials)
-
-    def _round_trip(self, layer: int, part: SequencePart, exact: Piece) -> Piece:
-        """The chunk's keys with every block that is encoded at once as the codec restores it."""
-        at_once, size = part.encoded_at_once, part.block_size
-        span = slice(at_once.start - part.start, at_once.stop - part.start)
-        starts_B = torch.arange(at_once.start, at_once.stop, size)
-        blocks = [_blocks(plane[:, span].transpose(0, 1), size) for plane in exact]
-        read = [plane.clone() for plane in exact]
-        for plane, restored in zip(
-            read, self._store.round_trip(layer, part.codec, Piece(*blocks), starts_B), strict=True
-        ):
-            plane[:, span] = restored
-        return Piece(*read)
-
-    def _gather_chunk(
-        self, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        own = (k_TKD[part.rows], v_TKD[part.rows])
-        if part.num_rows[self._ring.rank] == part.num_tokens:
-            return own[0].transpose(0, 1), own[1].transpose(0, 1)
-        others = [
-            rank
-            for rank in range(self._ring.size)
-            if rank != self._ring.rank and part.num_rows[rank]
-        ]
-        received = {
-            rank: tuple(plane.new_empty((part.num_rows[rank], *plane.shape[1:])) for plane in own)
-            for rank in others
-        }
-        self._ring.exchange(
-            [(rank, plane) for rank in others for plane in own],
-            [(rank, plane) for rank in others for plane in received[rank]],
-        ).wait()
-        received[self._ring.rank] = own
-        taken = dict.fromkeys(received, 0)
-        pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for piece in part.pieces:
-            first = taken[piece.rank]
-            last = taken[piece.rank] = first + piece.end - piece.start
-            for plane, ordered in zip(received[piece.rank], pieces, strict=True):
-                ordered.append(plane[first:last])
-        return torch.cat(pieces[0]).transpose(0, 1), torch.cat(pieces[1]).transpose(0, 1)
-
-
-def _blocks(x_TKD: Tensor, block_size: int) -> Tensor:
-    """x_BKSD of tokens that are whole blocks."""
-    return x_TKD.reshape(-1, block_size, *x_TKD.shape[1:]).transpose(1, 2)
-
 
 def _num_rows(parts: Sequence[SequencePart], rank: int) -> int:
     return sum(part.num_rows[rank] for part in parts)
@@ -378,12 +294,3 @@ def _split(whole: Partial, rows: list[int]) -> list[Partial]:
         Partial(out_THD, lse_TH)
         for out_THD, lse_TH in zip(*(torch.split(plane, rows) for plane in whole), strict=True)
     ]
-
-
-def _concatenate(partials: Sequence[Partial]) -> Partial:
-    if len(partials) == 1:
-        return partials[0]
-    return Partial(
-        torch.cat([partial.out_THD for partial in partials]),
-        torch.cat([partial.lse_TH for partial in partials]),
-    )

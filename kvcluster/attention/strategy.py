@@ -42,16 +42,21 @@ def choose_route(
     num_history_tokens: int,
     num_ranks: int,
     element_bytes: float,
+    stored_share: float = 1.0,
 ) -> Route:
-    """The cheapest route for a step of `num_new_tokens` over `num_history_tokens`."""
+    """The cheapest route for a step of `num_new_tokens` over `num_history_tokens`.
+
+    `stored_share`: what history takes as it is stored, of what it would take exact.
+    """
+    stored_bytes = element_bytes * stored_share
     kv = q = largest = 0.0
     for layer in layers:
         history = num_history_tokens
         if layer.window is not None:
             history = min(history, layer.window)
-        kv += pass_kv_bytes(layer, history, num_ranks, element_bytes)
+        kv += pass_kv_bytes(layer, history, num_ranks, stored_bytes)
         q += pass_q_bytes(layer, num_new_tokens, num_ranks, element_bytes)
-        largest = max(largest, history * layer.kv_elements_per_token * element_bytes)
+        largest = max(largest, history * layer.kv_elements_per_token * stored_bytes)
     if q < kv:
         return Route.PASS_Q
     return Route.GATHER if largest <= GATHER_LIMIT_BYTES else Route.PASS_KV

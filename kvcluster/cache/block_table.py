@@ -29,15 +29,19 @@ class HeldBlock(NamedTuple):
 class BlockTable:
     """Entries in order of position. Only a `Partition` changes it, so counts stay right."""
 
-    def __init__(self, num_groups: int, codec: str = EXACT) -> None:
+    def __init__(
+        self, num_groups: int, codec: str = EXACT, *, recent_blocks: int | None = None
+    ) -> None:
+        """`recent_blocks`: entries that a query reads beside the first one; None: all."""
         self.codec = codec
+        self.recent_blocks = recent_blocks
         self.owners: list[Rank] = []
         self.block_ids: list[list[BlockId]] = [[] for _ in range(num_groups)]
         """`[group][entry]`; NO_BLOCK where that group has no exact block for the entry."""
         self.encoded_ids: list[list[BlockId]] = [[] for _ in range(num_groups)]
         """The same for encoded blocks."""
         self.released_below: list[int] = [0] * num_groups
-        """Per group: entries before this one are released."""
+        """Per group: entries before this one are released; the first one may be held on."""
         self._last_ids: list[dict[Rank, BlockId]] = [{} for _ in range(num_groups)]
         self._num_exact = [0] * num_groups
         self._num_encoded = [0] * num_groups
@@ -69,13 +73,19 @@ class BlockTable:
             self.encoded_ids[group].append(block_id)
             self._num_encoded[group] += block_id != NO_BLOCK
 
-    def remove_below(self, group: int, below: int) -> list[HeldBlock]:
-        """Forget the group's blocks of entries before `below`; returns those, in order."""
-        start = self.released_below[group]
+    def remove_below(self, group: int, below: int, *, after: int = 0) -> list[HeldBlock]:
+        """Forget the group's blocks of the entries from `after` to before `below`; returns those
+        that were held, in order."""
+        start = max(after, self.released_below[group])
         if below <= start:
             return []
         self.released_below[group] = below
         return [self._remove(group, entry) for entry in range(start, below)]
+
+    def remove_all(self, group: int) -> list[HeldBlock]:
+        """Forget all blocks of the group; returns them, in order."""
+        self.released_below[group] = len(self)
+        return [self._remove(group, entry) for entry in range(len(self))]
 
     def remove_exact(self, group: int, entry: int) -> HeldBlock:
         """Forget the group's exact block of an entry that is encoded now."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kvcluster.cache.pages import aligned
 from kvcluster.codec.array import BlockShape, Plane
-from kvcluster.codec.registry import CODECS, LayerCodec
+from kvcluster.codec.method import LayerCodec
 from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 
 
@@ -65,31 +65,26 @@ def layers_of(spec: ModelSpec, group: int) -> Iterable[tuple[int, LayerGeometry]
     )
 
 
-def blocks_per_page(spec: ModelSpec, block_size: int) -> dict[str, tuple[int, ...]]:
-    """For each codec that can encode the model's blocks, how many of them a page holds, one
-    number per KV group. The ranks lay out their pages alike."""
-    found: dict[str, tuple[int, ...]] = {}
-    for name, codec in CODECS.items():
-        if codec is None:
-            continue
-        try:
-            found[name] = tuple(
-                group_layout(spec, group, codec, block_size).blocks_per_page
-                for group in range(len(spec.windows))
-            )
-        except ValueError:
-            # The codec says which number does not fit; requests are told that it is not offered.
-            continue
-    return found
+def blocks_per_page(
+    spec: ModelSpec, layers: Sequence[LayerCodec], block_size: int
+) -> tuple[int, ...]:
+    """How many blocks of a codec, given layer by layer, a page of each KV group holds. The ranks
+    lay out their pages alike. Raises: ValueError where the codec cannot encode the blocks."""
+    return tuple(
+        group_layout(spec, group, layers, block_size).blocks_per_page
+        for group in range(len(spec.windows))
+    )
 
 
-def group_layout(spec: ModelSpec, group: int, codec: LayerCodec, block_size: int) -> EncodedLayout:
+def group_layout(
+    spec: ModelSpec, group: int, layers: Sequence[LayerCodec], block_size: int
+) -> EncodedLayout:
     """The encoded pages of one group. Raises: ValueError where the codec cannot encode them."""
-    layers = list(layers_of(spec, group))
+    in_group = list(layers_of(spec, group))
     return EncodedLayout(
-        {index: planes_of(codec, geometry, block_size) for index, geometry in layers},
+        {index: planes_of(layers[index], geometry, block_size) for index, geometry in in_group},
         sum(
             sum(section_bytes(geometry, block_size, spec.bytes_per_element))
-            for _, geometry in layers
+            for _, geometry in in_group
         ),
     )

@@ -4,13 +4,17 @@ Lives in the engine process. Every entry of a block table has a block in each KV
 rank, so entries are taken in all groups or in none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable, HeldBlock, TableEntry
 from kvcluster.cache.encoded_pool import EncodedPool
 from kvcluster.types import EXACT, NO_BLOCK, PAGE_BLOCKS, BlockId, ModelSpec, Rank, TenantId
+
+
+def _no_codec(codec: str) -> Sequence[int]:
+    raise AssertionError(f"no pages were laid out for {codec}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +50,15 @@ class Partition:
         *,
         tenant: TenantId,
         limit_blocks: int | None = None,
-        encoded_per_page: Mapping[str, Sequence[int]] | None = None,
+        encoded_per_page: Callable[[str], Sequence[int]] = _no_codec,
     ) -> None:
-        """`encoded_per_page`: by codec, how many of its blocks a page of each group holds."""
+        """`encoded_per_page`: how many blocks of a codec a page of each group holds."""
         self.tenant = tenant
         self.limit_blocks = limit_blocks
         self._pools = tuple(tuple(groups) for groups in pools)
         self._used = [0] * self.num_groups
-        self._encoded_per_page = dict(encoded_per_page or {})
-        self._encoded = {
-            codec: tuple(
-                tuple(
-                    EncodedPool(pool, per_page) for pool, per_page in zip(pools, sizes, strict=True)
-                )
-                for pools in self._pools
-            )
-            for codec, sizes in self._encoded_per_page.items()
-        }
+        self._encoded_per_page = encoded_per_page
+        self._encoded: dict[str, tuple[tuple[EncodedPool, ...], ...]] = {}
 
     @property
     def num_ranks(self) -> int:
@@ -80,7 +76,8 @@ class Partition:
         """Whether `rank` could still take an entry of the table for this tenant."""
         for group, pool in enumerate(self._pools[rank]):
             needed = 1
-            if table.codec != EXACT and not self._encoded[table.codec][rank][group].has_partial:
+            is_encoded = table.codec != EXACT
+            if is_encoded and not self._encoded_pools(table.codec)[rank][group].has_partial:
                 if not pool.num_free_pages:
                     return False
                 needed += PAGE_BLOCKS
@@ -122,9 +119,10 @@ class Partition:
         table.add(entry)
         return entry
 
-    def release_below(self, table: BlockTable, group: int, below: int) -> None:
-        """Free one group's blocks of all entries before `below`. The entries stay in the table."""
-        for held in table.remove_below(group, below):
+    def release_below(self, table: BlockTable, group: int, below: int, *, after: int = 0) -> None:
+        """Free one group's blocks of the entries from `after` to before `below`. The entries stay
+        in the table."""
+        for held in table.remove_below(group, below, after=after):
             self._release(table.codec, group, held)
 
     def release_exact(self, table: BlockTable, entry: int) -> None:
@@ -135,7 +133,8 @@ class Partition:
     def release_all(self, table: BlockTable) -> None:
         """Free every block of `table`."""
         for group in range(self.num_groups):
-            self.release_below(table, group, len(table))
+            for held in table.remove_all(group):
+                self._release(table.codec, group, held)
 
     def blocks_for(self, entries: Sequence[int], codec: str) -> tuple[int, ...]:
         """Exact blocks' worth of memory that so many entries (one number per group) take, in
@@ -145,8 +144,15 @@ class Partition:
         # Two stay exact: the first one and the one that is being filled.
         return tuple(
             min(count, 2) + PAGE_BLOCKS * -(-max(0, count - 1) // per_page)
-            for count, per_page in zip(entries, self._encoded_per_page[codec], strict=True)
+            for count, per_page in zip(entries, self._encoded_per_page(codec), strict=True)
         )
+
+    def stored_share(self, codec: str) -> float:
+        """What an encoded block takes of an exact one, on average over the groups."""
+        if codec == EXACT:
+            return 1.0
+        shares = [PAGE_BLOCKS / per_page for per_page in self._encoded_per_page(codec)]
+        return sum(shares) / len(shares)
 
     def can_hold(self, blocks: Sequence[int]) -> bool:
         """Whether the empty share could hold so many blocks (one number per group)."""
@@ -168,7 +174,7 @@ class Partition:
             return tuple(table.num_exact(group) for group in range(self.num_groups))
         return tuple(
             table.num_exact(group) + table.num_encoded(group) * PAGE_BLOCKS / per_page
-            for group, per_page in enumerate(self._encoded_per_page[table.codec])
+            for group, per_page in enumerate(self._encoded_per_page(table.codec))
         )
 
     def free_per_group(self) -> tuple[int, ...]:
@@ -202,6 +208,18 @@ class Partition:
             ),
         )
 
+    def _encoded_pools(self, codec: str) -> tuple[tuple[EncodedPool, ...], ...]:
+        """By rank and group; made for the first table with the codec."""
+        if codec not in self._encoded:
+            sizes = self._encoded_per_page(codec)
+            self._encoded[codec] = tuple(
+                tuple(
+                    EncodedPool(pool, per_page) for pool, per_page in zip(pools, sizes, strict=True)
+                )
+                for pools in self._pools
+            )
+        return self._encoded[codec]
+
     def _take_exact(self, rank: Rank, group: int, *, after: BlockId | None) -> BlockId:
         pool = self._pools[rank][group]
         if self._within_limit(group, pool.num_free) < 1:
@@ -212,7 +230,7 @@ class Partition:
         return block_id
 
     def _take_encoded(self, codec: str, rank: Rank, group: int) -> BlockId:
-        encoded = self._encoded[codec][rank][group]
+        encoded = self._encoded_pools(codec)[rank][group]
         needs_page = not encoded.has_partial
         if (
             needs_page
@@ -230,10 +248,17 @@ class Partition:
             self._pools[held.rank][group].release(held.block_id)
             self._used[group] -= 1
         if held.encoded_id != NO_BLOCK:
-            encoded = self._encoded[codec][held.rank][group]
+            encoded = self._encoded_pools(codec)[held.rank][group]
             num_pages = encoded.num_pages
             encoded.release(held.encoded_id)
             self._used[group] -= PAGE_BLOCKS * (num_pages - encoded.num_pages)
+            if not encoded.num_pages:
+                self._forget_empty(codec)
+
+    def _forget_empty(self, codec: str) -> None:
+        """Requests choose a codec's parameters, so there is no end of codecs."""
+        if not any(encoded.num_pages for rank in self._encoded[codec] for encoded in rank):
+            del self._encoded[codec]
 
     def _within_limit(self, group: int, num_free: int) -> int:
         if self.limit_blocks is None:
@@ -242,14 +267,27 @@ class Partition:
 
 
 def entries_per_group(
-    windows: Sequence[int | None], num_tokens: int, *, block_size: int, chunk_tokens: int
+    windows: Sequence[int | None],
+    num_tokens: int,
+    *,
+    block_size: int,
+    chunk_tokens: int,
+    recent_blocks: int | None = None,
 ) -> tuple[int, ...]:
     """Most table entries per group that a sequence of `num_tokens` holds at one time, when it is
-    computed in chunks of at most `chunk_tokens`.
+    computed in chunks of at most `chunk_tokens`. `recent_blocks`: see `BlockTable`.
     """
     entries = -(-num_tokens // block_size)
+    # The first one, and a chunk that begins inside a block.
+    unwindowed = (
+        entries
+        if recent_blocks is None
+        else min(entries, recent_blocks + -(-chunk_tokens // block_size) + 2)
+    )
     return tuple(
-        entries if window is None else min(entries, -(-(window + chunk_tokens) // block_size) + 1)
+        unwindowed
+        if window is None
+        else min(entries, -(-(window + chunk_tokens) // block_size) + 1)
         for window in windows
     )
 

@@ -55,7 +55,7 @@ class SequenceMap:
         self.block_size = block_size
         self._owners: list[int] = []
         self._owned = [_Owned(num_groups) for _ in range(num_ranks)]
-        self._released_below = [0] * num_groups
+        self._released = [range(0)] * num_groups
 
     @property
     def num_ranks(self) -> int:
@@ -73,9 +73,9 @@ class SequenceMap:
         self._owned[rank].append(len(self._owners), block_ids, encoded_ids)
         self._owners.append(rank)
 
-    def release(self, group: int, below: int) -> None:
-        """The group's blocks before table entry `below` belong to others now."""
-        self._released_below[group] = max(self._released_below[group], below)
+    def release(self, group: int, released: range) -> None:
+        """The group's blocks of these entries belong to others now; they begin as before."""
+        self._released[group] = released
 
     def owner(self, position: int) -> int:
         return self._owners[position // self.block_size]
@@ -123,7 +123,12 @@ class SequenceMap:
 
         Slot s is token s % block_size of block s // block_size in the rank's pool of the group.
         """
-        assert start >= self._released_below[group] * self.block_size, "read of a released block"
+        if start >= end:
+            return []
+        read = range(start // self.block_size, -(-end // self.block_size))
+        released = self._released[group]
+        overlap = range(max(read.start, released.start), min(read.stop, released.stop))
+        assert not overlap, "read of a released block"
         first, last = self._entries(rank, start, end)
         if first == last:
             return []

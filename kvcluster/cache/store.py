@@ -8,6 +8,7 @@ Shape letters: T tokens written, P pages, S tokens read, K KV heads, D head dime
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from kvcluster.cache.encoded_pages import group_layout, layers_of, planes_of, se
 from kvcluster.cache.pages import PageArena
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.base import EncodedKV
-from kvcluster.codec.registry import CODECS, LayerCodec
-from kvcluster.types import PAGE_BLOCKS, ModelSpec
+from kvcluster.codec.method import LayerCodec
+from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
+from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 
 
 class Piece(NamedTuple):
@@ -45,13 +47,14 @@ class KVStore:
         blocks_per_group: Sequence[int],
         block_size: int,
         like: Tensor,
+        codecs: ModelCodecs,
     ) -> None:
-        """K and V get the dtype and device of `like`."""
+        """K and V get the dtype and device of `like`, where `codecs` work too."""
         self._spec = spec
+        self._codecs = codecs
         self._block_size = block_size
         self._page_tokens = PAGE_BLOCKS * block_size
-        self._encoded: dict[tuple[int, str], tuple[int, list[Tensor]]] = {}
-        """By layer and codec: blocks of a page, and the planes, [pages, blocks, ...]."""
+        self._lay_out_once = lru_cache(MAX_KEPT)(self._lay_out)
         self._planes: list[Piece] = [Piece(like, like)] * len(spec.layers)
         self._arenas: list[PageArena] = []
         for group, num_blocks in enumerate(blocks_per_group):
@@ -104,7 +107,7 @@ class KVStore:
         """Keep whole blocks in the layer's encoded blocks."""
         per_page, planes = self._encoded_planes(layer, codec)
         pages_B, blocks_B = encoded_ids_B // per_page, encoded_ids_B % per_page
-        encoded = _encoded(codec_of(codec), kv_BKSD, starts_B)
+        encoded = _encoded(self._codecs.layers(codec)[layer], kv_BKSD, starts_B)
         for plane, written in zip(planes, encoded, strict=True):
             plane[pages_B, blocks_B] = written
 
@@ -123,7 +126,7 @@ class KVStore:
         self, layer: int, codec: str, planes: Sequence[Tensor], starts_B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """k_KSD and v_KSD of encoded blocks, one after another, in the dtype of exact ones."""
-        layer_codec = codec_of(codec)
+        layer_codec = self._codecs.layers(codec)[layer]
         geometry = self._spec.layers[layer]
         num_key_planes = len(
             layer_codec.keys.planes(
@@ -139,27 +142,30 @@ class KVStore:
         self, layer: int, codec: str, kv_BKSD: Piece, starts_B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """k_KSD and v_KSD of blocks as they would be read after `encode`."""
-        encoded = _encoded(codec_of(codec), kv_BKSD, starts_B)
+        encoded = _encoded(self._codecs.layers(codec)[layer], kv_BKSD, starts_B)
         return self.decode(layer, codec, encoded, starts_B)
 
     def _encoded_planes(self, layer: int, codec: str) -> tuple[int, list[Tensor]]:
-        if (layer, codec) not in self._encoded:
-            self._lay_out(self._spec.group_of(self._spec.layers[layer]), codec)
-        return self._encoded[layer, codec]
+        """Blocks of a page, and the planes, [pages, blocks, ...]."""
+        return self._lay_out_once(self._spec.group_of(self._spec.layers[layer]), codec)[layer]
 
-    def _lay_out(self, group: int, codec: str) -> None:
-        layer_codec = codec_of(codec)
-        layout = group_layout(self._spec, group, layer_codec, self._block_size)
+    def _lay_out(self, group: int, codec: str) -> dict[int, tuple[int, list[Tensor]]]:
+        """The encoded pages of a group, by layer."""
+        codecs = self._codecs.layers(codec)
+        layout = group_layout(self._spec, group, codecs, self._block_size)
         blocks = layout.blocks_per_page
-        for layer, geometry in layers_of(self._spec, group):
-            planes = planes_of(layer_codec, geometry, self._block_size)
-            self._encoded[layer, codec] = (
-                blocks,
-                [
-                    self._arenas[group].plane(offset, (blocks, *plane.shape), plane.dtype)
-                    for offset, plane in zip(layout.offsets[layer], planes, strict=True)
-                ],
-            )
+
+        def planes_in_pages(layer: int, geometry: LayerGeometry) -> list[Tensor]:
+            planes = planes_of(codecs[layer], geometry, self._block_size)
+            return [
+                self._arenas[group].plane(offset, (blocks, *plane.shape), plane.dtype)
+                for offset, plane in zip(layout.offsets[layer], planes, strict=True)
+            ]
+
+        return {
+            layer: (blocks, planes_in_pages(layer, geometry))
+            for layer, geometry in layers_of(self._spec, group)
+        }
 
     def pieces(self, layer: int, runs: Sequence[slice]) -> list[Piece]:
         """Views of the tokens of the runs, in order."""
@@ -209,13 +215,6 @@ class KVStore:
                 parts.append((slice(page, page + 1), slice(offset, end - page * size)))
                 start = end
         return parts
-
-
-def codec_of(name: str) -> LayerCodec:
-    """The codec of a name that is not `exact`."""
-    codec = CODECS[name]
-    assert codec is not None, "exact tokens are not encoded"
-    return codec
 
 
 def in_line(x_PKSD: Tensor) -> Tensor:

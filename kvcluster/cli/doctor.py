@@ -103,7 +103,15 @@ async def _ask(server: str) -> list[Check]:
         )
         for model in models
     ]
-    return [Check(name=name, is_ok=True, found="ready"), *served]
+    policies = [
+        Check(
+            name=f"policies of {model.name}",
+            is_ok=True,
+            found=f"{', '.join(model.policy_methods)}; default: {model.default_policy}",
+        )
+        for model in models
+    ]
+    return [Check(name=name, is_ok=True, found="ready"), *served, *policies]
 
 
 def _python() -> Check:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from kvcluster.client import GenerateOptions
 
 DEFAULT_SERVER = "localhost:50051"
+_POLICY_HELP = (
+    "How the cache is compressed: a codec (exact, int8, int4 ...), a retention or both ('int4 + "
+    "window'), with arguments ('heavy_hitters:budget=20%'), or a bound ('auto: ppl<=1%'). Default: "
+    "the server's. `kvcluster doctor --server` lists what it offers."
+)
 
 
 class _Prompt(NamedTuple):
@@ -36,7 +41,7 @@ def generate(
     prompt_ids: Annotated[
         Path | None, typer.Option(help="JSON file with the prompt as a list of token ids.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="How the cache is compressed: exact.")] = "",
+    policy: Annotated[str, typer.Option(metavar="POLICY", help=_POLICY_HELP)] = "",
     max_output_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
@@ -138,5 +143,6 @@ def _summary(report: GenerateReport) -> str:
         parts.append(f"first token after {timings.time_to_first_token_s:.2f} s")
     if timings.output_tokens_per_s is not None:
         parts.append(f"{timings.output_tokens_per_s:.1f} tokens/s")
-    parts.append(f"{usage.kv_bytes / 1024**2:.1f} MiB of cache ({report.policy})")
+    policy = report.policy + (f" for {report.policy_bound}" if report.policy_bound else "")
+    parts.append(f"{usage.kv_bytes / 1024**2:.1f} MiB of cache ({policy})")
     return ", ".join(parts)

@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 import msgspec
 
-from kvcluster.engine.api import Admitted, Finished, FinishReason, GenerationEvent, Output, Usage
+from kvcluster.engine.api import (
+    Admitted,
+    Finished,
+    FinishReason,
+    GenerationEvent,
+    Output,
+    PolicySource,
+    Usage,
+)
 from kvcluster.errors import ErrorRecord, KvClusterError, from_record
 
 
@@ -27,6 +35,8 @@ class GenerateReport(msgspec.Struct, frozen=True, kw_only=True):
     stop_sequence: str
     usage: Usage
     policy: str
+    policy_source: PolicySource
+    policy_bound: str
     timings: Timings
 
 
@@ -40,7 +50,7 @@ class Transcript:
         self._last_token_s: float | None = None
         self._num_first_tokens = 0
         self._generation = ""
-        self._policy = ""
+        self._admitted = Admitted(queue_position=0, estimated_first_token_s=None, policy="")
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._finished: Finished | None = None
@@ -49,7 +59,7 @@ class Transcript:
     def add(self, received: GenerationEvent) -> None:
         match received.event:
             case Admitted() as admitted:
-                self._generation, self._policy = received.generation, admitted.policy
+                self._generation, self._admitted = received.generation, admitted
             case Output() as output:
                 self._texts.append(output.text)
                 self._token_ids.extend(output.token_ids)
@@ -78,7 +88,9 @@ class Transcript:
             finish_reason=finished.reason,
             stop_sequence=finished.stop_sequence,
             usage=finished.usage,
-            policy=self._policy,
+            policy=self._admitted.policy,
+            policy_source=self._admitted.policy_source,
+            policy_bound=self._admitted.policy_bound,
             timings=self._timings(),
         )
 

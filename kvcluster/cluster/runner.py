@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcluster.attention.part import SequencePart
+from kvcluster.attention.part import CacheRules, SequencePart
 from kvcluster.attention.ring import Ring
 from kvcluster.attention.step import StepAttention
 from kvcluster.cache.shard import SequenceMap
@@ -27,6 +27,8 @@ from kvcluster.engine.plan import (
 from kvcluster.errors import RankLost
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.sampler import SequenceSampling, sample
+from kvcluster.retention.offered import recent_blocks
+from kvcluster.types import Policy
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class _Rows:
 class _SequenceState:
     """What every rank remembers of a sequence between steps."""
 
-    def __init__(self, table: SequenceMap, sampling: SequenceSampling, codec: str) -> None:
+    def __init__(self, table: SequenceMap, sampling: SequenceSampling, policy: Policy) -> None:
         self.table = table
-        self.codec = codec
+        self.rules = CacheRules(policy.codec, recent_blocks(policy.retention, table.block_size))
         self.sampling = sampling
         self.last_token: int | None = None
 
@@ -149,10 +151,12 @@ class StepRunner:
                     num_groups=len(self._spec.windows),
                 ),
                 SequenceSampling(params=start.sampling, end_token_ids=self._spec.eos_token_ids),
-                start.policy.codec,
+                start.policy,
             )
         for release in plan.released:
-            self._sequences[release.sequence].table.release(release.group, release.below)
+            self._sequences[release.sequence].table.release(
+                release.group, range(release.after, release.below)
+            )
         for step in plan.sequences:
             for block in step.appended:
                 self._sequences[step.sequence].table.append(
@@ -169,7 +173,7 @@ class StepRunner:
                 start=step.start,
                 num_tokens=step.num_tokens,
                 route=step.route,
-                codec=state.codec,
+                rules=state.rules,
                 rank=self._ring.rank,
                 row_offset=offset,
             )

@@ -23,9 +23,11 @@ from kvcluster.cluster.control import LEADER, ControlChannel
 from kvcluster.cluster.runner import StepRunner, ThreadShare
 from kvcluster.cluster.socket_ring import SocketRing
 from kvcluster.cluster.torch_ring import TorchRing
+from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
 from kvcluster.errors import RankLost
+from kvcluster.model.codecs import load_codecs
 from kvcluster.model.loader import LoadedModel, load_model
 from kvcluster.types import ModelSpec
 
@@ -67,6 +69,7 @@ class Worker:
         self._config = config
         self._share = ThreadShare(num_cores=1, ranks=frozenset({rank}))
         self._model: LoadedModel | None = None
+        self._codecs: ModelCodecs | None = None
         self._ring: WorkerRing | None = None
         self._control: ControlChannel | None = None
         self._runner: StepRunner | None = None
@@ -86,15 +89,20 @@ class Worker:
         )
 
     def load(self) -> ModelSpec:
-        """Load and probe the model. Raises: ModelNotFound, ModelUnsupported."""
+        """Load and probe the model.
+
+        Raises: ModelNotFound, ModelUnsupported, CalibrationMismatch.
+        """
         disable_progress_bar()  # type: ignore[no-untyped-call]
         torch.set_num_threads(self._share.threads(self._rank, tuple(self._share.ranks)))
         self._model = load_model(self._config.model, dtype=self._config.dtype, device=self.device)
+        self._codecs = load_codecs(self._model, self._config.calibration)
         return self._model.spec
 
     def connect(self, meeting: Rendezvous) -> None:
         """Join the ring of an epoch with an empty cache; blocks until all ranks are there."""
         assert self._model is not None, "load comes before connect"
+        assert self._codecs is not None
         self.disconnect()
         self._ring = ring = self._join(meeting)
         self._control = ControlChannel(ring)
@@ -105,6 +113,7 @@ class Worker:
             blocks_per_group=blocks_per_group(spec, self._config.cache, self._config.engine),
             block_size=self._config.cache.block_size,
             like=next(self._model.module.parameters()),
+            codecs=self._codecs,
         )
         self._runner = StepRunner(
             model=self._model,

@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from kvcluster.cache.partition import Partition, entries_per_group
+from kvcluster.cache.partition import Partition
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import GenerationRequest
+from kvcluster.engine.footprint import entries_under
 from kvcluster.errors import (
     ClusterOverloaded,
     ContextTooLong,
@@ -14,7 +15,7 @@ from kvcluster.errors import (
     ModelNotFound,
     QuotaExceeded,
 )
-from kvcluster.types import EXACT, ModelSpec, SamplingParams
+from kvcluster.types import ModelSpec, Policy, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
@@ -93,15 +94,15 @@ def check_capacity(
     cache: CacheConfig,
     partition: Partition,
     num_prompt_tokens: int,
-    codec: str = EXACT,
+    policy: Policy,
 ) -> None:
     """Raises: QuotaExceeded when the tenant's share could not hold the request even when empty."""
     # The last output token is never fed back, so it needs no slot.
     num_tokens = num_prompt_tokens + request.max_output_tokens - 1
-    entries = entries_per_group(
-        spec.windows, num_tokens, block_size=cache.block_size, chunk_tokens=cache.block_size
+    entries = entries_under(
+        policy, spec.windows, num_tokens, block_size=cache.block_size, chunk_tokens=cache.block_size
     )
-    needed = partition.blocks_for(entries, codec)
+    needed = partition.blocks_for(entries, policy.codec)
     if partition.can_hold(needed):
         return
     capacity = partition.capacity()

@@ -10,7 +10,15 @@ from typing import Protocol
 
 import msgspec
 
-from kvcluster.types import DEFAULT_TENANT, GenerationId, ModelSpec, SamplingParams, TenantId
+from kvcluster.policy import Menu
+from kvcluster.types import (
+    DEFAULT_TENANT,
+    GenerationId,
+    ModelSpec,
+    Policy,
+    SamplingParams,
+    TenantId,
+)
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +29,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_output_tokens: int
     sampling: SamplingParams = SamplingParams()
     policy: str = ""
-    """In the policy language; empty: the default."""
+    """In the policy language (`policy`); empty: the default."""
     request_id: str = ""
     """Idempotency key, unique within the tenant; empty: none."""
     input_tokens: int | None = None
@@ -75,6 +83,16 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_uncompressed: int
 
 
+class PolicySource(StrEnum):
+    """Who chose a policy."""
+
+    REQUEST = "request"
+    TENANT = "tenant"
+    MODEL = "model"
+    DEPLOYMENT = "deployment"
+    """Nobody: nothing is compressed."""
+
+
 class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
     """Always the first event."""
 
@@ -82,7 +100,10 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
     """Requests of the same tenant ahead of this one."""
     estimated_first_token_s: float | None
     policy: str
-    """As resolved: defaults filled in."""
+    """Canonical, and as resolved from a default or a bound."""
+    policy_source: PolicySource = PolicySource.DEPLOYMENT
+    policy_bound: str = ""
+    """The bound that it was chosen for, `auto: ppl<=1%`; empty: it was named."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
@@ -177,6 +198,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float | None
     kv_bytes: int
     kv_bytes_left: int
+    policy: str = ""
+    """As in `Admitted`; empty where it is the reason for the refusal."""
 
 
 class ShardSize(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +216,10 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A token has been generated through the whole ring, and no rank is lost since."""
     detail: str
     model: ModelSpec
+    menu: Menu = Menu()
+    """What a policy may name."""
+    default_policy: Policy = Policy()
+    """Of a request that names none, of a tenant without a default."""
     epoch: int
     num_ranks: int
     num_running: int

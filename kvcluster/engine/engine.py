@@ -21,6 +21,7 @@ from kvcluster.engine.generations import Generations
 from kvcluster.engine.in_flight import StepsInFlight
 from kvcluster.engine.parts import EngineParts, EngineStatistics
 from kvcluster.engine.plan import StepPlan, StepResult
+from kvcluster.engine.policies import ChosenPolicy, choose_policy, default_policy
 from kvcluster.engine.request import TOKEN_BYTES, Request
 from kvcluster.engine.scheduler import Scheduler
 from kvcluster.engine.stream import OutputText
@@ -32,7 +33,6 @@ from kvcluster.errors import (
     QuotaExceeded,
     RankLost,
 )
-from kvcluster.policy import parse_policy
 from kvcluster.types import GenerationId, Policy, TenantId
 
 
@@ -40,7 +40,9 @@ class Engine:
     """Owner of all requests and blocks of one ring group. Not thread-safe; never blocks."""
 
     def __init__(self, parts: EngineParts, *, epoch: int = 1) -> None:
+        """Raises: ConfigError when a default policy cannot be served."""
         self.parts = parts
+        self.default_policy = default_policy(parts)
         self.epoch = epoch
         self._scheduler = Scheduler(
             parts.spec,
@@ -48,7 +50,6 @@ class Engine:
             engine=parts.config,
             partition=parts.partition,
             choose_route=parts.choose_route,
-            retentions=parts.retentions,
         )
         self._estimator = SpeedEstimator()
         self.forecast = Forecast(self._scheduler, self._estimator)
@@ -65,13 +66,14 @@ class Engine:
     def submit(self, spec: GenerationRequest) -> GenerationId:
         """Admit a request; its `Admitted` event is in the log when this returns.
 
-        Raises: InvalidField, ModelNotFound, ContextTooLong, QuotaExceeded, ClusterOverloaded,
-        DeadlineInfeasible, Draining, RankLost. Nothing is kept of a refused request.
+        Raises: InvalidField, PolicyUnsupported, ModelNotFound, ContextTooLong, QuotaExceeded,
+        ClusterOverloaded, DeadlineInfeasible, Draining, RankLost. Nothing is kept of a refused
+        request.
         """
-        policy = self.check(spec)
+        chosen = self.check(spec)
         generation_id = GenerationId(self.parts.new_id())
         self._num_arrivals += 1
-        request = Request(generation_id, spec, policy, self._num_arrivals)
+        request = Request(generation_id, spec, chosen.policy, self._num_arrivals)
         tokenizer = self.parts.tokenizer
         generation = Generation(
             request,
@@ -89,7 +91,9 @@ class Engine:
             Admitted(
                 queue_position=len(ahead),
                 estimated_first_token_s=self.forecast.first_token_s(spec),
-                policy=str(policy),
+                policy=str(chosen.policy),
+                policy_source=chosen.source,
+                policy_bound=chosen.bound,
             )
         )
         self._generations.active[generation_id] = generation
@@ -97,13 +101,12 @@ class Engine:
         self._next_due = min(self._next_due, generation.next_due)
         return generation_id
 
-    def check(self, spec: GenerationRequest) -> Policy:
-        """Whether `submit` would take the request now. Raises what it would raise."""
+    def check(self, spec: GenerationRequest) -> ChosenPolicy:
+        """The policy that the request would have, if `submit` would take it now. Raises what that
+        would raise."""
         admission.check(spec, self.parts.spec)
-        policy = parse_policy(
-            spec.policy, codecs=self.parts.codecs, retentions=self.parts.retentions
-        )
-        self._check_length(spec, policy, spec.input_tokens or 1)
+        chosen = choose_policy(spec, self.parts)
+        self._check_length(spec, chosen.policy, spec.input_tokens or 1)
         if self.refusal is not None:
             raise self.refusal
         load = admission.Load(
@@ -112,7 +115,7 @@ class Engine:
             retry_after_s=self.forecast.retry_after_s(),
         )
         admission.check_load(spec, self.parts.config, load)
-        return policy
+        return chosen
 
     def estimate_decode(self, num_tokens: int) -> float | None:
         """Seconds to generate so many tokens after the first."""
@@ -367,5 +370,5 @@ class Engine:
             cache=self.parts.cache,
             partition=self.parts.partition,
             num_prompt_tokens=num_prompt_tokens,
-            codec=policy.codec,
+            policy=policy,
         )

@@ -1,7 +1,7 @@
 """What an engine is made of, and what it tells of itself."""
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvcluster.cache.partition import Partition, PartitionStatistics
@@ -9,8 +9,8 @@ from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.estimator import EstimatorStatistics
 from kvcluster.engine.scheduler import RouteChoice
 from kvcluster.engine.text import Tokenizer
-from kvcluster.retention.base import RetentionPolicy
-from kvcluster.types import ModelSpec
+from kvcluster.policy import MeasuredRecipe, Menu
+from kvcluster.types import ModelSpec, Policy, TenantId
 
 
 class Clock(Protocol):
@@ -30,9 +30,16 @@ class EngineParts:
     config: EngineConfig
     partition: Partition
     choose_route: RouteChoice
-    codecs: Collection[str]
-    """Names of the codecs that the ranks have."""
-    retentions: Mapping[str, RetentionPolicy]
+    menu: Menu
+    """What a policy may name."""
+    refusal: Callable[[Policy], str | None]
+    """Why this model cannot serve a policy of the menu; None: it can."""
+    recipes: Sequence[MeasuredRecipe] = ()
+    """What was measured on this model, for policies that are given as a bound."""
+    default_policy: str = ""
+    """Of requests that name none; empty: exact storage."""
+    tenant_policies: Mapping[TenantId, str] = field(default_factory=dict)
+    """Likewise for single tenants: these come first."""
     tokenizer: Tokenizer | None
     """None: the model serves token ids only."""
     clock: Clock

@@ -51,11 +51,12 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True):
-    """Blocks that one KV group no longer reads: table entries below `below` are gone."""
+    """Blocks that one KV group no longer reads: table entries from `after` to before `below`."""
 
     sequence: int
     group: int
     below: int
+    after: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):

@@ -9,18 +9,19 @@ Blocks of a sequence that leaves are free for the plan after the one that tells 
 
 import bisect
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Protocol
 
 from kvcluster.cache.block_table import BlockTable
-from kvcluster.cache.partition import Partition, block_bytes_per_group, entries_per_group
+from kvcluster.cache.partition import Partition, block_bytes_per_group
 from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.engine.footprint import entries_under
 from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep, StepPlan
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.sharding import zigzag
-from kvcluster.retention.base import RetentionPolicy
+from kvcluster.retention.offered import recent_blocks
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Rank, Route, SequenceId
 
 _by_order = attrgetter("order")
@@ -38,6 +39,7 @@ class RouteChoice(Protocol):
         num_history_tokens: int,
         num_ranks: int,
         element_bytes: float,
+        stored_share: float,
     ) -> Route: ...
 
 
@@ -79,7 +81,6 @@ class Scheduler:
         engine: EngineConfig,
         partition: Partition,
         choose_route: RouteChoice,
-        retentions: Mapping[str, RetentionPolicy],
     ) -> None:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -91,7 +92,6 @@ class Scheduler:
         self._config = engine
         self._partition = partition
         self._choose_route = choose_route
-        self._retentions = retentions
         self._block_bytes = block_bytes_per_group(spec, cache.block_size)
         self._num_sequences = 0
         self._leaving: list[tuple[SequenceId, BlockTable]] = []
@@ -201,7 +201,8 @@ class Scheduler:
     def _has_room(self, request: Request) -> bool:
         if not self.running:
             return True
-        entries = entries_per_group(
+        entries = entries_under(
+            request.policy,
             self._windows,
             max(request.known_length, len(request.tokens)) + 1,
             block_size=self._block_size,
@@ -213,7 +214,8 @@ class Scheduler:
 
     def _start(self, draft: _Draft, request: Request, budget: int) -> int:
         end = self._chunk_end(request, budget)
-        table = BlockTable(len(self._windows), request.policy.codec)
+        recent = recent_blocks(request.policy.retention, self._block_size)
+        table = BlockTable(len(self._windows), request.policy.codec, recent_blocks=recent)
         appended = self._append_blocks(request, table, end)
         covered = min(end, len(table) * self._block_size)
         if not covered:
@@ -280,7 +282,11 @@ class Scheduler:
                 appended=tuple(appended),
                 num_prompt_tokens=request.num_prompt_tokens,
                 samples=samples,
-                route=Route.PASS_Q if is_decode else self._route(end - start, start),
+                route=(
+                    Route.PASS_Q
+                    if is_decode
+                    else self._route(end - start, start, request.policy.codec)
+                ),
             )
         )
         draft.requests.append(request)
@@ -291,7 +297,7 @@ class Scheduler:
             request.num_pending += 1
         self._note_peak(request)
 
-    def _route(self, num_new_tokens: int, num_history_tokens: int) -> Route:
+    def _route(self, num_new_tokens: int, num_history_tokens: int, codec: str) -> Route:
         if self._config.history_route != "auto":
             return Route(self._config.history_route)
         return self._choose_route(
@@ -300,6 +306,7 @@ class Scheduler:
             num_history_tokens=num_history_tokens,
             num_ranks=self._partition.num_ranks,
             element_bytes=self._spec.bytes_per_element,
+            stored_share=self._partition.stored_share(codec),
         )
 
     def _note_peak(self, request: Request) -> None:
@@ -350,13 +357,17 @@ class Scheduler:
         any step in which the blocks have another user."""
         if request.table is None or request.sequence is None:
             return
-        kept_from = self._retentions[request.policy.retention].first_kept(request.num_planned)
+        recent = request.table.recent_blocks
         for group, window in enumerate(self._windows):
-            seen_from = 0 if window is None else request.num_planned - window + 1
-            below = max(kept_from, seen_from) // self._block_size
-            if below > request.table.released_below[group]:
-                self._partition.release_below(request.table, group, below)
-                self._released.append(Release(request.sequence, group, below))
+            after = below = 0
+            if window is not None:
+                below = (request.num_planned - window + 1) // self._block_size
+            elif recent is not None:
+                # The first block holds the attention sinks.
+                after, below = 1, request.num_planned // self._block_size - recent + 1
+            if below > max(after, request.table.released_below[group]):
+                self._partition.release_below(request.table, group, below, after=after)
+                self._released.append(Release(request.sequence, group, below, after))
 
     def _leave(self, request: Request) -> None:
         assert request.sequence is not None, "a running request has a sequence"

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from kvcluster.cache.partition import block_bytes_per_group, entries_per_group
+from kvcluster.cache.partition import block_bytes_per_group
 from kvcluster.engine.api import (
     BackendStatus,
     Estimate,
@@ -23,8 +23,10 @@ from kvcluster.engine.api import (
 )
 from kvcluster.engine.driver import EngineDriver, Executor
 from kvcluster.engine.engine import Engine
+from kvcluster.engine.footprint import entries_under
 from kvcluster.engine.generation import Generation
 from kvcluster.engine.intake import FEEDER_SILENCE_S, PromptIntake
+from kvcluster.engine.policies import choose_policy
 from kvcluster.engine.request import TOKEN_BYTES
 from kvcluster.engine.upload import PromptUpload, check_vocabulary, raw_chunk
 from kvcluster.errors import (
@@ -169,9 +171,10 @@ class EngineService:
 
     async def estimate(self, request: GenerationRequest) -> Estimate:
         reason = message = ""
-        policy = Policy()
+        policy: Policy | None = None
         try:
-            policy = self._engine.check(request)
+            policy = choose_policy(request, self._parts).policy
+            self._engine.check(request)
         except KvClusterError as error:
             reason, message = error.reason, error.message
         first_token_s = self._engine.forecast.first_token_s(request)
@@ -186,9 +189,13 @@ class EngineService:
             first_token_s=first_token_s,
             total_s=total_s,
             kv_bytes=_weighted(
-                partition.blocks_for(self._entries(request), policy.codec), block_bytes
+                partition.blocks_for(
+                    self._entries(request, policy or Policy()), (policy or Policy()).codec
+                ),
+                block_bytes,
             ),
             kv_bytes_left=_weighted(partition.free_per_group(), block_bytes),
+            policy=str(policy or ""),
         )
 
     async def status(self) -> BackendStatus:
@@ -201,6 +208,8 @@ class EngineService:
             is_ready=self._is_marked_ready and refusal is None,
             detail=detail,
             model=self._parts.spec,
+            menu=self._parts.menu,
+            default_policy=self._engine.default_policy,
             epoch=statistics.epoch,
             num_ranks=len(statistics.partition.ranks),
             num_running=statistics.num_running,
@@ -245,8 +254,9 @@ class EngineService:
                 if self._engine.knows(generation)
             }
 
-    def _entries(self, request: GenerationRequest) -> tuple[int, ...]:
-        return entries_per_group(
+    def _entries(self, request: GenerationRequest, policy: Policy) -> tuple[int, ...]:
+        return entries_under(
+            policy,
             self._parts.spec.windows,
             (request.input_tokens or 1) + request.max_output_tokens - 1,
             block_size=self._parts.cache.block_size,

@@ -1,10 +1,22 @@
 """Retention `full`: every token stays."""
 
+from dataclasses import dataclass
+from typing import ClassVar
 
+from kvcluster.retention.base import Need
+
+
+@dataclass(frozen=True, kw_only=True)
 class FullRetention:
     """Drops nothing."""
 
-    name = "full"
+    name: ClassVar[str] = "full"
+    needs: ClassVar[Need] = Need.NOTHING
 
     def first_kept(self, num_tokens: int) -> int:  # noqa: ARG002
+        """See `RetentionPolicy`."""
         return 0
+
+    def num_held(self, num_tokens: int) -> int:
+        """See `RetentionPolicy`."""
+        return num_tokens

@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from kvcluster.engine.api import GenerationRequest, PromptChunk, TextChunk, TokenChunk
 from kvcluster.errors import InvalidField
+from kvcluster.router.policy import policy_from_proto
 from kvcluster.rpc.v1 import common_pb2, inference_service_pb2
 from kvcluster.types import SamplingParams, TenantId
 
@@ -56,7 +57,7 @@ def request_from_proto(
         model=model,
         max_output_tokens=message.max_output_tokens,
         sampling=sampling_from_proto(message.sampling),
-        policy=message.policy,
+        policy=policy_from_proto(message),
         request_id=message.request_id,
         input_tokens=message.input_tokens if message.HasField("input_tokens") else None,
         deadline_s=deadline_s,

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvcluster.engine.api import (
     Admitted,
+    BackendStatus,
     Estimate,
     Event,
     Finished,
@@ -21,16 +22,18 @@ from kvcluster.engine.api import (
     GenerationState,
     Output,
     Phase,
+    PolicySource,
     Progress,
     TokenLogprob,
     Usage,
 )
 from kvcluster.errors import KvClusterError
+from kvcluster.policy import PlugPoint
 from kvcluster.router import names
 from kvcluster.router.convert import duration
 from kvcluster.router.status import error_of_kind, error_of_reason, is_bug
 from kvcluster.rpc.v1 import common_pb2, inference_service_pb2
-from kvcluster.types import GenerationId, ModelSpec, TenantId
+from kvcluster.types import GenerationId, TenantId
 
 _REASON_PREFIX = "ERROR_REASON_"
 _BUG_TEXT = "internal error: the log of this server says more"
@@ -55,9 +58,16 @@ _STATES = {
     GenerationState.FAILED: inference_service_pb2.Generation.STATE_FAILED,
     GenerationState.CANCELLED: inference_service_pb2.Generation.STATE_CANCELLED,
 }
+_POLICY_SOURCES = {
+    PolicySource.REQUEST: inference_service_pb2.POLICY_SOURCE_REQUEST,
+    PolicySource.TENANT: inference_service_pb2.POLICY_SOURCE_TENANT,
+    PolicySource.MODEL: inference_service_pb2.POLICY_SOURCE_MODEL,
+    PolicySource.DEPLOYMENT: inference_service_pb2.POLICY_SOURCE_DEPLOYMENT,
+}
 _PHASE_OF = {number: phase for phase, number in _PHASES.items()}
 _FINISH_REASON_OF = {number: reason for reason, number in _FINISH_REASONS.items()}
 _STATE_OF = {number: state for state, number in _STATES.items()}
+_POLICY_SOURCE_OF = {number: source for source, number in _POLICY_SOURCES.items()}
 _REASON_NAME_OF = {
     number: name.removeprefix(_REASON_PREFIX) for name, number in common_pb2.ErrorReason.items()
 }
@@ -70,6 +80,9 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     max_context_tokens: int
     kv_bytes_per_token: int
     vocab_size: int
+    policy_methods: tuple[str, ...]
+    """What a policy may name, with the defaults of every parameter."""
+    default_policy: str
     weights_digest: str
     tokenizer_digest: str
     """Empty: it has no tokenizer and takes token ids only."""
@@ -169,6 +182,7 @@ def estimate_to_proto(estimate: Estimate) -> inference_service_pb2.EstimateGener
         total=_optional_duration(estimate.total_s),
         kv_bytes=estimate.kv_bytes,
         kv_bytes_left=estimate.kv_bytes_left,
+        policy=estimate.policy,
     )
     if not estimate.is_admissible:
         message.refusal.CopyFrom(error_to_proto(error_of_reason(estimate.reason, estimate.message)))
@@ -186,10 +200,12 @@ def estimate_from_proto(message: inference_service_pb2.EstimateGenerationRespons
         total_s=_to_seconds(message.total) if message.HasField("total") else None,
         kv_bytes=message.kv_bytes,
         kv_bytes_left=message.kv_bytes_left,
+        policy=message.policy,
     )
 
 
-def model_to_proto(spec: ModelSpec) -> inference_service_pb2.Model:
+def model_to_proto(status: BackendStatus) -> inference_service_pb2.Model:
+    spec, menu = status.model, status.menu
     return inference_service_pb2.Model(
         name=names.model_name(spec.name),
         max_context_tokens=spec.max_context_tokens,
@@ -197,6 +213,8 @@ def model_to_proto(spec: ModelSpec) -> inference_service_pb2.Model:
         vocab_size=spec.vocab_size,
         weights_digest=spec.weights_digest,
         tokenizer_digest=spec.tokenizer_digest,
+        policy_methods=[str(method) for plug_point in PlugPoint for method in menu.at(plug_point)],
+        default_policy=str(status.default_policy),
     )
 
 
@@ -208,6 +226,8 @@ def model_from_proto(message: inference_service_pb2.Model) -> ServedModel:
         vocab_size=message.vocab_size,
         weights_digest=message.weights_digest,
         tokenizer_digest=message.tokenizer_digest,
+        policy_methods=tuple(message.policy_methods),
+        default_policy=message.default_policy,
     )
 
 
@@ -226,6 +246,8 @@ def _admitted_to_proto(event: Admitted) -> inference_service_pb2.Admitted:
         queue_position=event.queue_position,
         estimated_first_token=_optional_duration(event.estimated_first_token_s),
         policy=event.policy,
+        policy_source=_POLICY_SOURCES[event.policy_source],
+        policy_bound=event.policy_bound,
     )
 
 
@@ -238,6 +260,8 @@ def _admitted_from_proto(message: inference_service_pb2.Admitted) -> Admitted:
             else None
         ),
         policy=message.policy,
+        policy_source=_POLICY_SOURCE_OF.get(message.policy_source, PolicySource.DEPLOYMENT),
+        policy_bound=message.policy_bound,
     )
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from kvcluster.engine.api import Backend, BackendStatus
 from kvcluster.errors import InvalidField, ModelNotFound, RankLost
-from kvcluster.types import ModelSpec
 
 
 class Destination(NamedTuple):
@@ -41,11 +40,12 @@ class Routes:
             None if isinstance(answer, BaseException) else answer for answer in answers
         ]
 
-    async def models(self) -> tuple[ModelSpec, ...]:
-        """The served models by name. Raises RankLost when no backend answers."""
+    async def models(self) -> tuple[BackendStatus, ...]:
+        """For each served model, by name, the status of a backend that has it. Raises RankLost
+        when no backend answers."""
         await self._know_some_model()
-        specs = {status.model.name: status.model for status in self._statuses if status}
-        return tuple(specs[name] for name in sorted(specs))
+        statuses = {status.model.name: status for status in self._statuses if status}
+        return tuple(statuses[name] for name in sorted(statuses))
 
     async def resolve(self, model: str, *, request_id: str = "") -> Destination:
         """The backend for `model`; for an empty name the only model there is.
@@ -53,7 +53,7 @@ class Routes:
         Requests with one `request_id` meet at one backend, which knows it; others go where the
         least is waiting. Raises: ModelNotFound, InvalidField (no name, several models), RankLost.
         """
-        served = [spec.name for spec in await self.models()]
+        served = [status.model.name for status in await self.models()]
         if not model and len(served) > 1:
             raise InvalidField("model", f"is empty, and several are served: {', '.join(served)}")
         name = model or served[0]

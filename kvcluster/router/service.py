@@ -19,6 +19,7 @@ from kvcluster.router.calls import Call
 from kvcluster.router.convert import part_from_proto, request_from_proto
 from kvcluster.router.generating import Generating, follow, raise_if_failed
 from kvcluster.router.messages import Parsed
+from kvcluster.router.policy import policy_from_proto
 from kvcluster.router.records import estimate_to_proto, model_to_proto, record_to_proto
 from kvcluster.router.routing import Routes
 from kvcluster.router.upload import Upload
@@ -100,7 +101,7 @@ class InferenceService:
             tenant=call.tenant,
             model=route.model,
             max_output_tokens=message.max_output_tokens,
-            policy=message.policy,
+            policy=policy_from_proto(message),
             input_tokens=message.input_tokens,
         )
         return estimate_to_proto(await route.backend.estimate(request))
@@ -110,12 +111,13 @@ class InferenceService:
     ) -> pb.ListModelsResponse:
         page = paging.page_of(
             await self._routes.models(),
-            key=lambda spec: spec.name,
+            key=lambda status: status.model.name,
             page_size=message.page_size,
             page_token=message.page_token,
         )
         return pb.ListModelsResponse(
-            models=[model_to_proto(spec) for spec in page.items], next_page_token=page.next_token
+            models=[model_to_proto(status) for status in page.items],
+            next_page_token=page.next_token,
         )
 
     async def _generate(

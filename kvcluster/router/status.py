@@ -22,6 +22,7 @@ STATUS_CODES: dict[type[KvClusterError], grpc.StatusCode] = {
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelUnsupported: grpc.StatusCode.FAILED_PRECONDITION,
     errors.InvalidField: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.PolicyUnsupported: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ContextTooLong: grpc.StatusCode.INVALID_ARGUMENT,
     errors.PromptCorrupt: grpc.StatusCode.INVALID_ARGUMENT,
     errors.MalformedMessage: grpc.StatusCode.INVALID_ARGUMENT,

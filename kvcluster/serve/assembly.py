@@ -1,18 +1,24 @@
 """Puts an engine together: what it owns, what it knows of the model, and its ring group."""
 
+from functools import lru_cache
+
 from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.encoded_pages import blocks_per_page
 from kvcluster.cache.partition import Partition
+from kvcluster.codec.model_codecs import MAX_KEPT
+from kvcluster.codec.registry import CODEC_METHODS
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.driver import Executor, SystemClock, random_id
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.service import EngineService
 from kvcluster.engine.text import Tokenizer
-from kvcluster.retention.registry import RETENTIONS
-from kvcluster.types import DEFAULT_TENANT, EXACT, ModelSpec
+from kvcluster.model.codecs import calibration_for, codec_layouts, measured_recipes
+from kvcluster.policy import Menu
+from kvcluster.retention.offered import RETENTION_METHODS, recent_blocks
+from kvcluster.types import DEFAULT_TENANT, EXACT, ModelSpec, Policy, TenantId
 
 
 def engine_service(
@@ -27,15 +33,35 @@ def engine_service(
     """An engine over a started ring group, not yet running. One tenant holds all blocks."""
     num_blocks = blocks_per_group(spec, config.cache, config.engine)
     pools = [[BlockPool(count) for count in num_blocks] for _ in range(config.ring.num_ranks)]
-    encoded_per_page = blocks_per_page(spec, config.cache.block_size)
+    calibration = calibration_for(spec, config.calibration) if config.calibration else None
+    layouts = codec_layouts(spec, calibration)
+
+    @lru_cache(MAX_KEPT)
+    def encoded_per_page(codec: str) -> tuple[int, ...]:
+        return blocks_per_page(spec, layouts.layers(codec), config.cache.block_size)
+
+    def refusal(policy: Policy) -> str | None:
+        try:
+            recent_blocks(policy.retention, config.cache.block_size)
+            if policy.codec != EXACT:
+                encoded_per_page(policy.codec)
+        except ValueError as reason:
+            return str(reason)
+        return None
+
     parts = EngineParts(
         spec=spec,
         cache=config.cache,
         config=config.engine,
         partition=Partition(pools, tenant=DEFAULT_TENANT, encoded_per_page=encoded_per_page),
         choose_route=choose_route,
-        codecs=(EXACT, *encoded_per_page),
-        retentions=RETENTIONS,
+        menu=Menu((*CODEC_METHODS, *RETENTION_METHODS)),
+        refusal=refusal,
+        recipes=measured_recipes(calibration),
+        default_policy=config.default_policy,
+        tenant_policies={
+            TenantId(tenant): policy for tenant, policy in config.tenant_policies.items()
+        },
         tokenizer=tokenizer,
         clock=SystemClock(),
         new_id=random_id,

@@ -8,15 +8,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.codec.registry import CODECS
-from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention
-from kvcluster.types import EXACT, Route
+from kvcluster.quality.retained import RetainedAttention
+from kvcluster.quality.strict import ExactTokens, LayerCodecs
+from kvcluster.retention.full import FullRetention
+from kvcluster.retention.offered import recent_blocks
+from kvcluster.retention.window import WindowRetention
+from kvcluster.types import EXACT, Policy, Route
+from tests.codec_models import EVERY_CODEC, calibrated_codecs
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry
 
 BLOCK_SIZE = 16
 MAX_TOKENS = 240
-LOSSY = sorted(set(CODECS) - {EXACT})
+LOSSY = [codec for codec in EVERY_CODEC if codec != EXACT]
 MODEL = ScriptedModel(
     geometry(),
     geometry(window=24),
@@ -24,6 +28,7 @@ MODEL = ScriptedModel(
     geometry(window=100),
     max_tokens=MAX_TOKENS,
 )
+MODEL_CODECS = calibrated_codecs(MODEL.spec)
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,17 @@ class Serving:
     """Which rank comes first."""
 
 
-def defined(codec: str, num_tokens: int) -> list[Tensor]:
+def defined(policy: Policy, num_tokens: int) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
-    layer_codec = CODECS[codec]
-    attention = StrictAttention(
+    layers = () if policy.codec == EXACT else MODEL_CODECS.layers(policy.codec)
+    recent = recent_blocks(policy.retention, BLOCK_SIZE)
+    attention = RetainedAttention(
         MODEL.spec,
-        lambda _layer: LayerCodecs(*layer_codec) if layer_codec else None,
-        ExactTokens(block_size=BLOCK_SIZE),
+        FullRetention()
+        if recent is None
+        else WindowRetention(recent=recent * BLOCK_SIZE, block_size=BLOCK_SIZE),
+        lambda layer: LayerCodecs(*layers[layer]) if layers else None,
+        exact=ExactTokens(block_size=BLOCK_SIZE),
     )
     return [
         attention.attend(layer, *(x[:num_tokens] for x in qkv), None)
@@ -52,10 +61,12 @@ def defined(codec: str, num_tokens: int) -> list[Tensor]:
     ]
 
 
-def served(codec: str, serving: Serving) -> list[Tensor]:
+def served(policy: Policy, serving: Serving) -> list[Tensor]:
     MODEL.recorded.clear()
-    group = ReferenceGroup(MODEL.loaded, num_ranks=serving.num_ranks, block_size=BLOCK_SIZE)
-    group.start(7, [3] * sum(serving.chunks), codec)
+    group = ReferenceGroup(
+        MODEL.loaded, num_ranks=serving.num_ranks, block_size=BLOCK_SIZE, codecs=MODEL_CODECS
+    )
+    group.start(7, [3] * sum(serving.chunks), policy)
     ranks = [(serving.turn + rank) % serving.num_ranks for rank in range(serving.num_ranks)]
     for size in serving.chunks:
         group.run({7: size}, owners=[*ranks, *reversed(ranks)], route=serving.route)
@@ -68,24 +79,36 @@ def served(codec: str, serving: Serving) -> list[Tensor]:
     ]
 
 
-def check(codec: str, serving: Serving) -> None:
-    ours = served(codec, serving)
+def check(policy: Policy, serving: Serving) -> None:
+    ours = served(policy, serving)
 
-    for ours_THD, defined_THD in zip(ours, defined(codec, len(ours[0])), strict=True):
+    for ours_THD, defined_THD in zip(ours, defined(policy, len(ours[0])), strict=True):
         # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
         torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("codec", EVERY_CODEC)
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_every_codec_is_served_as_it_is_defined(codec: str, num_ranks: int) -> None:
-    check(codec, Serving(num_ranks=num_ranks, chunks=(64, 64, 22), num_decoded=20))
+    check(Policy(codec=codec), Serving(num_ranks=num_ranks, chunks=(64, 64, 22), num_decoded=20))
 
 
+@pytest.mark.parametrize("recent_tokens", [16, 48])
+@pytest.mark.parametrize("codec", [EXACT, "int4", "latent:r=0.5,bits=4"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_window_is_served_as_it_is_defined(
+    num_ranks: int, codec: str, recent_tokens: int
+) -> None:
+    policy = Policy(codec=codec, retention=f"window:recent={recent_tokens}")
+
+    check(policy, Serving(num_ranks=num_ranks, chunks=(64, 80, 22), num_decoded=20))
+
+
+@pytest.mark.parametrize("policy", [Policy(codec="int4"), Policy(retention="window:recent=32")])
 @pytest.mark.parametrize("route", list(Route))
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_every_route_carries_encoded_blocks(route: Route, num_ranks: int) -> None:
-    check("int4", Serving(num_ranks, chunks=(48, 32, 80), num_decoded=3, route=route))
+def test_every_route_carries_what_is_kept(route: Route, num_ranks: int, policy: Policy) -> None:
+    check(policy, Serving(num_ranks, chunks=(48, 32, 80), num_decoded=3, route=route))
 
 
 @st.composite
@@ -106,7 +129,11 @@ def servings(draw: st.DrawFn) -> Serving:
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(codec=st.sampled_from(sorted(CODECS)), serving=servings())
-def test_chunks_and_ranks_change_nothing(codec: str, serving: Serving) -> None:
-    check(codec, serving)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    codec=st.sampled_from(EVERY_CODEC),
+    retention=st.sampled_from(["full", "full", "window:recent=16", "window:recent=64"]),
+    serving=servings(),
+)
+def test_chunks_and_ranks_change_nothing(codec: str, retention: str, serving: Serving) -> None:
+    check(Policy(codec=codec, retention=retention), serving)

@@ -8,21 +8,21 @@ from functools import cache
 import pytest
 import torch
 
-from kvcluster.codec.registry import CODECS
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
 from kvcluster.engine.api import Finished, GenerationRequest, Output, TokenChunk, Usage
 from kvcluster.engine.service import EngineService
-from kvcluster.errors import InvalidField
+from kvcluster.errors import PolicyUnsupported
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.probe import probe
 from kvcluster.types import DEFAULT_TENANT, EXACT, ModelSpec
 from tests.architectures import VOCAB_SIZE, tiny_models
+from tests.codec_models import PLAIN
 from tests.thread_executor import running_engine
 
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 150
 OUTPUT_TOKENS = 24
-POLICIES = sorted(CODECS)
+POLICIES = (EXACT, *PLAIN, "window:recent=48", "int4 + window:recent=64")
 
 
 @cache
@@ -114,11 +114,38 @@ async def test_usage_and_estimate_fall_with_the_bits() -> None:
     assert estimated[EXACT] > estimated["int8"] > estimated["int4"] >= estimated["int2"]
 
 
-async def test_a_codec_that_cannot_encode_the_blocks_is_not_offered() -> None:
+async def test_a_window_bounds_what_a_sequence_holds() -> None:
+    async with running_engine(model(), config(num_ranks=3)) as (service, _):
+        estimated = [
+            await service.estimate(
+                GenerationRequest(
+                    model="tiny",
+                    max_output_tokens=1,
+                    input_tokens=input_tokens,
+                    policy="window:recent=48",
+                )
+            )
+            for input_tokens in (200, 500)
+        ]
+        _, used = await generate(service, "window:recent=48", seed=0)
+        _, used_in_full = await generate(service, "exact", seed=0)
+
+    assert estimated[0].kv_bytes == estimated[1].kv_bytes
+    assert used.kv_bytes <= estimated[0].kv_bytes
+    assert used.kv_bytes < used_in_full.kv_bytes
+
+
+async def test_a_window_that_is_no_whole_blocks_is_refused() -> None:
+    async with running_engine(model(), config(num_ranks=1)) as (service, _):
+        with pytest.raises(PolicyUnsupported, match="give 16 or a multiple of it, not 40"):
+            await generate(service, "window:recent=40", seed=0)
+
+
+async def test_a_codec_that_cannot_encode_the_blocks_is_refused() -> None:
     tiny_blocks = replace(
         config(num_ranks=1), cache=CacheConfig(block_size=1, capacity_tokens=1024)
     )
 
     async with running_engine(model(), tiny_blocks) as (service, _):
-        with pytest.raises(InvalidField, match="no codec or retention is called 'int4'"):
+        with pytest.raises(PolicyUnsupported, match="must be a multiple of 2, not 1"):
             await generate(service, "int4", seed=0)

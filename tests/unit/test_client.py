@@ -227,7 +227,9 @@ async def test_the_unary_calls_answer_with_records(client: Client) -> None:
     assert await client.count_tokens(prompt="hello") == 5
     assert estimate.is_admissible
     assert (refused.is_admissible, refused.reason) == (False, "CONTEXT_TOO_LONG")
-    assert [model.name for model in await client.models()] == ["echo"]
+    (model,) = await client.models()
+    assert (model.name, model.default_policy) == ("echo", "exact")
+    assert "window:size=4096" in model.policy_methods
     assert await client.health()
 
 

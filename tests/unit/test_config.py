@@ -13,7 +13,10 @@ from kvcluster.errors import ConfigError
 VALID: dict[str, object] = {
     "model": "gemma3-270m",
     "dtype": "bfloat16",
+    "calibration": "model.safetensors",
     "ray_address": "auto",
+    "default_policy": "int4 + window",
+    "tenant_policies.red": "int8",
     "cache.block_size": 32,
     "cache.capacity_tokens": 4096,
     "engine.prefill_chunk_tokens": 256,
@@ -86,7 +89,8 @@ def loaded(
 
 def value_of(config: ClusterConfig, key: str) -> object:
     section, _, name = key.rpartition(".")
-    return getattr(getattr(config, section) if section else config, name)
+    owner = getattr(config, section) if section else config
+    return owner[name] if isinstance(owner, dict) else getattr(owner, name)
 
 
 def variable(key: str) -> str:
@@ -106,7 +110,7 @@ def test_no_source_gives_the_defaults() -> None:
 
 
 def test_the_table_of_this_test_covers_every_key() -> None:
-    assert set(VALID) == set(known_keys())
+    assert {key.replace("policies.red", "policies.*") for key in VALID} == set(known_keys())
 
 
 @pytest.mark.parametrize("key", VALID)
@@ -198,11 +202,27 @@ def test_an_empty_known_table_in_the_file_is_fine(tmp_path: Path) -> None:
     assert loaded(file=file).config == ClusterConfig()
 
 
-def test_a_section_that_is_not_a_table_is_refused(tmp_path: Path) -> None:
+def test_a_tenants_policy_needs_the_tenants_id(tmp_path: Path) -> None:
     file = tmp_path / "cluster.toml"
-    file.write_text("cache = 3\n")
+    file.write_text('[tenant_policies]\n"" = "int4"\n')
 
-    with pytest.raises(ConfigError, match=r"^cache: want a table of settings"):
+    with pytest.raises(ConfigError, match=r"^tenant_policies: want the id of a tenant"):
+        loaded(file=file)
+
+
+def test_a_tenants_id_may_have_dots(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text('[tenant_policies]\n"red.example" = "int4"\n')
+
+    assert loaded(file=file).config.tenant_policies == {"red.example": "int4"}
+
+
+@pytest.mark.parametrize("section", ["cache", "tenant_policies"])
+def test_a_section_that_is_not_a_table_is_refused(section: str, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text(f"{section} = 3\n")
+
+    with pytest.raises(ConfigError, match=f"^{section}: want a table of settings"):
         loaded(file=file)
 
 

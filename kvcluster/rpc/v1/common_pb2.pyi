@@ -63,6 +63,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """DEADLINE_EXCEEDED: the deadline passed while the request ran."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 24
     """UNAVAILABLE with RetryInfo: the server is stopping."""
+    ERROR_REASON_POLICY_UNSUPPORTED: _ErrorReason.ValueType  # 26
+    """FAILED_PRECONDITION: the model cannot serve the policy, or no measured policy meets its bound."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 25
     """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 
@@ -113,6 +115,8 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 23
 """DEADLINE_EXCEEDED: the deadline passed while the request ran."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 24
 """UNAVAILABLE with RetryInfo: the server is stopping."""
+ERROR_REASON_POLICY_UNSUPPORTED: ErrorReason.ValueType  # 26
+"""FAILED_PRECONDITION: the model cannot serve the policy, or no measured policy meets its bound."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 25
 """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

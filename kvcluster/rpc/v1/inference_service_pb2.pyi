@@ -22,6 +22,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PolicySource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PolicySourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicySource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POLICY_SOURCE_UNSPECIFIED: _PolicySource.ValueType  # 0
+    """A source that this version does not know."""
+    POLICY_SOURCE_REQUEST: _PolicySource.ValueType  # 1
+    """The request."""
+    POLICY_SOURCE_TENANT: _PolicySource.ValueType  # 2
+    """The tenant's default."""
+    POLICY_SOURCE_MODEL: _PolicySource.ValueType  # 3
+    """The model's default."""
+    POLICY_SOURCE_DEPLOYMENT: _PolicySource.ValueType  # 4
+    """Nobody: nothing is compressed."""
+
+class PolicySource(_PolicySource, metaclass=_PolicySourceEnumTypeWrapper):
+    """Who chose a policy."""
+
+POLICY_SOURCE_UNSPECIFIED: PolicySource.ValueType  # 0
+"""A source that this version does not know."""
+POLICY_SOURCE_REQUEST: PolicySource.ValueType  # 1
+"""The request."""
+POLICY_SOURCE_TENANT: PolicySource.ValueType  # 2
+"""The tenant's default."""
+POLICY_SOURCE_MODEL: PolicySource.ValueType  # 3
+"""The model's default."""
+POLICY_SOURCE_DEPLOYMENT: PolicySource.ValueType  # 4
+"""Nobody: nothing is compressed."""
+Global___PolicySource: _TypeAlias = PolicySource  # noqa: Y015
+
 @_typing.final
 class GenerateRequest(_message.Message):
     """One request."""
@@ -38,6 +70,7 @@ class GenerateRequest(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
+    CACHE_POLICY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name as in ListModels, without "models/". Empty: the only model that is served."""
     max_output_tokens: _builtins.int
@@ -49,7 +82,10 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """0 (lowest) to 100."""
     policy: _builtins.str
-    """How this request's cache is compressed, such as "exact". Empty: the default."""
+    """How this request's cache is compressed, in the policy language: "int4",
+    "latent:r=0.25,bits=4 + heavy_hitters:budget=0.2", "auto: ppl<=1%". Model.policy_methods has
+    what is offered. Empty: the tenant's default, else the model's. At most 1,000 characters.
+    """
     input_tokens: _builtins.int
     """Length of the prompt in tokens, where the client knows it. A prompt over the limit is then
     refused before the upload, and progress is exact from the start.
@@ -74,6 +110,10 @@ class GenerateRequest(_message.Message):
         up. Not set or 0: it ends at once. An upload that breaks ends the generation at once too.
         """
 
+    @_builtins.property
+    def cache_policy(self) -> Global___CachePolicy:
+        """The same as `policy`, for programs that build it. Only one of the two may be set."""
+
     def __init__(
         self,
         *,
@@ -87,16 +127,163 @@ class GenerateRequest(_message.Message):
         policy: _builtins.str = ...,
         input_tokens: _builtins.int | None = ...,
         disconnect_grace: _duration_pb2.Duration | None = ...,
+        cache_policy: Global___CachePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens", "disconnect_grace", b"disconnect_grace", "input_tokens", b"input_tokens", "progress_interval", b"progress_interval", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens", "cache_policy", b"cache_policy", "disconnect_grace", b"disconnect_grace", "input_tokens", b"input_tokens", "progress_interval", b"progress_interval", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens", "disconnect_grace", b"disconnect_grace", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model", b"model", "policy", b"policy", "priority", b"priority", "progress_interval", b"progress_interval", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens", "cache_policy", b"cache_policy", "disconnect_grace", b"disconnect_grace", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model", b"model", "policy", b"policy", "priority", b"priority", "progress_interval", b"progress_interval", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__input_tokens: _TypeAlias = _typing.Literal["input_tokens"]  # noqa: Y015
     _WhichOneofArgType__input_tokens: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__input_tokens) -> _WhichOneofReturnType__input_tokens | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class CachePolicy(_message.Message):
+    """A policy in parts. Either `choices` or `bound` is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICES_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyChoice]:
+        """One method for each plug-point (sharing, codec, retention, selection), in any order. What is
+        left out takes its default.
+        """
+
+    @_builtins.property
+    def bound(self) -> Global___PolicyBound:
+        """Instead of methods, what the server is to choose them for."""
+
+    def __init__(
+        self,
+        *,
+        choices: _abc.Iterable[Global___PolicyChoice] | None = ...,
+        bound: Global___PolicyBound | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "choices", b"choices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachePolicy: _TypeAlias = CachePolicy  # noqa: Y015
+
+@_typing.final
+class PolicyChoice(_message.Message):
+    """A method and its arguments."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ArgumentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___PolicyValue: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___PolicyValue | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """Name, such as "int4": it says which plug-point is meant."""
+    @_builtins.property
+    def arguments(self) -> _containers.MessageMap[_builtins.str, Global___PolicyValue]:
+        """By parameter. Those left out take their default."""
+
+    def __init__(
+        self,
+        *,
+        method: _builtins.str = ...,
+        arguments: _abc.Mapping[_builtins.str, Global___PolicyValue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "method", b"method"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyChoice: _TypeAlias = PolicyChoice  # noqa: Y015
+
+@_typing.final
+class PolicyValue(_message.Message):
+    """An argument."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    WORD_FIELD_NUMBER: _builtins.int
+    number: _builtins.float
+    """A number; whole where the parameter is. 0.2 for 20 %."""
+    word: _builtins.str
+    """A word."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.float = ...,
+        word: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "number", b"number", "word", b"word"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "number", b"number", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["number", "word"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___PolicyValue: _TypeAlias = PolicyValue  # noqa: Y015
+
+@_typing.final
+class PolicyBound(_message.Message):
+    """What a policy must keep to, by what was measured on the model. At least one field is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
+    MIN_RATIO_FIELD_NUMBER: _builtins.int
+    max_perplexity_increase: _builtins.float
+    """Most that perplexity may grow, relative to the uncompressed cache: 0.01 is 1 %. The smallest
+    cache that keeps to it is chosen.
+    """
+    min_ratio: _builtins.float
+    """Least ratio of uncompressed to stored bytes. Alone: the least perplexity at this ratio is
+    chosen.
+    """
+    def __init__(
+        self,
+        *,
+        max_perplexity_increase: _builtins.float | None = ...,
+        min_ratio: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "_min_ratio", b"_min_ratio", "max_perplexity_increase", b"max_perplexity_increase", "min_ratio", b"min_ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "_min_ratio", b"_min_ratio", "max_perplexity_increase", b"max_perplexity_increase", "min_ratio", b"min_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_perplexity_increase: _TypeAlias = _typing.Literal["max_perplexity_increase"]  # noqa: Y015
+    _WhichOneofArgType__max_perplexity_increase: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase"]  # noqa: Y015
+    _WhichOneofReturnType__min_ratio: _TypeAlias = _typing.Literal["min_ratio"]  # noqa: Y015
+    _WhichOneofArgType__min_ratio: _TypeAlias = _typing.Literal["_min_ratio", b"_min_ratio"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_perplexity_increase) -> _WhichOneofReturnType__max_perplexity_increase | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_ratio) -> _WhichOneofReturnType__min_ratio | None: ...
+
+Global___PolicyBound: _TypeAlias = PolicyBound  # noqa: Y015
 
 @_typing.final
 class StreamGenerateRequest(_message.Message):
@@ -229,10 +416,16 @@ class Admitted(_message.Message):
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     ESTIMATED_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    POLICY_SOURCE_FIELD_NUMBER: _builtins.int
+    POLICY_BOUND_FIELD_NUMBER: _builtins.int
     queue_position: _builtins.int
     """Requests of the same tenant that are ahead of this one."""
     policy: _builtins.str
-    """The compression policy with its defaults filled in."""
+    """The compression policy in its canonical form, with a bound resolved to methods."""
+    policy_source: Global___PolicySource.ValueType
+    """Who chose it."""
+    policy_bound: _builtins.str
+    """The bound that it was chosen for, such as "auto: ppl<=1%". Empty: it was named."""
     @_builtins.property
     def estimated_first_token(self) -> _duration_pb2.Duration:
         """Estimate of the time to the first token. Not set: nothing to estimate from yet, or it is there."""
@@ -243,10 +436,12 @@ class Admitted(_message.Message):
         queue_position: _builtins.int = ...,
         estimated_first_token: _duration_pb2.Duration | None = ...,
         policy: _builtins.str = ...,
+        policy_source: Global___PolicySource.ValueType = ...,
+        policy_bound: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_first_token", b"estimated_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_first_token", b"estimated_first_token", "policy", b"policy", "queue_position", b"queue_position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_first_token", b"estimated_first_token", "policy", b"policy", "policy_bound", b"policy_bound", "policy_source", b"policy_source", "queue_position", b"queue_position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -732,6 +927,7 @@ class EstimateGenerationRequest(_message.Message):
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    CACHE_POLICY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As in GenerateRequest."""
     input_tokens: _builtins.int
@@ -740,6 +936,10 @@ class EstimateGenerationRequest(_message.Message):
     """As in GenerateRequest."""
     policy: _builtins.str
     """As in GenerateRequest."""
+    @_builtins.property
+    def cache_policy(self) -> Global___CachePolicy:
+        """As in GenerateRequest."""
+
     def __init__(
         self,
         *,
@@ -747,10 +947,11 @@ class EstimateGenerationRequest(_message.Message):
         input_tokens: _builtins.int = ...,
         max_output_tokens: _builtins.int = ...,
         policy: _builtins.str = ...,
+        cache_policy: Global___CachePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_policy", b"cache_policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model", b"model", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_policy", b"cache_policy", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model", b"model", "policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -768,12 +969,15 @@ class EstimateGenerationResponse(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     KV_BYTES_LEFT_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     admissible: _builtins.bool
     """Whether it would be accepted now."""
     kv_bytes: _builtins.int
     """Cache bytes that it would hold at its end."""
     kv_bytes_left: _builtins.int
     """Cache bytes that the tenant could still take now."""
+    policy: _builtins.str
+    """The policy that it would have, as in Admitted. Empty where it is the reason for the refusal."""
     @_builtins.property
     def refusal(self) -> _common_pb2.Error:
         """Why not, when not."""
@@ -795,10 +999,11 @@ class EstimateGenerationResponse(_message.Message):
         total: _duration_pb2.Duration | None = ...,
         kv_bytes: _builtins.int = ...,
         kv_bytes_left: _builtins.int = ...,
+        policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "refusal", b"refusal", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissible", b"admissible", "first_token", b"first_token", "kv_bytes", b"kv_bytes", "kv_bytes_left", b"kv_bytes_left", "refusal", b"refusal", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissible", b"admissible", "first_token", b"first_token", "kv_bytes", b"kv_bytes", "kv_bytes_left", b"kv_bytes_left", "policy", b"policy", "refusal", b"refusal", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -816,6 +1021,8 @@ class Model(_message.Message):
     TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    POLICY_METHODS_FIELD_NUMBER: _builtins.int
+    DEFAULT_POLICY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Format: models/{model}"""
     max_context_tokens: _builtins.int
@@ -828,6 +1035,15 @@ class Model(_message.Message):
     """Identifies the weights."""
     vocab_size: _builtins.int
     """Token ids are below this."""
+    default_policy: _builtins.str
+    """Policy of requests that name none, where their tenant has no default."""
+    @_builtins.property
+    def policy_methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Methods that a policy may name, each with the defaults of its parameters, such as
+        "heavy_hitters:budget=0.2". Those of one plug-point follow each other; a policy has at most one
+        of each.
+        """
+
     def __init__(
         self,
         *,
@@ -837,10 +1053,12 @@ class Model(_message.Message):
         tokenizer_digest: _builtins.str = ...,
         weights_digest: _builtins.str = ...,
         vocab_size: _builtins.int = ...,
+        policy_methods: _abc.Iterable[_builtins.str] | None = ...,
+        default_policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bytes_per_token", b"kv_bytes_per_token", "max_context_tokens", b"max_context_tokens", "name", b"name", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_policy", b"default_policy", "kv_bytes_per_token", b"kv_bytes_per_token", "max_context_tokens", b"max_context_tokens", "name", b"name", "policy_methods", b"policy_methods", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

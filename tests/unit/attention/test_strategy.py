@@ -10,13 +10,14 @@ LLAMA_8B = LayerGeometry(
 )
 
 
-def route(num_new_tokens: int, num_history_tokens: int, element_bytes: float = 2.0) -> Route:
+def route(num_new_tokens: int, num_history_tokens: int, stored_share: float = 1.0) -> Route:
     return choose_route(
         [LLAMA_8B] * 4,
         num_new_tokens=num_new_tokens,
         num_history_tokens=num_history_tokens,
         num_ranks=4,
-        element_bytes=element_bytes,
+        element_bytes=2.0,
+        stored_share=stored_share,
     )
 
 
@@ -34,7 +35,7 @@ def test_a_long_history_under_a_large_chunk_travels_round_the_ring() -> None:
 
 def test_packed_blocks_move_the_crossover_towards_travelling_shards() -> None:
     assert route(16_384, 100_000) is Route.PASS_Q
-    assert route(16_384, 100_000, element_bytes=0.5) is not Route.PASS_Q
+    assert route(16_384, 100_000, stored_share=0.25) is not Route.PASS_Q
 
 
 def test_only_the_window_of_a_windowed_layer_counts() -> None:

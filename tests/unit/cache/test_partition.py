@@ -3,7 +3,7 @@ import pytest
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition, block_bytes_per_group, entries_per_group
-from kvcluster.types import Rank, TenantId
+from kvcluster.types import NO_BLOCK, Rank, TenantId
 from tests.fake_engine import model_spec
 
 RED = TenantId("red")
@@ -109,3 +109,27 @@ def test_block_bytes_count_every_layer_of_the_group() -> None:
 
     assert block_bytes_per_group(spec, 16) == (per_layer, 2 * per_layer)
     assert sum(block_bytes_per_group(spec, 16)) == 16 * spec.kv_bytes_per_token
+
+
+def test_a_sequence_that_keeps_what_is_latest_needs_no_more_entries() -> None:
+    needed = [
+        entries_per_group((None, 8), num_tokens, block_size=4, chunk_tokens=8, recent_blocks=3)
+        for num_tokens in (12, 100, 10_000)
+    ]
+
+    # The first, the 3 latest, 2 of the chunk and the one that the chunk begins in.
+    assert needed == [(3, 3), (7, 5), (7, 5)]
+
+
+def test_the_first_entry_can_be_held_on_to() -> None:
+    partition = Partition(pools((4,)), tenant=RED)
+    table = BlockTable(1)
+    for _ in range(4):
+        partition.append(table, Rank(0))
+
+    partition.release_below(table, 0, 3, after=1)
+
+    assert [block_id != NO_BLOCK for block_id in table.block_ids[0]] == [True, False, False, True]
+    assert partition.num_used == 2
+    partition.release_all(table)
+    assert partition.num_used == 0

@@ -66,7 +66,7 @@ def test_reading_a_released_block_is_caught() -> None:
     for block_id in range(3):
         table.append(0, (block_id, block_id))
 
-    table.release(1, 2)
+    table.release(1, range(2))
 
     assert as_list(table.runs(0, 0, 0, 12)) == list(range(12))
     assert as_list(table.runs(0, 1, 8, 12)) == list(range(8, 12))

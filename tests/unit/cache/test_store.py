@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from kvcluster.cache.store import KVStore, in_line
 from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
+from tests.codec_models import plain_codecs
 
 BLOCK_SIZE = 2
 PAGE_TOKENS = PAGE_BLOCKS * BLOCK_SIZE
@@ -36,7 +37,11 @@ def filled_store() -> tuple[KVStore, torch.Tensor, torch.Tensor]:
     """A store of three layers and two groups; K and V of layer 1 by slot."""
     spec = spec_of(None, 8, None)
     store = KVStore(
-        spec, blocks_per_group=[NUM_BLOCKS, 5], block_size=BLOCK_SIZE, like=torch.empty(0)
+        spec,
+        blocks_per_group=[NUM_BLOCKS, 5],
+        block_size=BLOCK_SIZE,
+        like=torch.empty(0),
+        codecs=plain_codecs(spec),
     )
     generator = torch.Generator().manual_seed(0)
     k_SKD = torch.randn(NUM_SLOTS, 2, 6, generator=generator)

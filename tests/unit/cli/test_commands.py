@@ -131,6 +131,28 @@ async def test_doctor_lists_what_a_ready_server_serves(server: str) -> None:
     found = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     assert found[f"server {server}"]["found"] == "ready"
     assert "8,000,000 tokens" in found["serves echo"]["found"]
+    assert found["policies of echo"]["found"] == (
+        "own, exact, int4, full, window:size=4096, all; default: exact"
+    )
+
+
+async def test_a_policy_reaches_the_engine_and_the_summary_names_its_bound(
+    server: str, backend: WatchedBackend
+) -> None:
+    result = await run("generate", "--server", server, "--policy", "auto: ppl<=1%", "hello")
+
+    (generation,) = backend.generations.values()
+    assert generation.request.policy == "auto: ppl<=1%"
+    assert "of cache (int4 for auto: ppl<=1%)" in result.stderr
+
+
+async def test_a_mistake_in_a_policy_exits_with_2_and_points_at_it(server: str) -> None:
+    result = await run("generate", "--server", server, "--policy", "int4 + windw", "hello")
+
+    assert result.code == 2
+    assert "policy: at character 8: no method is called 'windw' (did you mean window?)" in (
+        result.stderr
+    )
 
 
 async def test_doctor_fails_for_a_server_that_is_not_ready(

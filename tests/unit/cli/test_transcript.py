@@ -8,6 +8,7 @@ from kvcluster.engine.api import (
     FinishReason,
     GenerationEvent,
     Output,
+    PolicySource,
     Usage,
 )
 from kvcluster.errors import KvClusterError, RankLost
@@ -20,7 +21,13 @@ USAGE = Usage(
     kv_bytes=640,
     kv_bytes_uncompressed=640,
 )
-ADMITTED = Admitted(queue_position=0, estimated_first_token_s=None, policy="exact")
+ADMITTED = Admitted(
+    queue_position=0,
+    estimated_first_token_s=None,
+    policy="exact",
+    policy_source=PolicySource.TENANT,
+    policy_bound="auto: ppl<=1%",
+)
 
 
 class Clock:
@@ -63,6 +70,7 @@ def test_text_and_tokens_of_all_outputs_are_joined(transcript: Transcript) -> No
 
     assert (report.text, report.token_ids) == ("abc", (1, 2, 3))
     assert (report.generation, report.policy) == ("g1", "exact")
+    assert (report.policy_source, report.policy_bound) == ("tenant", "auto: ppl<=1%")
     assert (report.finish_reason, report.stop_sequence) == (FinishReason.STOP, "\n")
     assert report.usage == USAGE
 

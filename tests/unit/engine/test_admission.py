@@ -15,7 +15,7 @@ from kvcluster.errors import (
     ModelNotFound,
     QuotaExceeded,
 )
-from kvcluster.types import DEFAULT_TENANT
+from kvcluster.types import DEFAULT_TENANT, Policy
 from tests.fake_engine import VOCAB_SIZE, model_spec, request, sampling
 
 SPEC = model_spec(max_context_tokens=100)
@@ -153,6 +153,7 @@ def test_a_request_that_could_never_fit_is_refused_with_numbers() -> None:
             cache=CacheConfig(block_size=4),
             partition=partition,
             num_prompt_tokens=num_prompt_tokens,
+            policy=Policy(),
         )
 
     # 6 blocks of 4 hold 24 tokens; the last of the 5 output tokens needs no slot.

@@ -61,7 +61,7 @@ def test_the_first_event_names_the_resolved_policy_and_the_place_in_the_queue() 
     first = fake.events(generation)[0]
 
     assert isinstance(first, Admitted)
-    assert (first.policy, first.queue_position) == ("exact", 1)
+    assert (first.policy, first.policy_source, first.queue_position) == ("exact", "request", 1)
 
 
 def test_a_later_urgent_request_has_nobody_before_it() -> None:

@@ -305,6 +305,7 @@ def test_the_route_is_chosen_per_chunk_by_the_function_given() -> None:
         num_history_tokens: int,
         num_ranks: int,
         element_bytes: float,
+        stored_share: float,
     ) -> Route:
         asked.append((num_new_tokens, num_history_tokens, num_ranks))
         return Route.GATHER

@@ -42,11 +42,38 @@ from kvcluster.errors import (
     RequestIdConflict,
     ResumeExpired,
 )
+from kvcluster.policy import (
+    AutoBound,
+    MeasuredRecipe,
+    Menu,
+    Method,
+    Parameter,
+    PlugPoint,
+    parse_bound,
+    parse_policy,
+    resolve,
+)
 from kvcluster.router.convert import pack_ids
 from kvcluster.router.status import error_of_kind
-from kvcluster.types import GenerationId, LayerGeometry, ModelSpec, TenantId
+from kvcluster.types import GenerationId, LayerGeometry, ModelSpec, Policy, TenantId
 
 VOCAB_SIZE = 1000
+MENU = Menu(
+    (
+        Method(
+            plug_point=PlugPoint.RETENTION,
+            name="window",
+            meaning="the last tokens",
+            parameters=(Parameter(name="size", meaning="how many", default=4096),),
+        ),
+        Method(plug_point=PlugPoint.CODEC, name="int4", meaning="4 bits"),
+    )
+)
+RECIPES = (
+    MeasuredRecipe(
+        policy="int4", ratio=3.8, perplexity_increase=0.004, perplexity_error=0.001, recall=1.0
+    ),
+)
 STATE_OF = {
     FinishReason.STOP: GenerationState.SUCCEEDED,
     FinishReason.LENGTH: GenerationState.SUCCEEDED,
@@ -124,7 +151,7 @@ class FakeBackend:
 
     async def open(self, request: GenerationRequest) -> Opened:
         self._raise_failure()
-        self._check(request)
+        bound, policy = self._check(request)
         key = (request.tenant, request.request_id)
         known = self._by_request_id.get(key) if request.request_id else None
         if known is not None:
@@ -147,7 +174,13 @@ class FakeBackend:
         self.generations[name] = generation
         self._by_request_id[key] = name
         self._emit(
-            generation, Admitted(queue_position=0, estimated_first_token_s=0.5, policy="exact")
+            generation,
+            Admitted(
+                queue_position=0,
+                estimated_first_token_s=0.5,
+                policy=str(policy),
+                policy_bound=str(bound or ""),
+            ),
         )
         generation.running = asyncio.create_task(self._run(generation))
         return Opened(generation=name)
@@ -240,9 +273,9 @@ class FakeBackend:
         return len(self._tokens(chunk)[0])
 
     async def estimate(self, request: GenerationRequest) -> Estimate:
-        reason = message = ""
+        reason = message = policy = ""
         try:
-            self._check(request)
+            policy = str(self._check(request)[1])
         except KvClusterError as error:
             reason, message = error.reason, error.message
         return Estimate(
@@ -253,6 +286,7 @@ class FakeBackend:
             total_s=None,
             kv_bytes=64 * (request.input_tokens or 0),
             kv_bytes_left=1 << 20,
+            policy=policy,
         )
 
     async def status(self) -> BackendStatus:
@@ -262,6 +296,7 @@ class FakeBackend:
             is_ready=self.is_ready,
             detail="",
             model=self.spec,
+            menu=MENU,
             epoch=1,
             num_ranks=1,
             num_running=sum(g.finished is None for g in self.generations.values()),
@@ -362,13 +397,15 @@ class FakeBackend:
             raise InvalidField("prompt", f"token id {max(ids)} is not below {self.spec.vocab_size}")
         return ids, len(ids)
 
-    def _check(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerationRequest) -> tuple[AutoBound | None, Policy]:
         if request.max_output_tokens < 1:
             raise InvalidField("max_output_tokens", "want at least 1, got 0")
         temperature = request.sampling.temperature
         if math.isnan(temperature) or temperature < 0:
             raise InvalidField("sampling.temperature", f"want 0 or more, got {temperature}")
         self._check_length(request, request.input_tokens or 0, is_lower_bound=False)
+        bound = parse_bound(request.policy)
+        return bound, parse_policy(resolve(bound, RECIPES) if bound else request.policy, MENU)
 
     def _check_length(
         self, request: GenerationRequest, num_prompt_tokens: int, *, is_lower_bound: bool

@@ -13,6 +13,7 @@ from kvcluster.engine.api import (
     GenerationState,
     Output,
     Phase,
+    PolicySource,
     Progress,
     TokenLogprob,
     Usage,
@@ -20,7 +21,7 @@ from kvcluster.engine.api import (
 from kvcluster.router import records
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 from kvcluster.types import GenerationId, TenantId
-from tests.unit.router.fake_backend import model_spec
+from tests.unit.router.fake_backend import FakeBackend
 
 RED = TenantId("red")
 NAME = "tenants/red/generations/g1"
@@ -45,7 +46,17 @@ def progress(phase: Phase, remaining_s: float | None) -> Progress:
 
 EVENTS: list[Event] = [
     Admitted(queue_position=3, estimated_first_token_s=1.25, policy="exact"),
-    Admitted(queue_position=0, estimated_first_token_s=None, policy=""),
+    *(
+        Admitted(queue_position=0, estimated_first_token_s=None, policy="", policy_source=source)
+        for source in PolicySource
+    ),
+    Admitted(
+        queue_position=0,
+        estimated_first_token_s=None,
+        policy="int4",
+        policy_source=PolicySource.REQUEST,
+        policy_bound="auto: ppl<=1%",
+    ),
     *(progress(phase, None) for phase in Phase),
     progress(Phase.PREFILLING, 0.0),
     Output(index=0, text="", token_ids=()),
@@ -119,16 +130,20 @@ def test_an_estimate_comes_back(reason: str) -> None:
         total_s=3.5,
         kv_bytes=7,
         kv_bytes_left=8,
+        policy="int4",
     )
 
     assert records.estimate_from_proto(records.estimate_to_proto(sent)) == sent
 
 
-def test_a_model_comes_back_as_what_a_client_may_know_of_it() -> None:
-    spec = model_spec("echo")
+async def test_a_model_comes_back_as_what_a_client_may_know_of_it() -> None:
+    status = await FakeBackend().status()
+    spec = status.model
 
-    model = records.model_from_proto(records.model_to_proto(spec))
+    model = records.model_from_proto(records.model_to_proto(status))
 
     assert (model.name, model.vocab_size) == ("echo", spec.vocab_size)
     assert model.kv_bytes_per_token == spec.kv_bytes_per_token
     assert model.max_context_tokens == spec.max_context_tokens
+    assert model.default_policy == "exact"
+    assert model.policy_methods == ("own", "exact", "int4", "full", "window:size=4096", "all")

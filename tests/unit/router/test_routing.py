@@ -63,7 +63,7 @@ async def test_a_lost_backend_does_not_hide_the_others() -> None:
     lost.status_failure = RankLost("rank 0 was lost")
     routes = Routes([lost, other])
 
-    assert [spec.name for spec in await routes.models()] == ["two"]
+    assert [status.model.name for status in await routes.models()] == ["two"]
     assert routes.is_ready
 
 

@@ -332,6 +332,47 @@ async def test_progress_and_outputs_are_what_the_engine_said(client: Client) -> 
     assert outputs == [(7,), (8,)]
 
 
+async def test_a_policy_in_parts_reaches_the_engine_as_text(
+    stub: InferenceServiceStub, backend: FakeBackend
+) -> None:
+    window = pb.PolicyChoice(method="window", arguments={"size": pb.PolicyValue(number=128)})
+    request = pb.GenerateRequest(
+        max_output_tokens=1,
+        prompt=common_pb2.TokenInput(text="a"),
+        cache_policy=pb.CachePolicy(choices=[window, pb.PolicyChoice(method="int4")]),
+    )
+
+    responses = await drain(stub.Generate(request))
+
+    assert backend.generations["g0"].request.policy == "window:size=128 + int4"
+    assert responses[0].admitted.policy == "int4 + window:size=128"
+
+
+async def test_the_answer_tells_what_a_bound_stood_for(client: Client) -> None:
+    events = client.generate(prompt="a", max_output_tokens=1, policy="auto:ppl<=1.0%")
+
+    first = (await anext(events)).event
+
+    await events.aclose()
+    assert isinstance(first, Admitted)
+    assert (first.policy, first.policy_bound) == ("int4", "auto: ppl<=1%")
+
+
+async def test_an_estimate_takes_a_policy_in_both_forms(stub: InferenceServiceStub) -> None:
+    parts = pb.CachePolicy(bound=pb.PolicyBound(max_perplexity_increase=0.01))
+    requests = [
+        pb.EstimateGenerationRequest(input_tokens=1, max_output_tokens=1, **policy)
+        for policy in ({"policy": "auto: ppl<=1%"}, {"cache_policy": parts}, {"policy": "int5"})
+    ]
+
+    text, in_parts, refused = [await stub.EstimateGeneration(request) for request in requests]
+
+    assert text == in_parts
+    assert (text.admissible, text.policy) == (True, "int4")
+    assert (refused.admissible, refused.policy) == (False, "")
+    assert "'int5'" in refused.refusal.message
+
+
 async def test_a_server_whose_engine_does_not_answer_says_so(backend: FakeBackend) -> None:
     backend.status_failure = RankLost("rank 0 was lost")
     async with serving(backend) as server, aio.insecure_channel(server.address) as channel:

@@ -1,0 +1,43 @@
+"""A codec as policies name it: what it can be told, and what that makes of a model's layers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kvcluster.codec.array import ArrayCodec
+from kvcluster.codec.calibration import Calibration
+from kvcluster.codec.latent import Rotation
+from kvcluster.policy import Arguments, Method
+from kvcluster.types import ModelSpec
+
+
+class LayerCodec(NamedTuple):
+    """How one layer's blocks are written."""
+
+    keys: ArrayCodec
+    values: ArrayCodec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecModel:
+    """What codecs may look at of a model."""
+
+    spec: ModelSpec
+    device: torch.device
+    """Where blocks are encoded."""
+    calibration: Calibration | None = None
+    rotations: Sequence[Rotation | None] | None = None
+    """How each layer turns its keys. None: not known, which is enough to lay blocks out."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodecMethod:
+    """One family of codecs. `layers` gives a codec for each layer of a model.
+
+    It raises ValueError, saying why, for a model that cannot have these arguments.
+    """
+
+    method: Method
+    layers: Callable[[Arguments, CodecModel], Sequence[LayerCodec]]

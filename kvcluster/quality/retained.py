@@ -1,0 +1,333 @@
+"""Attention over a cache that drops tokens and reads some of the rest, for one sequence in a pass.
+
+Retention comes first, then the codec, then selection. All depend on absolute positions alone.
+
+With a retention by position (`full`, `window`) blocks lie where they are written, and are encoded
+and read as in `kvcluster.quality.strict`, as far as they are still there.
+
+With a retention by score, a query reads the survivors of the epochs before its own, which are
+stored as `kvcluster.quality.survivor_list` says, and the tokens of its own epoch, which are exact.
+To a selection they are one list of blocks: those of the survivors, then those of the epoch.
+
+Layers with a window of the model's own are left to `StrictAttention`.
+
+Shape letters: T query tokens, S keys, B blocks, H query heads, K KV heads, G heads that choose
+blocks for themselves, D head dimension.
+"""
+
+from typing import Final, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from kvcluster.attention.local import attend, attend_causal
+from kvcluster.attention.partial import Partial, merge, merge_sinks
+from kvcluster.codec.array import BlockShape
+from kvcluster.quality.stored import EXACT_BYTES, StoredBytes
+from kvcluster.quality.strict import (
+    CodecsOfLayer,
+    ExactTokens,
+    KeysValues,
+    LayerCodecs,
+    StrictAttention,
+)
+from kvcluster.quality.survivor_list import (
+    SurvivorList,
+    block_bytes,
+    check_by_head,
+    cut,
+    encoded_blocks,
+    sealed,
+    stored_as,
+)
+from kvcluster.retention.base import Need, RetentionPolicy
+from kvcluster.retention.full import FullRetention
+from kvcluster.retention.scored import Queries, ScoredRetention
+from kvcluster.retention.window import WindowRetention
+from kvcluster.selection.base import BlockSelection, KeySummaries, Rows, summaries
+from kvcluster.types import ModelSpec
+
+_TILE_TOKENS: Final = 512
+"""Queries that attend at one time at most, where retention is by position."""
+_TILE_ELEMENTS: Final = 1 << 27
+"""Of the mask of one head over those queries: 128 MiB."""
+
+
+class RetainedBytes(StoredBytes, frozen=True, kw_only=True):
+    """`StoredBytes` of a cache that dropped tokens: ratios are of the cache that keeps them all."""
+
+    dropped_elements: int = 0
+
+    def __add__(self, other: StoredBytes) -> "RetainedBytes":
+        both = StoredBytes.__add__(self, other)
+        return RetainedBytes(
+            num_tokens=both.num_tokens,
+            exact_elements=both.exact_elements,
+            encoded_elements=both.encoded_elements,
+            encoded_bytes=both.encoded_bytes,
+            dropped_elements=self.dropped_elements + getattr(other, "dropped_elements", 0),
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Of the bfloat16 cache of all tokens to this one."""
+        elements = self.exact_elements + self.encoded_elements + self.dropped_elements
+        return EXACT_BYTES * elements / self.total_bytes
+
+
+class _Columns(NamedTuple):
+    """Keys as a tile of queries meets them, and the block of each."""
+
+    kv: KeysValues
+    block_S: Tensor
+    seen_TS: Tensor
+    """By causality, and in which of its forms a key is read."""
+
+
+class RetainedAttention:
+    """A `LayerAttention` for one forward pass over one sequence, positions 0 to T - 1 in order.
+
+    Use one per pass. Computes on the device of its tensors, in float32; scores in float64.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        retention: RetentionPolicy,
+        codecs_of_layer: CodecsOfLayer | None = None,
+        *,
+        exact: ExactTokens,
+        selection: BlockSelection | None = None,
+    ) -> None:
+        """Raises: ValueError for parts that cut blocks of different sizes, a retention that is
+        neither by position nor by score, or a lag with one by score."""
+        _check_parts(retention, exact, selection)
+        self._spec = spec
+        self._retention = retention
+        self._codecs_of_layer: CodecsOfLayer = codecs_of_layer or (lambda _layer: None)
+        self._exact = exact
+        self._selection = selection
+        self._strict = StrictAttention(spec, self._codecs_of_layer, exact)
+        self._own = RetainedBytes()
+        self._num_read = 0
+        self._num_causal = 0
+
+    def stored(self) -> RetainedBytes:
+        """Bytes of the layers attended so far, as the last token reads them: the survivors of the
+        epochs before its own, and its own epoch."""
+        return self._own + self._strict.stored()
+
+    def read_share(self) -> float:
+        """Keys read by all queries and heads, of those that full attention reads; over the layers
+        that have no window of the model's own. 1 when there is none."""
+        return self._num_read / self._num_causal if self._num_causal else 1.0
+
+    def attend(
+        self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        """See `LayerAttention`. Raises: ValueError from a codec that cannot encode the blocks, or
+        that cannot hold survivors that differ by head."""
+        geometry = self._spec.layers[layer]
+        is_full = isinstance(self._retention, FullRetention) and self._selection is None
+        if geometry.window is not None or is_full:
+            return self._strict.attend(layer, q_THD, k_TKD, v_TKD, sinks_H)
+        num_tokens, num_heads, _ = q_THD.shape
+        self._num_causal += num_heads * (num_tokens * (num_tokens + 1) // 2)
+        written = KeysValues(k_TKD.transpose(0, 1), v_TKD.transpose(0, 1))
+        if _is_scored(self._retention):
+            epochs = self._by_epochs(self._retention, layer, q_THD, written, sinks_H)
+            partial = _joined(epochs)
+        else:
+            partial = _joined(self._by_position(layer, q_THD, written))
+        if sinks_H is not None:
+            partial = merge_sinks(partial, sinks_H)
+        return partial.out_THD.to(q_THD.dtype)
+
+    def _codecs(self, layer: int) -> LayerCodecs:
+        return self._codecs_of_layer(layer) or LayerCodecs(None, None)
+
+    def _by_position(self, layer: int, q_THD: Tensor, written: KeysValues) -> list[Partial]:
+        size, num_tokens = self._exact.block_size, len(q_THD)
+        codecs, retention = self._codecs(layer), self._retention
+        encoded = range(int(self._exact.exact_sinks), (num_tokens - 1) // size - self._exact.lag)
+        dropped = range(0)
+        if isinstance(retention, WindowRetention):
+            dropped = retention.dropped_blocks(num_tokens - 1)
+        num_encoded = len(set(encoded) - set(dropped))
+        read = stored_as(written, codecs, encoded, size)
+        self._count(written, codecs, num_encoded, retention.num_held(num_tokens), num_tokens)
+        keys = summaries(read.k_KTD, size) if self._selection is not None else None
+        tile = max(1, min(_TILE_TOKENS, _TILE_ELEMENTS // num_tokens) // size) * size
+        partials = []
+        for first in range(0, num_tokens, tile):
+            last = min(first + tile, num_tokens)
+            q_tile = q_THD[first:last]
+            rows = self._rows_by_position(q_tile, first)
+            columns = self._columns_by_position(rows, first, written, read)
+            partials.append(self._attend_blocks(layer, rows, columns, keys))
+        return partials
+
+    def _rows_by_position(self, q_THD: Tensor, first: int) -> Rows:
+        own_T = torch.arange(first, first + len(q_THD), device=q_THD.device)
+        own_T //= self._exact.block_size
+        blocks_B = torch.arange(int(own_T[-1]) + 1, device=q_THD.device)
+        readable_TB = blocks_B <= own_T[:, None]
+        if isinstance(self._retention, WindowRetention):
+            first_T1 = own_T[:, None] - self._retention.num_blocks + 1
+            readable_TB &= (blocks_B == 0) | (blocks_B >= first_T1)
+        return Rows(q_THD, own_T, readable_TB)
+
+    def _columns_by_position(
+        self, rows: Rows, first: int, written: KeysValues, read: KeysValues
+    ) -> _Columns:
+        """Keys as they are read and, where they differ, near ones also as they were written: each
+        row sees one of the two."""
+        size, lag = self._exact.block_size, self._exact.lag
+        last, device = first + len(rows.q_THD), rows.q_THD.device
+        positions_T1 = torch.arange(first, last, device=device)[:, None]
+        positions_S = torch.arange(last, device=device)
+        if read is written:
+            kv = written.rows(0, last)
+            return _Columns(kv, positions_S // size, positions_S <= positions_T1)
+        near = max(0, first // size - lag) * size
+        is_written_S = torch.arange(last + last - near, device=device) >= last
+        positions_S = torch.cat((positions_S, positions_S[near:]))
+        block_S = positions_S // size
+        is_near_TS = block_S >= rows.own_T[:, None] - lag
+        seen_TS = (positions_S <= positions_T1) & (is_near_TS == is_written_S)
+        kv = read.rows(0, last).followed_by(written.rows(near, last))
+        return _Columns(kv, block_S, seen_TS)
+
+    def _by_epochs(
+        self,
+        retention: ScoredRetention,
+        layer: int,
+        q_THD: Tensor,
+        written: KeysValues,
+        sinks_H: Tensor | None,
+    ) -> list[Partial]:
+        geometry, codecs = self._spec.layers[layer], self._codecs(layer)
+        check_by_head(codecs, geometry, self._exact.block_size)
+        num_tokens = len(q_THD)
+        kept = SurvivorList.empty(written)
+        partials = []
+        for first in range(0, num_tokens, retention.epoch_tokens):
+            last = min(first + retention.epoch_tokens, num_tokens)
+            own = written.rows(first, last)
+            queries = Queries(q_THD[first:last], first, geometry, sinks_H)
+            partials.append(self._attend_epoch(layer, queries.q_THD, kept.kv, own))
+            if last < num_tokens:
+                before = kept
+                kept = cut(retention, kept, own, queries)
+                kept = sealed(kept, before, codecs, self._exact)
+        num_held = retention.num_held(num_tokens)
+        num_encoded = len(encoded_blocks(kept.positions_KJ.shape[1], self._exact))
+        self._count(written, codecs, num_encoded, num_held, num_tokens)
+        return partials
+
+    def _attend_epoch(
+        self, layer: int, q_THD: Tensor, earlier: KeysValues, own: KeysValues
+    ) -> Partial:
+        geometry, size = self._spec.layers[layer], self._exact.block_size
+        num_rows, num_earlier = len(q_THD), earlier.k_KTD.shape[1]
+        if self._selection is None:
+            self._num_read += q_THD.shape[1] * (
+                num_rows * num_earlier + num_rows * (num_rows + 1) // 2
+            )
+            return merge(attend(q_THD, *earlier, geometry), attend_causal(q_THD, *own, geometry, 0))
+        keys = summaries(own.k_KTD, size)
+        if num_earlier:
+            keys = summaries(earlier.k_KTD, size).followed_by(keys)
+        own_T = torch.arange(num_rows, device=q_THD.device)
+        earlier_S = torch.arange(num_earlier, device=q_THD.device)
+        num_blocks = -(-num_earlier // size)
+        block_S = torch.cat((earlier_S // size, num_blocks + own_T // size))
+        seen_TS = torch.cat(
+            (
+                torch.ones(num_rows, num_earlier, dtype=torch.bool, device=q_THD.device),
+                own_T <= own_T[:, None],
+            ),
+            dim=1,
+        )
+        own_block_T = num_blocks + own_T // size
+        blocks_B = torch.arange(keys.low_KBD.shape[1], device=q_THD.device)
+        rows = Rows(q_THD, own_block_T, blocks_B <= own_block_T[:, None])
+        columns = _Columns(earlier.followed_by(own), block_S, seen_TS)
+        return self._attend_blocks(layer, rows, columns, keys)
+
+    def _attend_blocks(
+        self, layer: int, rows: Rows, columns: _Columns, keys: KeySummaries | None
+    ) -> Partial:
+        """Attention over the blocks that rows may read and their selection picks."""
+        geometry = self._spec.layers[layer]
+        reads_GTB = rows.readable_TB[None]
+        if self._selection is not None:
+            assert keys is not None, "a selection is given summaries"
+            num_blocks = rows.readable_TB.shape[1]
+            known = KeySummaries(*(plane[:, :num_blocks] for plane in keys))
+            reads_GTB = self._selection.reads(layer, geometry, rows, known)
+        # Blocks that no row of the tile reads cost nothing.
+        used_S = reads_GTB.flatten(0, 1).any(dim=0)[columns.block_S].nonzero()[:, 0]
+        k_KSD, v_KSD = (x_KSD[:, used_S] for x_KSD in columns.kv)
+        mask_GTS = reads_GTB[:, :, columns.block_S[used_S]] & columns.seen_TS[:, used_S]
+        num_heads, num_choosing = rows.q_THD.shape[1], len(mask_GTS)
+        sharing = num_heads // num_choosing
+        self._num_read += int(mask_GTS.sum()) * sharing
+        if num_choosing == 1:
+            return attend(rows.q_THD, k_KSD, v_KSD, geometry, mask_GTS[0])
+        partials = []
+        for choosing, mask_TS in enumerate(mask_GTS):
+            heads = slice(choosing * sharing, (choosing + 1) * sharing)
+            kv_head = choosing * geometry.num_kv_heads // num_choosing
+            one = slice(kv_head, kv_head + 1)
+            partials.append(attend(rows.q_THD[:, heads], k_KSD[one], v_KSD[one], geometry, mask_TS))
+        return Partial(*(torch.cat(planes, dim=1) for planes in zip(*partials, strict=True)))
+
+    def _count(
+        self,
+        written: KeysValues,
+        codecs: LayerCodecs,
+        num_encoded: int,
+        num_held: int,
+        num_tokens: int,
+    ) -> None:
+        """Count a layer that holds so many tokens, so many blocks of them encoded."""
+        size = self._exact.block_size
+        for x_KTD, codec in zip(written, codecs, strict=True):
+            num_heads, _, dim = x_KTD.shape
+            blocks = num_encoded if codec is not None else 0
+            self._own += RetainedBytes(
+                num_tokens=num_tokens,
+                exact_elements=(num_held - blocks * size) * num_heads * dim,
+                encoded_elements=blocks * size * num_heads * dim,
+                encoded_bytes=blocks * block_bytes(codec, BlockShape(num_heads, size, dim)),
+                dropped_elements=(num_tokens - num_held) * num_heads * dim,
+            )
+
+
+def _check_parts(
+    retention: RetentionPolicy, exact: ExactTokens, selection: BlockSelection | None
+) -> None:
+    sizes = [exact.block_size]
+    if _is_scored(retention):
+        if exact.lag:
+            raise ValueError(
+                f"lag must be 0 with {retention.name}, whose open epoch is exact, not {exact.lag}"
+            )
+        sizes.append(retention.block_size)
+    elif isinstance(retention, WindowRetention):
+        sizes.append(retention.block_size)
+    elif not isinstance(retention, FullRetention):
+        raise ValueError(f"retention {retention.name} is neither by position nor by score")
+    if selection is not None:
+        sizes.append(selection.block_size)
+    if len(set(sizes)) > 1:
+        raise ValueError(f"all parts must have one block size, not {sizes}")
+
+
+def _is_scored(retention: RetentionPolicy) -> TypeGuard[ScoredRetention]:
+    return retention.needs is not Need.NOTHING
+
+
+def _joined(partials: list[Partial]) -> Partial:
+    return Partial(*(torch.cat(planes) for planes in zip(*partials, strict=True)))

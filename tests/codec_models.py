@@ -1,0 +1,78 @@
+"""The codecs of models that exist in tests only."""
+
+import torch
+from torch import Tensor
+
+from kvcluster.codec.calibration import Calibration, LayerCalibration, fit_keys, fit_values
+from kvcluster.codec.method import CodecModel
+from kvcluster.codec.model_codecs import ModelCodecs
+from kvcluster.codec.moments import MomentSums
+from kvcluster.codec.registry import CODECS
+from kvcluster.model.rotary import Pairing, Rotary
+from kvcluster.types import EXACT, LayerGeometry, ModelSpec
+
+CPU = torch.device("cpu")
+PLAIN = sorted(set(CODECS) - {"latent"})
+LATENT = (
+    "latent:r=0.5",
+    "latent:r=0.5,bits=8,values=exact",
+    "latent:r=0.5,bits=4,values=rotated3,ranks=adaptive",
+    "latent:r=0.25,bits=3,keys=int4",
+)
+EVERY_CODEC = (EXACT, *PLAIN, *LATENT, "int4:key_group=16,scale_bits=8", "int3:value_group=16")
+"""Every method, and combinations of their parameters."""
+
+
+def plain_codecs(spec: ModelSpec) -> ModelCodecs:
+    """Those that need no calibration."""
+    return ModelCodecs(CodecModel(spec=spec, device=CPU))
+
+
+def calibrated_codecs(spec: ModelSpec) -> ModelCodecs:
+    """All of them, with bases of random directions."""
+    return ModelCodecs(
+        CodecModel(
+            spec=spec,
+            device=CPU,
+            calibration=calibration_of(spec),
+            rotations=[_rotary(layer) for layer in spec.layers],
+        )
+    )
+
+
+def calibration_of(spec: ModelSpec) -> Calibration:
+    """Bases of all directions of random keys and values."""
+    return Calibration(
+        weights_digest=spec.weights_digest,
+        text_digests=(),
+        num_tokens=1024,
+        layers=tuple(_layer(layer, seed) for seed, layer in enumerate(spec.layers)),
+    )
+
+
+def _layer(layer: LayerGeometry, seed: int) -> LayerCalibration:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(heads: int, dim: int) -> Tensor:
+        # Channels of different sizes, so that layers want different ranks.
+        sizes = torch.rand(dim, generator=generator)
+        return torch.randn(1024, heads, dim, generator=generator) * sizes
+
+    sums = MomentSums(layer.num_kv_heads, layer.key_dim, layer.value_dim)
+    sums.add(
+        tokens(layer.num_query_heads, layer.key_dim),
+        tokens(layer.num_kv_heads, layer.key_dim),
+        tokens(layer.num_kv_heads, layer.value_dim),
+    )
+    moments = sums.moments()
+    return LayerCalibration(
+        fit_keys(moments, rank=layer.num_kv_heads * layer.key_dim),
+        fit_values(moments, rank=layer.num_kv_heads * layer.value_dim),
+    )
+
+
+def _rotary(layer: LayerGeometry) -> Rotary:
+    inverse_F = 1000.0 ** -torch.linspace(0, 1, layer.key_dim // 2)
+    return Rotary(
+        inverse_frequencies_F=inverse_F, scaling=1.0, first_dim=0, pairing=Pairing.HALF_SPLIT
+    )
