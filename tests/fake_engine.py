@@ -17,6 +17,8 @@ from kvcluster.engine.plan import StepPlan, StepResult
 from kvcluster.policy import MeasuredRecipe, Menu
 from kvcluster.types import (
     DEFAULT_TENANT,
+    EXACT,
+    NO_BLOCK,
     GenerationId,
     LayerGeometry,
     ModelSpec,
@@ -136,6 +138,7 @@ class FakeCluster:
             self.spec,
             block_size=self.cache.block_size,
             pool_sizes=[(self.num_blocks,) * num_groups] * self.num_ranks,
+            encoded_per_page=self.encoded_per_page,
         )
         self.partition = Partition(
             [
@@ -181,7 +184,22 @@ class FakeCluster:
         if plan is not None:
             self.plans.append(plan)
             self.answers.append(self.ring.execute(plan))
+            self._compare_books()
         return plan
+
+    def _compare_books(self) -> None:
+        """Of entries that are still read, the engine and the ranks hold the same blocks."""
+        for running in self.engine._scheduler.running:
+            table = running.table
+            assert table is not None
+            assert running.sequence is not None
+            entries = self.ring.sequences[running.sequence].entries
+            for group in range(len(self.spec.windows)):
+                for entry in range(table.released_below[group], len(table)):
+                    on_rank = {(held.codec, held.block_id) for held in entries[entry][group]}
+                    ids = (table.block_ids[group][entry], table.encoded_ids[group][entry])
+                    booked = zip((EXACT, table.codec), ids, strict=True)
+                    assert {held for held in booked if held[1] != NO_BLOCK} == on_rank
 
     def answer(self) -> None:
         """Tell the engine the oldest answer."""

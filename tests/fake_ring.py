@@ -4,10 +4,19 @@ hash of all tokens that a sequence holds. So equal tokens mean that equal tokens
 
 import hashlib
 from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvcluster.engine.plan import Release, SampledToken, SequenceStep, StepPlan, StepResult
-from kvcluster.types import ModelSpec, SamplingParams
+from kvcluster.engine.plan import (
+    NewBlock,
+    Release,
+    SampledToken,
+    SequenceStep,
+    StepPlan,
+    StepResult,
+)
+from kvcluster.retention.offered import recent_blocks
+from kvcluster.types import EXACT, PAGE_BLOCKS, ModelSpec, Policy, SamplingParams
 
 
 def next_token(tokens: list[int], sampling: SamplingParams, vocab_size: int) -> int:
@@ -30,14 +39,26 @@ def expected_output(
     return tokens[len(prompt) :]
 
 
+@dataclass(frozen=True)
+class Held:
+    """A block that a sequence holds on a rank."""
+
+    rank: int
+    group: int
+    codec: str
+    block_id: int
+
+
 @dataclass
 class FakeSequence:
     sampling: SamplingParams
+    policy: Policy
     tokens: list[int] = field(default_factory=list)
     """Tokens whose K and V are stored."""
     sampled: int | None = None
     owners: list[int] = field(default_factory=list)
-    block_ids: list[tuple[int, ...]] = field(default_factory=list)
+    entries: list[list[set[Held]]] = field(default_factory=list)
+    """`[entry][group]`: what the entry holds, exact or encoded or both for a while."""
     released_below: list[int] = field(default_factory=list)
 
 
@@ -50,6 +71,7 @@ class FakeRing:
         *,
         block_size: int,
         pool_sizes: list[tuple[int, ...]],
+        encoded_per_page: Mapping[str, Sequence[int]],
         epoch: int = 1,
     ) -> None:
         self.spec = spec
@@ -59,9 +81,11 @@ class FakeRing:
         self.sequences: dict[int, FakeSequence] = {}
         self.block_size = block_size
         self.pool_sizes = pool_sizes
+        self.encoded_per_page = encoded_per_page
         self._known: set[int] = set()
-        self._users: dict[tuple[int, int, int], int] = {}
-        """(rank, group, block id) -> sequence."""
+        self._users: dict[Held, int] = {}
+        self._contents: dict[tuple[int, int, int], list[str]] = {}
+        """(rank, group, page) -> the codec of each block in it."""
 
     @property
     def num_used(self) -> int:
@@ -76,31 +100,64 @@ class FakeRing:
             assert start.sequence not in self._known, "a sequence number is never used twice"
             self._known.add(start.sequence)
             self.sequences[start.sequence] = FakeSequence(
-                start.sampling, released_below=[0] * len(self.spec.windows)
+                start.sampling, start.policy, released_below=[0] * len(self.spec.windows)
             )
         for release in plan.released:
             self._release(release)
         for step in plan.sequences:
-            self._append_blocks(step)
+            for block in step.appended:
+                self._append(step, block)
         assert len({step.sequence for step in plan.sequences}) == len(plan.sequences)
         sampled = [token for step in plan.sequences for token in self._run(step)]
-        for sequence in plan.ended:
-            for group in range(len(self.spec.windows)):
-                self._free(sequence, group, len(self.sequences[sequence].owners))
-            del self.sequences[sequence]
+        for step in plan.sequences:
+            self._encode(step)
+        for number in plan.ended:
+            for groups in self.sequences.pop(number).entries:
+                for holding in groups:
+                    self._free(number, holding)
         return StepResult(plan.epoch, plan.step, tuple(sampled))
 
-    def _append_blocks(self, step: SequenceStep) -> None:
+    def _append(self, step: SequenceStep, block: NewBlock) -> None:
         sequence = self.sequences[step.sequence]
-        for block in step.appended:
-            assert len(block.block_ids) == len(self.spec.windows)
-            for group, block_id in enumerate(block.block_ids):
-                assert 0 <= block_id < self.pool_sizes[block.rank][group]
-                key = (block.rank, group, block_id)
-                assert key not in self._users, "a block has one user"
-                self._users[key] = step.sequence
-            sequence.owners.append(block.rank)
-            sequence.block_ids.append(block.block_ids)
+        codec, num_groups = sequence.policy.codec, len(self.spec.windows)
+        first = len(sequence.entries) * self.block_size
+        is_whole = step.start <= first and first + self.block_size <= step.start + step.num_tokens
+        is_encoded = codec != EXACT and first > 0
+        assert len(block.encoded_ids) == num_groups * is_encoded
+        assert len(block.block_ids) == num_groups * (not (is_encoded and is_whole))
+        holding: list[set[Held]] = [set() for _ in range(num_groups)]
+        for kind, ids in ((EXACT, block.block_ids), (codec, block.encoded_ids)):
+            for group, block_id in enumerate(ids):
+                held = Held(block.rank, group, kind, block_id)
+                self._take(step.sequence, held)
+                holding[group].add(held)
+        sequence.owners.append(block.rank)
+        sequence.entries.append(holding)
+
+    def _take(self, number: int, held: Held) -> None:
+        assert held not in self._users, "a block has one user"
+        per_page = PAGE_BLOCKS
+        if held.codec != EXACT:
+            per_page = self.encoded_per_page[held.codec][held.group]
+        page = held.block_id // per_page
+        num_blocks = self.pool_sizes[held.rank][held.group]
+        # The last page may be too short for anything but exact blocks.
+        assert (page + 1) * PAGE_BLOCKS <= num_blocks or held.codec == EXACT
+        assert held.codec != EXACT or 0 <= held.block_id < num_blocks
+        contents = self._contents.setdefault((held.rank, held.group, page), [])
+        assert set(contents) <= {held.codec}, "a page holds one kind of blocks"
+        contents.append(held.codec)
+        self._users[held] = number
+
+    def _free(self, number: int, holding: set[Held]) -> None:
+        for held in holding:
+            assert self._users.pop(held) == number
+            per_page = PAGE_BLOCKS
+            if held.codec != EXACT:
+                per_page = self.encoded_per_page[held.codec][held.group]
+            page = (held.rank, held.group, held.block_id // per_page)
+            self._contents[page].remove(held.codec)
+        holding.clear()
 
     def _run(self, step: SequenceStep) -> list[SampledToken]:
         sequence = self.sequences[step.sequence]
@@ -110,9 +167,11 @@ class FakeRing:
         blocks = -(-end // self.block_size)
         assert len(sequence.owners) == blocks, "a table covers what is computed and no more"
         assert step.samples or end % self.block_size == 0, "chunks end with a block or the tokens"
-        for group, window in enumerate(self.spec.windows):
-            oldest_read = 0 if window is None else max(0, step.start - window + 1)
-            assert sequence.released_below[group] <= oldest_read // self.block_size
+        if sequence.policy.codec != EXACT and step.start % self.block_size:
+            assert step.start // self.block_size == (end - 1) // self.block_size
+        for group in range(len(self.spec.windows)):
+            read = self._read_entries(sequence, group, step.start)
+            assert all(sequence.entries[entry][group] for entry in read), "a block that is read"
         if step.token_ids:
             ids = array("I")
             ids.frombytes(step.token_ids)
@@ -129,14 +188,32 @@ class FakeRing:
         sequence.sampled = next_token(sequence.tokens, sequence.sampling, self.spec.vocab_size)
         return [SampledToken(step.sequence, end, sequence.sampled)]
 
+    def _read_entries(self, sequence: FakeSequence, group: int, start: int) -> list[int]:
+        """Entries that the rows from `start` on read or write."""
+        window, first = self.spec.windows[group], 0
+        recent = recent_blocks(sequence.policy.retention, self.block_size)
+        if window is not None:
+            first = max(0, start - window + 1) // self.block_size
+        elif recent is not None:
+            first = max(1, start // self.block_size - recent + 1)
+            return [0, *range(first, len(sequence.entries))]
+        return list(range(first, len(sequence.entries)))
+
+    def _encode(self, step: SequenceStep) -> None:
+        """Full blocks leave their exact slots."""
+        sequence = self.sequences[step.sequence]
+        if sequence.policy.codec == EXACT:
+            return
+        for entry in range(1, (step.start + step.num_tokens) // self.block_size):
+            for holding in sequence.entries[entry]:
+                exact = {held for held in holding if held.codec == EXACT}
+                holding -= exact
+                self._free(step.sequence, exact)
+
     def _release(self, release: Release) -> None:
         sequence = self.sequences[release.sequence]
-        assert sequence.released_below[release.group] < release.below <= len(sequence.owners)
-        self._free(release.sequence, release.group, release.below)
-
-    def _free(self, sequence_id: int, group: int, below: int) -> None:
-        sequence = self.sequences[sequence_id]
-        for entry in range(sequence.released_below[group], below):
-            key = (sequence.owners[entry], group, sequence.block_ids[entry][group])
-            assert self._users.pop(key) == sequence_id
-        sequence.released_below[group] = below
+        released_below = sequence.released_below[release.group]
+        assert released_below < release.below <= len(sequence.owners)
+        for entry in range(max(release.after, released_below), release.below):
+            self._free(release.sequence, sequence.entries[entry][release.group])
+        sequence.released_below[release.group] = release.below

@@ -1,7 +1,7 @@
 """How many blocks each KV group gets on a rank. Torch-free: engine and ranks must agree."""
 
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.types import ModelSpec
+from kvcluster.types import PAGE_BLOCKS, ModelSpec
 
 
 def blocks_per_group(spec: ModelSpec, cache: CacheConfig, engine: EngineConfig) -> tuple[int, ...]:
@@ -13,9 +13,11 @@ def blocks_per_group(spec: ModelSpec, cache: CacheConfig, engine: EngineConfig) 
     size = cache.block_size
     full = cache.capacity_tokens // size
     in_flight = (1 + engine.lookahead_steps) * engine.prefill_chunk_tokens
-    return tuple(
+    counts = (
         full
         if window is None
         else min(full, engine.max_running * (-(-(window + in_flight) // size) + 2))
         for window in spec.windows
     )
+    # Memory comes in pages.
+    return tuple(-(-count // PAGE_BLOCKS) * PAGE_BLOCKS for count in counts)

@@ -154,13 +154,6 @@ class Partition:
         shares = [PAGE_BLOCKS / per_page for per_page in self._encoded_per_page(codec)]
         return sum(shares) / len(shares)
 
-    def can_hold(self, blocks: Sequence[int]) -> bool:
-        """Whether the empty share could hold so many blocks (one number per group)."""
-        return all(
-            num_blocks <= capacity
-            for num_blocks, capacity in zip(blocks, self.capacity(), strict=True)
-        )
-
     def has_room(self, blocks: Sequence[int]) -> bool:
         """Whether so many more blocks (one number per group) would fit now."""
         return all(
@@ -184,10 +177,12 @@ class Partition:
             for group in range(self.num_groups)
         )
 
-    def capacity(self) -> tuple[int, ...]:
-        """Most blocks per group that the tenant could ever hold."""
+    def capacity(self, codec: str = EXACT) -> tuple[int, ...]:
+        """Most blocks per group that a sequence of the tenant could ever hold. With a codec, those
+        of whole pages."""
+        unit = 1 if codec == EXACT else PAGE_BLOCKS
         totals = (
-            sum(groups[group].num_blocks for groups in self._pools)
+            sum(groups[group].num_blocks // unit * unit for groups in self._pools)
             for group in range(self.num_groups)
         )
         if self.limit_blocks is None:

@@ -103,10 +103,10 @@ def check_capacity(
         policy, spec.windows, num_tokens, block_size=cache.block_size, chunk_tokens=cache.block_size
     )
     needed = partition.blocks_for(entries, policy.codec)
-    if partition.can_hold(needed):
+    capacity = partition.capacity(policy.codec)
+    short = next((group for group, count in enumerate(needed) if count > capacity[group]), None)
+    if short is None:
         return
-    capacity = partition.capacity()
-    short = next(group for group, count in enumerate(needed) if count > capacity[group])
     raise QuotaExceeded(
         f"tenant {partition.tenant} needs {needed[short]} cache blocks of {cache.block_size} "
         f"tokens for prompt and output, its partition has {capacity[short]}: shorten the prompt "

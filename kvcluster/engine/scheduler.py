@@ -68,6 +68,8 @@ class _Draft:
     parts: list[SequenceStep] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     refused: list[Request] = field(default_factory=list)
+    is_short: bool = False
+    """A running request got no block: what comes free is its own, nobody is admitted."""
 
 
 class Scheduler:
@@ -143,7 +145,7 @@ class Scheduler:
                 return
             if request.state is RequestState.RUNNING:
                 budget -= self._prefill(draft, request, budget)
-            elif admits and request.prefill_end(self._block_size):
+            elif admits and not draft.is_short and request.prefill_end(self._block_size):
                 used = self._admit(draft, request, budget)
                 admits = used > 0
                 budget -= used
@@ -177,6 +179,7 @@ class Scheduler:
         return covered - start
 
     def _make_room(self, draft: _Draft, request: Request) -> None:
+        draft.is_short = True
         if self._leaving:
             return
         last = self.running[-1]

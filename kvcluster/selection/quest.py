@@ -4,7 +4,8 @@
 A block is known by the least and the largest number of its keys in each dimension. No key of it can
 have a larger product with a query than the sum, over dimensions, of the larger of the two products.
 A KV head reads what its query heads want together: a block's score is the largest bound of any of
-them, so a kernel reads shared blocks once.
+them, so a kernel reads shared blocks once. Beside the paper's, the first and the latest blocks are
+always read: bounds of blocks as large as ours rank them too low.
 
 Shape letters: T query tokens, B blocks, H query heads, K KV heads.
 """
@@ -12,6 +13,7 @@ Shape letters: T query tokens, B blocks, H query heads, K KV heads.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvcluster.selection.base import KeySummaries, Rows, pick_best, upper_bounds
@@ -20,19 +22,29 @@ from kvcluster.types import LayerGeometry
 
 @dataclass(frozen=True, kw_only=True)
 class Quest:
-    """Reads the query's own block and the best of the others."""
+    """Reads the first blocks, the latest ones, and the best of the others."""
 
     name: ClassVar[str] = "quest"
 
     tokens: int
-    """What a query reads: whole blocks, its own included."""
+    """What a query reads at most: whole blocks, the first and the latest ones among them."""
+    sinks: int = 1
+    """First blocks that are always read."""
+    local: int = 2
+    """Latest blocks that are always read, the query's own included."""
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.block_size < 1 or self.tokens < self.block_size or self.tokens % self.block_size:
+        if self.sinks < 0 or self.local < 1:
             raise ValueError(
-                "tokens must be a multiple of the block size and at least one block: give "
-                f"{self.block_size} or a multiple of it, not {self.tokens}"
+                "give 0 or more sinks and 1 or more local blocks (the query's own counts), "
+                f"not {self.sinks} and {self.local}"
+            )
+        least = (self.sinks + self.local) * self.block_size
+        if self.tokens < least or self.tokens % self.block_size:
+            raise ValueError(
+                f"tokens must be a multiple of the block size, {self.block_size}, and hold the "
+                f"blocks that are always read: give {least} or more, not {self.tokens}"
             )
 
     def reads(
@@ -44,9 +56,11 @@ class Quest:
     ) -> Tensor:
         """See `BlockSelection`."""
         # The sign of the scale is the model's affair; a soft-cap changes no order.
-        bound_HTB = upper_bounds(rows.q_THD * geometry.scale, keys)
+        bound_HTB = upper_bounds(rows.q_THD.float() * geometry.scale, keys)
         num_rows, num_blocks = rows.readable_TB.shape
         score_KTB = bound_HTB.reshape(len(keys.low_KBD), -1, num_rows, num_blocks).amax(dim=1)
-        is_own_TB = rows.own_T.new_ones(num_blocks).cumsum(0) - 1 == rows.own_T[:, None]
-        num_T = rows.own_T.new_full((num_rows,), self.tokens // self.block_size - 1)
-        return pick_best(score_KTB, rows.readable_TB & ~is_own_TB, num_T) | is_own_TB
+        blocks_B = torch.arange(num_blocks, device=score_KTB.device)
+        always_TB = (blocks_B < self.sinks) | (blocks_B > rows.own_T[:, None] - self.local)
+        always_TB &= rows.readable_TB
+        num_T = self.tokens // self.block_size - always_TB.sum(dim=1)
+        return pick_best(score_KTB, rows.readable_TB & ~always_TB, num_T) | always_TB

@@ -90,8 +90,7 @@ def test_room_is_what_is_free_now_and_capacity_what_could_ever_be() -> None:
 
     assert partition.has_room((7, 3))
     assert not partition.has_room((7, 4))
-    assert partition.can_hold((8, 4))
-    assert not partition.can_hold((8, 5))
+    assert partition.capacity() == (8, 4)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import Admitted, Finished, FinishReason
 from kvcluster.errors import AdmissionError, ContextTooLong, InvalidField
+from kvcluster.policy import Menu, Method, PlugPoint
+from kvcluster.retention.offered import WINDOW
 from kvcluster.types import GenerationId, SamplingParams
 from tests.fake_engine import VOCAB_SIZE, FakeCluster, model_spec, packed, request, sampling
 from tests.fake_ring import expected_output
 
 WINDOWS: Sequence[tuple[int | None, ...]] = ((None,), (None, 6), (9,), (3, None, 17))
+CODECS = {"half": 16, "fifth": 41}
+MENU = Menu(
+    (*(Method(plug_point=PlugPoint.CODEC, name=name, meaning="") for name in CODECS), WINDOW)
+)
+"""Blocks of a page by codec."""
 
 
 class Sent:
@@ -68,7 +75,10 @@ class EngineSimulation(RuleBasedStateMachine):
             ),
             num_ranks=num_ranks,
             num_blocks=-(-capacity_tokens // (block_size * num_ranks)),
+            menu=MENU,
+            encoded_per_page={name: [count] * len(windows) for name, count in CODECS.items()},
         )
+        self.block_size = block_size
         self.lookahead = lookahead
         self.sent: dict[GenerationId, Sent] = {}
 
@@ -81,6 +91,8 @@ class EngineSimulation(RuleBasedStateMachine):
         is_sent_at_once=st.booleans(),
         priority=st.sampled_from([0, 0, 0, 7]),
         deadline_s=st.sampled_from([None, None, None, None, 5.0, 20.0]),
+        codec=st.sampled_from(["exact", "exact", *CODECS]),
+        recent_blocks=st.sampled_from([0, 0, 1, 4]),
     )
     def submit(
         self,
@@ -93,7 +105,10 @@ class EngineSimulation(RuleBasedStateMachine):
         is_sent_at_once: bool,
         priority: int,
         deadline_s: float | None,
+        codec: str,
+        recent_blocks: int,
     ) -> None:
+        window = f" + window:recent={recent_blocks * self.block_size}" if recent_blocks else ""
         params = sampling(seed=seed, stop_token_ids=tuple(stop))
         try:
             generation = self.cluster.engine.submit(
@@ -102,6 +117,7 @@ class EngineSimulation(RuleBasedStateMachine):
                     sampling=params,
                     input_tokens=len(prompt) if is_declared else None,
                     priority=priority,
+                    policy=codec + window,
                     deadline_s=deadline_s,
                     disconnect_grace_s=3_600.0,
                 )

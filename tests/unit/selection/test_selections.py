@@ -30,7 +30,8 @@ SELECTIONS: list[BlockSelection] = [
     BlockSparse(local=1, sinks=2, stride=3, random=2, seed=5, block_size=SIZE),
     Estimated(share=0.5, block_size=SIZE),
     Estimated(share=0.3, sinks=0, local=1, by="bound", block_size=SIZE),
-    Quest(tokens=12, block_size=SIZE),
+    Quest(tokens=12, sinks=0, local=1, block_size=SIZE),
+    Quest(tokens=24, block_size=SIZE),
 ]
 IDS = [f"{selection.name}-{number}" for number, selection in enumerate(SELECTIONS)]
 
@@ -89,13 +90,14 @@ def by_estimate(
 
 def by_bound(selection: Quest, q_THD: Tensor, k_KSD: Tensor, head: int, row: int) -> set[int]:
     own, kv_head = row // SIZE, head // 2
+    always = {b for b in range(own + 1) if b < selection.sinks or b > own - selection.local}
     scores = {}
-    for block in range(own):
+    for block in set(range(own + 1)) - always:
         keys_OD = k_KSD[kv_head, block * SIZE : (block + 1) * SIZE]
         q_GD = q_THD[row, 2 * kv_head : 2 * kv_head + 2]
         low_D, high_D = keys_OD.amin(dim=0), keys_OD.amax(dim=0)
         scores[block] = float(torch.maximum(q_GD * low_D, q_GD * high_D).sum(dim=1).max())
-    return {own} | best(scores, selection.tokens // SIZE - 1)
+    return always | best(scores, selection.tokens // SIZE - len(always))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 30, 61])
@@ -261,7 +263,9 @@ def test_quest_shares_a_kv_heads_blocks_among_its_query_heads() -> None:
     q_THD[:, 1, 3] = 1
     q_THD[:, 2:, 2] = 1
 
-    reads_GTB = reads(Quest(tokens=2 * SIZE, block_size=SIZE), rows_from(q_THD), k_KSD)
+    reads_GTB = reads(
+        Quest(tokens=2 * SIZE, sinks=0, local=1, block_size=SIZE), rows_from(q_THD), k_KSD
+    )
 
     assert [read_blocks(reads_GTB, head, 11) for head in range(4)] == [
         {1, 2},
@@ -274,7 +278,7 @@ def test_quest_shares_a_kv_heads_blocks_among_its_query_heads() -> None:
 def test_quest_follows_the_sign_of_the_scale() -> None:
     q_THD, k_KSD = random_layer(40, 13)
     keys: KeySummaries = summaries(k_KSD, SIZE)
-    selection = Quest(tokens=8, block_size=SIZE)
+    selection = Quest(tokens=16, block_size=SIZE)
 
     turned = selection.reads(0, geometry(-0.4), rows_from(-q_THD), keys)
 
@@ -292,9 +296,11 @@ def test_quest_follows_the_sign_of_the_scale() -> None:
         ("estimated", {"share": math.nan}, "over 0 and up to 1"),
         ("estimated", {"share": 0.5, "local": 0}, "1 or more local blocks"),
         ("estimated", {"share": 0.5, "by": "median"}, "mean or bound"),
-        ("quest", {"tokens": 0}, "give 64 or a multiple"),
-        ("quest", {"tokens": 32}, "give 64 or a multiple"),
-        ("quest", {"tokens": 100}, "give 64 or a multiple"),
+        ("quest", {"tokens": 0}, "give 192 or more"),
+        ("quest", {"tokens": 128}, "give 192 or more"),
+        ("quest", {"tokens": 32, "sinks": 0, "local": 1}, "give 64 or more"),
+        ("quest", {"tokens": 512, "local": 0}, "1 or more local blocks"),
+        ("quest", {"tokens": 500}, "multiple of the block size"),
     ],
 )
 def test_impossible_parameters_are_refused(
