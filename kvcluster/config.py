@@ -37,7 +37,20 @@ class CacheConfig:
     capacity_tokens: int = 16_384
     """Tokens that one rank can hold in layers without a window."""
 
+    exact_recent_tokens: int = 256
+    """Latest tokens that a query reads exact whatever the codec: most of its attention goes there.
+    Rounded up to whole blocks."""
+
+    @property
+    def exact_recent_blocks(self) -> int:
+        """Blocks before its own that a query reads exact."""
+        return -(-self.exact_recent_tokens // self.block_size)
+
     def __post_init__(self) -> None:
+        if self.exact_recent_tokens < 0:
+            raise ConfigError(
+                f"cache.exact_recent_tokens: want at least 0, got {self.exact_recent_tokens}"
+            )
         if self.block_size < 1 or self.block_size.bit_count() != 1:
             raise ConfigError(f"cache.block_size: want a power of two, got {self.block_size}")
         if self.capacity_tokens < self.block_size:

@@ -114,7 +114,9 @@ class FakeCluster:
     """An engine and its ring, driven by hand. Steps run when planned and answer when told."""
 
     spec: ModelSpec = field(default_factory=model_spec)
-    cache: CacheConfig = field(default_factory=lambda: CacheConfig(block_size=4))
+    cache: CacheConfig = field(
+        default_factory=lambda: CacheConfig(block_size=4, exact_recent_tokens=0)
+    )
     config: EngineConfig = field(
         default_factory=lambda: EngineConfig(prefill_chunk_tokens=16, shard_min_tokens=16)
     )
@@ -137,6 +139,7 @@ class FakeCluster:
         self.ring = FakeRing(
             self.spec,
             block_size=self.cache.block_size,
+            exact_recent=self.cache.exact_recent_blocks,
             pool_sizes=[(self.num_blocks,) * num_groups] * self.num_ranks,
             encoded_per_page=self.encoded_per_page,
         )
@@ -147,6 +150,7 @@ class FakeCluster:
             ],
             tenant=DEFAULT_TENANT,
             encoded_per_page=lambda codec: self.encoded_per_page[codec],
+            exact_recent=self.cache.exact_recent_blocks,
         )
         ids = iter(range(1, 1_000_000))
         self.engine = Engine(

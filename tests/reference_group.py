@@ -53,6 +53,7 @@ class ReferenceGroup:
         num_blocks: int = 256,
         seed: int = 0,
         codecs: ModelCodecs | None = None,
+        exact_blocks: int = 0,
     ) -> None:
         spec = model.spec
         codecs = codecs or plain_codecs(spec)
@@ -97,6 +98,7 @@ class ReferenceGroup:
                 ring=ring,
                 epoch=1,
                 block_size=block_size,
+                exact_blocks=exact_blocks,
             )
             for ring, store in zip(rings, self._stores, strict=True)
         ]
@@ -153,7 +155,7 @@ class ReferenceGroup:
         appended: list[NewBlock] = []
         while state.num_blocks * self.block_size < end:
             rank = owners[len(appended) % len(owners)]
-            appended.append(self._new_block(state, rank, start, end))
+            appended.append(self._new_block(state, rank))
             state.num_blocks += 1
         is_decode = start >= state.num_prompt_tokens
         state.num_computed = end
@@ -168,15 +170,12 @@ class ReferenceGroup:
             route=route,
         )
 
-    def _new_block(self, state: _Sequence, rank: int, start: int, end: int) -> NewBlock:
-        first = state.num_blocks * self.block_size
+    def _new_block(self, state: _Sequence, rank: int) -> NewBlock:
         is_encoded = state.codec != EXACT and state.num_blocks > 0
-        is_full_at_once = start <= first and first + self.block_size <= end
-        exact = () if is_encoded and is_full_at_once else self._free[rank]
         groups = range(len(self.spec.windows)) if is_encoded else ()
         return NewBlock(
             rank,
-            tuple(free.pop() for free in exact),
+            tuple(free.pop() for free in self._free[rank]),
             tuple(self._encoded_id(rank, group, state.codec) for group in groups),
         )
 

@@ -13,7 +13,7 @@ from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge
 from kvcluster.attention.ring import Ring
 from kvcluster.cache.store import KVStore, Piece
-from kvcluster.types import ModelSpec
+from kvcluster.types import EXACT, ModelSpec
 
 
 class ChunkAttention:
@@ -26,81 +26,117 @@ class ChunkAttention:
 
     def attend(
         self, layer: int, part: SequencePart, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor
-    ) -> Partial:
-        """This rank's rows of the part, causal. q, k and v are of all its packed rows."""
+    ) -> Partial | None:
+        """This rank's rows of the part over the chunk's keys and those right before it that are
+        read exact; causal. None without rows. q, k and v are of all its packed rows."""
         geometry = self._spec.layers[layer]
-        exact = self._gather(part, k_TKD, v_TKD)
-        if part.encoded_at_once or part.drops_inside(geometry.window):
-            return self._attend_by_blocks(layer, part, q_THD, exact)
+        near = self._gather(layer, part, k_TKD, v_TKD)
+        if near is None:
+            return None
+        near_start = part.near_start(geometry.window)
+        encoded = range(
+            max(part.block_size, near_start), part.exact_start(part.end - 1), part.block_size
+        )
+        if part.codec != EXACT and encoded:
+            read = self._as_read(layer, part, near, encoded)
+            return self._attend_by_blocks(layer, part, q_THD, near, read)
+        if part.drops_inside(geometry.window):
+            return self._attend_by_blocks(layer, part, q_THD, near, near)
         row = part.row_offset
         partials = []
         for piece in part.own_pieces:
             size = piece.end - piece.start
             q_piece = q_THD[row : row + size]
-            partials.append(attend_causal(q_piece, *exact, geometry, piece.start - part.start))
+            partials.append(attend_causal(q_piece, *near, geometry, piece.start - near_start))
             row += size
         return concatenate(partials)
 
     def _attend_by_blocks(
-        self, layer: int, part: SequencePart, q_THD: Tensor, exact: Piece
+        self, layer: int, part: SequencePart, q_THD: Tensor, near: Piece, read: Piece
     ) -> Partial:
-        """The same, each block of rows by itself: over its own keys as they are, over earlier
-        blocks of the chunk as they will be read later, as far as the policy keeps them."""
+        """The same, each block of rows by itself: over near keys as they are, over earlier ones as
+        they are read, as far as the policy keeps them."""
         geometry = self._spec.layers[layer]
-        read = self._round_trip(layer, part, exact) if part.encoded_at_once else exact
+        near_start = part.near_start(geometry.window)
         row = part.row_offset
         partials = []
         for block in _own_blocks(part):
-            first, last = block.start - part.start, block.stop - part.start
-            q_block = q_THD[row : row + last - first]
-            own = attend_causal(q_block, *_rows(exact, slice(first, last)), geometry, 0)
-            earlier = _rows(read, slice(first))
+            first, last = block.start - near_start, block.stop - near_start
+            low = max(0, part.exact_start(block.start) - near_start)
             if part.drops_inside(geometry.window):
-                earlier = _kept(earlier, part, block.start)
-            partials.append(merge(attend_earlier(q_block, *earlier, geometry), own))
+                low = max(low, _recent_start(part, block.start) - near_start)
+            q_block = q_THD[row : row + last - first]
+            own = attend_causal(q_block, *_rows(near, slice(low, last)), geometry, first - low)
+            earlier = _rows(read, slice(low))
+            if part.drops_inside(geometry.window):
+                earlier = _kept(earlier, part, near_start, block.start)
+            seen = attend_earlier(q_block, *earlier, geometry, gap=first - low)
+            partials.append(merge(seen, own))
             row += last - first
         return concatenate(partials)
 
-    def _round_trip(self, layer: int, part: SequencePart, exact: Piece) -> Piece:
-        """The chunk's keys with every block that is encoded at once as the codec restores it."""
-        at_once, size = part.encoded_at_once, part.block_size
-        span = slice(at_once.start - part.start, at_once.stop - part.start)
-        starts_B = torch.arange(at_once.start, at_once.stop, size)
-        blocks = [whole_blocks(plane[:, span].transpose(0, 1), size) for plane in exact]
-        read = [plane.clone() for plane in exact]
+    def _as_read(self, layer: int, part: SequencePart, near: Piece, encoded: range) -> Piece:
+        """The near keys with the blocks of these first positions as the codec restores them."""
+        near_start = part.near_start(self._spec.layers[layer].window)
+        span = slice(encoded.start - near_start, encoded[-1] + part.block_size - near_start)
+        blocks = [whole_blocks(plane[:, span].transpose(0, 1), part.block_size) for plane in near]
+        read = [plane.clone() for plane in near]
+        starts_B = torch.tensor(encoded)
         for plane, restored in zip(
             read, self._store.round_trip(layer, part.codec, Piece(*blocks), starts_B), strict=True
         ):
             plane[:, span] = restored
         return Piece(*read)
 
-    def _gather(self, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor) -> Piece:
-        """k_KSD and v_KSD of the chunk, everybody's, in order of position."""
-        own = (k_TKD[part.rows], v_TKD[part.rows])
-        if part.num_rows[self._ring.rank] == part.num_tokens:
-            return Piece(own[0].transpose(0, 1), own[1].transpose(0, 1))
-        others = [
-            rank
-            for rank in range(self._ring.size)
-            if rank != self._ring.rank and part.num_rows[rank]
+    def _gather(self, layer: int, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor) -> Piece | None:
+        """k_KSD and v_KSD of the near keys, everybody's, in order of position; None for a rank
+        without rows, which sends its own all the same."""
+        here, window = self._ring.rank, self._spec.layers[layer].window
+        num_keys = [
+            part.num_near(window, rank) + part.num_rows[rank] for rank in range(self._ring.size)
         ]
+        own = self._own_near(layer, part, k_TKD, v_TKD)
+        if num_keys[here] == sum(num_keys):
+            return own if part.num_rows[here] else None
+        others = [rank for rank in range(self._ring.size) if rank != here]
+        receivers = [rank for rank in others if part.num_rows[rank] and num_keys[here]]
+        senders = [rank for rank in others if part.num_rows[here] and num_keys[rank]]
         received = {
-            rank: tuple(plane.new_empty((part.num_rows[rank], *plane.shape[1:])) for plane in own)
-            for rank in others
+            rank: Piece(
+                *(
+                    plane.new_empty((plane.shape[0], num_keys[rank], plane.shape[2]))
+                    for plane in own
+                )
+            )
+            for rank in senders
         }
+        sent = [plane.contiguous() for plane in own]
         self._ring.exchange(
-            [(rank, plane) for rank in others for plane in own],
-            [(rank, plane) for rank in others for plane in received[rank]],
+            [(rank, plane) for rank in receivers for plane in sent],
+            [(rank, plane) for rank in senders for plane in received[rank]],
         ).wait()
-        received[self._ring.rank] = own
+        if not part.num_rows[here]:
+            return None
+        received[here] = own
         taken = dict.fromkeys(received, 0)
-        pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for piece in part.pieces:
+        pieces: list[Piece] = []
+        for piece in part.near_pieces(window):
             first = taken[piece.rank]
             last = taken[piece.rank] = first + piece.end - piece.start
-            for plane, ordered in zip(received[piece.rank], pieces, strict=True):
-                ordered.append(plane[first:last])
-        return Piece(torch.cat(pieces[0]).transpose(0, 1), torch.cat(pieces[1]).transpose(0, 1))
+            pieces.append(_rows(received[piece.rank], slice(first, last)))
+        k_KSD, v_KSD = (torch.cat(planes, dim=1) for planes in zip(*pieces, strict=True))
+        return Piece(k_KSD, v_KSD)
+
+    def _own_near(self, layer: int, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor) -> Piece:
+        """Those of this rank."""
+        geometry = self._spec.layers[layer]
+        rows = Piece(k_TKD[part.rows].transpose(0, 1), v_TKD[part.rows].transpose(0, 1))
+        if not part.num_near(geometry.window, self._ring.rank):
+            return rows
+        runs = part.near_runs(self._spec.group_of(geometry), geometry.window)
+        cached = self._store.gather(layer, runs).planes
+        k_KSD, v_KSD = (torch.cat(planes, dim=1) for planes in zip(cached, rows, strict=True))
+        return Piece(k_KSD, v_KSD)
 
 
 def whole_blocks(x_TKD: Tensor, block_size: int) -> Tensor:
@@ -119,13 +155,17 @@ def _own_blocks(part: SequencePart) -> Iterator[range]:
             start = end
 
 
-def _kept(earlier: Piece, part: SequencePart, position: int) -> Piece:
-    """What the block of `position` reads of the chunk's earlier tokens: the first block and the
-    latest ones."""
+def _recent_start(part: SequencePart, position: int) -> int:
+    """First position that the row reads, but for the first block."""
     assert part.recent_blocks is not None
-    size = part.block_size
-    num_first = max(0, size - part.start)
-    low = (position // size - part.recent_blocks + 1) * size - part.start
+    return max(0, position // part.block_size - part.recent_blocks + 1) * part.block_size
+
+
+def _kept(earlier: Piece, part: SequencePart, near_start: int, position: int) -> Piece:
+    """What the block of `position` reads of these earlier keys: those of the first block and the
+    latest ones."""
+    num_first = max(0, part.block_size - near_start)
+    low = _recent_start(part, position) - near_start
     if low <= num_first:
         return earlier
     return Piece(*(torch.cat([plane[:, :num_first], plane[:, low:]], dim=1) for plane in earlier))

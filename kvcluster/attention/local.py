@@ -96,14 +96,17 @@ def attend_causal(
     return merge(attend(q_THD, k_KSD[:, :first], v_KSD[:, :first], layer), own)
 
 
-def attend_earlier(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry) -> Partial:
-    """Attention of consecutive tokens over the S keys right before them."""
+def attend_earlier(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, *, gap: int
+) -> Partial:
+    """Attention of consecutive tokens over S consecutive keys that end `gap` tokens before them."""
     num_tokens, num_keys = q_THD.shape[0], k_KSD.shape[1]
     if layer.window is None:
         return attend(q_THD, k_KSD, v_KSD, layer)
-    low = max(0, num_keys - layer.window + 1)
+    first = num_keys + gap
+    low = min(num_keys, max(0, first - layer.window + 1))
     mask_TS = visible(
-        torch.arange(num_keys, num_keys + num_tokens, device=q_THD.device),
+        torch.arange(first, first + num_tokens, device=q_THD.device),
         torch.arange(low, num_keys, device=q_THD.device),
         layer.window,
     )

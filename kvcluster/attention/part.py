@@ -21,18 +21,20 @@ class CacheRules(NamedTuple):
     """How a sequence is kept: its policy, as attention needs it."""
 
     codec: str = EXACT
+    exact_blocks: int = 0
+    """With a codec, a row in block j reads block 0 and the blocks from j - exact_blocks on exact,
+    the others encoded."""
     recent_blocks: int | None = None
     """In layers without a window, a row in block j reads block 0 and the blocks after
     j - recent_blocks; None: all."""
 
 
 class FullBlocks(NamedTuple):
-    """Blocks of this rank that are encoded, and where their tokens are."""
+    """Blocks of this rank that become encoded, and the slots of their tokens."""
 
     starts_B: Tensor
     encoded_ids_B: Tensor
-    first_row: int
-    """This rank's packed row of the first token; the others follow."""
+    runs: list[slice]
 
 
 class SequencePart:
@@ -53,22 +55,23 @@ class SequencePart:
         row_offset: int,
         rules: CacheRules,
     ) -> None:
-        """In a sequence with a codec, a part that starts inside a block ends with that block."""
         self._table = table
         self.rank = rank
         self.start = start
         self.num_tokens = num_tokens
         self.row_offset = row_offset
+        self.end = start + num_tokens
         self.codec = rules.codec
         self.recent_blocks = rules.recent_blocks
-        self.pieces = table.pieces(start, start + num_tokens)
+        self._exact_blocks = rules.exact_blocks
+        self.pieces = table.pieces(start, self.end)
         self.num_rows = tuple(
             sum(piece.end - piece.start for piece in self.pieces if piece.rank == other)
             for other in range(table.num_ranks)
         )
         self.has_chunk = num_tokens > 1
-        self.history_end = start if self.has_chunk else start + 1
-        held = [table.num_tokens(other, 0, self.history_end) for other in range(table.num_ranks)]
+        history_end = self.near_start(None) if self.has_chunk else self.end
+        held = [table.num_tokens(other, 0, history_end) for other in range(table.num_ranks)]
         self.is_local = not any(
             (held[other] or self.num_rows[other]) and other != self.pieces[0].rank
             for other in range(table.num_ranks)
@@ -88,90 +91,85 @@ class SequencePart:
 
     def positions(self, rank: int) -> Tensor:
         """Positions of a rank's rows, ascending."""
-        return torch.from_numpy(
-            self._table.positions(rank, self.start, self.start + self.num_tokens)
-        )
+        return torch.from_numpy(self._table.positions(rank, self.start, self.end))
 
     @property
     def block_size(self) -> int:
         return self._table.block_size
 
-    @property
-    def encoded_at_once(self) -> range:
-        """Positions of the blocks that the part fills from their first token, without the
-        sequence's first block: these are never written exact."""
-        if self.codec == EXACT:
-            return range(0)
+    def near_start(self, window: int | None) -> int:
+        """Where the keys begin that the chunk's rows read by themselves, in a layer with this
+        window: its own and, with a codec, earlier ones that some row reads exact."""
+        if self.codec == EXACT or not self.has_chunk:
+            return self.start
         size = self._table.block_size
-        first = max(size, -(-self.start // size) * size)
-        return range(first, max(first, (self.start + self.num_tokens) // size * size))
+        block = self.start // size - self._exact_blocks
+        if window is not None:
+            block = max(block, (self.start - window + 1) // size)
+        elif self.recent_blocks is not None:
+            block = max(block, self.start // size - self.recent_blocks + 1)
+        return max(0, block) * size
+
+    def near_pieces(self, window: int | None) -> list[Piece]:
+        """Owners of those keys, in order of position."""
+        return self._table.pieces(self.near_start(window), self.end)
+
+    def num_near(self, window: int | None, rank: int) -> int:
+        """How many of those keys are in the cache of a rank."""
+        return self._table.num_tokens(rank, self.near_start(window), self.start)
+
+    def near_runs(self, group: int, window: int | None) -> list[slice]:
+        """Slots of those on this rank."""
+        return self._table.runs(self.rank, group, self.near_start(window), self.start)
+
+    def exact_start(self, position: int) -> int:
+        """First position that the row reads exact, but for the first block."""
+        return max(0, position // self._table.block_size - self._exact_blocks) * self.block_size
 
     def slots(self, group: int) -> Tensor:
-        """Slots of this rank's rows that are written exact."""
-        at_once, end = self.encoded_at_once, self.start + self.num_tokens
-        spans = [(self.start, end)]
-        if at_once:
-            spans = [(self.start, at_once.start), (at_once.stop, end)]
-        runs = [run for span in spans for run in self._table.runs(self.rank, group, *span)]
+        """Slots of this rank's rows."""
+        runs = self._table.runs(self.rank, group, self.start, self.end)
         if not runs:
             return torch.empty(0, dtype=torch.long)
         return torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
-    def exact_rows(self) -> list[slice]:
-        """This rank's packed rows that are written exact."""
-        rows = self.rows
-        if not self.encoded_at_once:
-            return [rows]
-        at_once = self.full_blocks(0)
-        last = at_once.first_row + len(at_once.starts_B) * self._table.block_size
-        return [slice(rows.start, at_once.first_row), slice(last, rows.stop)]
-
-    def full_blocks(self, group: int) -> FullBlocks:
-        """This rank's blocks of `encoded_at_once`."""
-        at_once = self.encoded_at_once
-        return FullBlocks(
-            *self._encoded(group, at_once.start, at_once.stop),
-            self.row_offset + self._table.num_tokens(self.rank, self.start, at_once.start),
-        )
-
-    def completed(self, group: int) -> tuple[FullBlocks, list[slice]] | None:
-        """This rank's block that was begun before the part and is full after it, and the slots
-        of its exact tokens. None where there is none, or it stays exact."""
-        size = self._table.block_size
-        first, end = self.start // size * size, self.start + self.num_tokens
-        is_completed = end == first + size and self.start > first and first > 0
-        if self.codec == EXACT or not is_completed or self._table.owner(first) != self.rank:
+    def full_blocks(self, group: int) -> FullBlocks | None:
+        """This rank's blocks that no row after this part reads exact. None where there are none."""
+        if self.codec == EXACT:
             return None
-        return (
-            FullBlocks(*self._encoded(group, first, end), 0),
-            self._table.runs(self.rank, group, first, end),
-        )
-
-    def _encoded(self, group: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        return (
-            torch.from_numpy(self._table.block_starts(self.rank, start, end)),
+        size = self._table.block_size
+        start = max(size, self.exact_start(self.start), self._table.released(group).stop * size)
+        end = self.exact_start(self.end)
+        starts = self._table.block_starts(self.rank, start, end)
+        if not len(starts):
+            return None
+        return FullBlocks(
+            torch.from_numpy(starts),
             torch.from_numpy(self._table.encoded_ids(self.rank, group, start, end)),
+            self._table.runs(self.rank, group, start, end),
         )
 
     def history(self, group: int, window: int | None) -> History:
         """The keys that any row of this part may read in the group. Cached."""
         found = self._histories.get((group, window))
         if found is None:
-            size = self._table.block_size
             found = history(
                 self._table,
                 group,
                 self._history_spans(window),
-                encoded_below=0 if self.codec == EXACT else self.start // size * size,
+                encoded_below=0 if self.codec == EXACT else self.exact_start(self.start),
                 rank=self.rank,
             )
             self._histories[group, window] = found
         return found
 
     def _history_spans(self, window: int | None) -> tuple[range, ...]:
-        end, size = self.history_end, self._table.block_size
+        end, size = self.end, self._table.block_size
+        if self.has_chunk:
+            end = self.near_start(window)
         if window is not None:
-            return (range(max(0, self.start - window + 1), end),)
+            first = max(0, self.start - window + 1)
+            return (range(first, max(first, end)),)
         if self.recent_blocks is not None:
             first_block = self.start // size - self.recent_blocks + 1
             if first_block > 1:
@@ -184,7 +182,7 @@ class SequencePart:
         if self.recent_blocks is None or window is not None:
             return False
         size = self._table.block_size
-        first_block, last_block = self.start // size, (self.start + self.num_tokens - 1) // size
+        first_block, last_block = self.start // size, (self.end - 1) // size
         return last_block > first_block and last_block - self.recent_blocks + 1 > 1
 
     def mask(

@@ -58,15 +58,17 @@ class StepAttention:
         """out_THD of this rank's rows, in q's dtype. All ranks must be in the same layer: one
         without rows calls this with T = 0, because its keys are read all the same."""
         if len(q_THD):
-            self._write(layer, k_TKD, v_TKD)
+            places = self._row_places(self._groups[layer], k_TKD.device)
+            self._store.write(layer, places, k_TKD, v_TKD)
         self._read_parts.clear()
         partials = self._attend_history(layer, q_THD)
         for part in self._parts:
-            if part.has_chunk and part.num_rows[self._ring.rank]:
+            if part.has_chunk:
                 inside = self._chunks.attend(layer, part, q_THD, k_TKD, v_TKD)
-                partials[part] = merge(partials[part], inside) if part in partials else inside
+                if inside is not None:
+                    partials[part] = merge(partials[part], inside) if part in partials else inside
         for part in self._encoded_parts:
-            self._encode_completed(layer, part)
+            self._encode_full(layer, part)
         if not partials:
             return q_THD
         whole = concatenate([partials[part] for part in self._parts if part in partials])
@@ -74,34 +76,16 @@ class StepAttention:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
 
-    def _write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """Keep this rank's rows: exact, or whole blocks encoded."""
-        group = self._groups[layer]
-        places = self._row_places(group, k_TKD.device)
-        if not self._encoded_parts:
-            self._store.write(layer, places, k_TKD, v_TKD)
-            return
-        rows = [rows for part in self._parts for rows in part.exact_rows()]
-        k_exact_TKD = torch.cat([k_TKD[span] for span in rows])
-        v_exact_TKD = torch.cat([v_TKD[span] for span in rows])
-        self._store.write(layer, places, k_exact_TKD, v_exact_TKD)
-        for part in self._encoded_parts:
-            full = part.full_blocks(group)
-            if len(full.starts_B):
-                span = slice(full.first_row, full.first_row + len(full.starts_B) * part.block_size)
-                blocks = Piece(
-                    *(whole_blocks(x_TKD[span], part.block_size) for x_TKD in (k_TKD, v_TKD))
-                )
-                self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, full.starts_B)
-
-    def _encode_completed(self, layer: int, part: SequencePart) -> None:
-        """The block that this part has filled goes where full blocks are."""
-        completed = part.completed(self._groups[layer])
-        if completed is not None:
-            block, runs = completed
-            exact = self._store.gather(layer, runs)
-            kv_BKSD = Piece(*(plane[None] for plane in exact.planes))
-            self._store.encode(layer, part.codec, block.encoded_ids_B, kv_BKSD, block.starts_B)
+    def _encode_full(self, layer: int, part: SequencePart) -> None:
+        """Blocks that are read exact no more go where encoded ones are."""
+        full = part.full_blocks(self._groups[layer])
+        if full is not None:
+            exact = self._store.gather(layer, full.runs)
+            k_BKSD, v_BKSD = (
+                whole_blocks(plane.transpose(0, 1), part.block_size) for plane in exact.planes
+            )
+            blocks = Piece(k_BKSD, v_BKSD)
+            self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, full.starts_B)
 
     def _row_places(self, group: int, device: torch.device) -> Places:
         places = self._places_by_group.get(group)

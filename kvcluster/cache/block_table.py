@@ -13,7 +13,7 @@ class TableEntry(NamedTuple):
 
     rank: Rank
     block_ids: tuple[BlockId, ...]
-    """Exact blocks. Empty: the entry is encoded as a whole."""
+    """Exact blocks."""
     encoded_ids: tuple[BlockId, ...] = ()
     """Blocks of the table's codec. Empty: the entry stays exact."""
 

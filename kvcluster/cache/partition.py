@@ -51,13 +51,16 @@ class Partition:
         tenant: TenantId,
         limit_blocks: int | None = None,
         encoded_per_page: Callable[[str], Sequence[int]] = _no_codec,
+        exact_recent: int = 0,
     ) -> None:
-        """`encoded_per_page`: how many blocks of a codec a page of each group holds."""
+        """`encoded_per_page`: how many blocks of a codec a page of each group holds.
+        `exact_recent`: full blocks that a table with a codec keeps exact, beside its first one."""
         self.tenant = tenant
         self.limit_blocks = limit_blocks
         self._pools = tuple(tuple(groups) for groups in pools)
         self._used = [0] * self.num_groups
         self._encoded_per_page = encoded_per_page
+        self._exact_recent = exact_recent
         self._encoded: dict[str, tuple[tuple[EncodedPool, ...], ...]] = {}
 
     @property
@@ -89,31 +92,27 @@ class Partition:
         """Free blocks of the rank over all groups: the measure of how empty it is."""
         return sum(pool.num_free for pool in self._pools[rank])
 
-    def append(self, table: BlockTable, rank: Rank, *, is_whole: bool = False) -> TableEntry | None:
+    def append(self, table: BlockTable, rank: Rank) -> TableEntry | None:
         """Take a block in every group of `rank` and add the entry to `table`.
 
-        In a table with a codec all entries but the first get encoded blocks, and exact ones
-        beside them unless the entry `is_whole`: filled by the step that it is taken for.
+        In a table with a codec all entries but the first get an encoded block beside the exact one.
         None, and nothing taken, when any group has none left or the limit is reached.
         """
         is_encoded = table.codec != EXACT and len(table) > 0
         taken: list[HeldBlock] = []
         for group in range(self.num_groups):
-            encoded_id = block_id = NO_BLOCK
+            encoded_id = NO_BLOCK
             if is_encoded:
                 encoded_id = self._take_encoded(table.codec, rank, group)
-            if not (is_encoded and is_whole):
-                block_id = self._take_exact(rank, group, after=table.last_id(rank, group))
+            block_id = self._take_exact(rank, group, after=table.last_id(rank, group))
             taken.append(HeldBlock(rank, block_id, encoded_id))
-            if (is_encoded and encoded_id == NO_BLOCK) or (
-                not (is_encoded and is_whole) and block_id == NO_BLOCK
-            ):
+            if block_id == NO_BLOCK or (is_encoded and encoded_id == NO_BLOCK):
                 for group_taken, held in enumerate(taken):
                     self._release(table.codec, group_taken, held)
                 return None
         entry = TableEntry(
             rank,
-            () if is_encoded and is_whole else tuple(held.block_id for held in taken),
+            tuple(held.block_id for held in taken),
             tuple(held.encoded_id for held in taken) if is_encoded else (),
         )
         table.add(entry)
@@ -137,13 +136,14 @@ class Partition:
                 self._release(table.codec, group, held)
 
     def blocks_for(self, entries: Sequence[int], codec: str) -> tuple[int, ...]:
-        """Exact blocks' worth of memory that so many entries (one number per group) take, in
-        whole pages where they are encoded."""
+        """Exact blocks' worth of memory that so many entries (one number per group) take between
+        steps, in whole pages where they are encoded."""
         if codec == EXACT:
             return tuple(entries)
-        # Two stay exact: the first one and the one that is being filled.
+        # The first one stays exact, the latest ones, and the one that is being filled.
+        num_exact = 2 + self._exact_recent
         return tuple(
-            min(count, 2) + PAGE_BLOCKS * -(-max(0, count - 1) // per_page)
+            min(count, num_exact) + PAGE_BLOCKS * -(-max(0, count - 1) // per_page)
             for count, per_page in zip(entries, self._encoded_per_page(codec), strict=True)
         )
 

@@ -77,6 +77,10 @@ class SequenceMap:
         """The group's blocks of these entries belong to others now; they begin as before."""
         self._released[group] = released
 
+    def released(self, group: int) -> range:
+        """The entries that were released."""
+        return self._released[group]
+
     def owner(self, position: int) -> int:
         return self._owners[position // self.block_size]
 

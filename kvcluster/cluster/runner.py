@@ -77,9 +77,18 @@ class _Rows:
 class _SequenceState:
     """What every rank remembers of a sequence between steps."""
 
-    def __init__(self, table: SequenceMap, sampling: SequenceSampling, policy: Policy) -> None:
+    def __init__(
+        self,
+        table: SequenceMap,
+        sampling: SequenceSampling,
+        policy: Policy,
+        *,
+        exact_blocks: int,
+    ) -> None:
         self.table = table
-        self.rules = CacheRules(policy.codec, recent_blocks(policy.retention, table.block_size))
+        self.rules = CacheRules(
+            policy.codec, exact_blocks, recent_blocks(policy.retention, table.block_size)
+        )
         self.sampling = sampling
         self.last_token: int | None = None
 
@@ -95,6 +104,7 @@ class StepRunner:
         ring: Ring,
         epoch: int,
         block_size: int,
+        exact_blocks: int,
         share: ThreadShare | None = None,
     ) -> None:
         self._model = model
@@ -103,6 +113,7 @@ class StepRunner:
         self._ring = ring
         self._epoch = epoch
         self._block_size = block_size
+        self._exact_blocks = exact_blocks
         self._share = share
         self._next_step = 1
         self._sequences: dict[int, _SequenceState] = {}
@@ -152,6 +163,7 @@ class StepRunner:
                 ),
                 SequenceSampling(params=start.sampling, end_token_ids=self._spec.eos_token_ids),
                 start.policy,
+                exact_blocks=self._exact_blocks,
             )
         for release in plan.released:
             self._sequences[release.sequence].table.release(

@@ -23,11 +23,10 @@ class NewBlock(msgspec.Struct, frozen=True, array_like=True):
 
     rank: int
     block_ids: tuple[int, ...]
-    """One id per KV group (`ModelSpec.windows`), in that rank's pools of exact blocks. Empty: the
-    step fills the whole block, which is encoded at once."""
+    """One id per KV group (`ModelSpec.windows`), in that rank's pools of exact blocks."""
     encoded_ids: tuple[int, ...] = ()
-    """Likewise, in its pools of the policy's codec, where the block goes when it is full. Empty:
-    it stays exact. The exact block is free after the step that fills it."""
+    """Likewise, in its pools of the policy's codec, where the block goes when no row reads it exact
+    any more: its exact block is free after that step. Empty: it stays exact."""
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):

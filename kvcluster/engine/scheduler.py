@@ -90,6 +90,7 @@ class Scheduler:
         self._spec = spec
         self._windows = spec.windows
         self._block_size = cache.block_size
+        self._exact_recent = cache.exact_recent_blocks
         self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
         self._config = engine
         self._partition = partition
@@ -159,10 +160,6 @@ class Scheduler:
         within = request.num_planned + budget
         if end > within:
             end = within // self._block_size * self._block_size
-        begun = request.num_planned % self._block_size
-        if begun and request.policy.codec != EXACT:
-            # Rows of the block that is begun read it exact, those after it do not.
-            end = min(end, request.num_planned - begun + self._block_size)
         return end
 
     def _extend(self, draft: _Draft, request: Request, end: int) -> int:
@@ -212,6 +209,10 @@ class Scheduler:
             chunk_tokens=self._chunk_tokens,
         )
         blocks = self._partition.blocks_for(entries, request.policy.codec)
+        if request.policy.codec != EXACT:
+            # A chunk is exact until its step has run.
+            in_chunk = -(-self._chunk_tokens // self._block_size)
+            blocks = tuple(count + in_chunk for count in blocks)
         # Each running request will soon want one more; without it the newcomer is preempted.
         return self._partition.has_room([count + len(self.running) for count in blocks])
 
@@ -241,12 +242,10 @@ class Scheduler:
             return []
         appended: list[NewBlock] = []
         for rank in self._owners(request, table, count):
-            first = len(table) * self._block_size
-            is_whole = request.num_planned <= first and first + self._block_size <= end
-            entry = self._partition.append(table, rank, is_whole=is_whole)
+            entry = self._partition.append(table, rank)
             if entry is None:
                 emptiest = self._emptiest_first(table)[0]
-                entry = self._partition.append(table, emptiest, is_whole=is_whole)
+                entry = self._partition.append(table, emptiest)
             if entry is None:
                 break
             appended.append(NewBlock(entry.rank, entry.block_ids, entry.encoded_ids))
@@ -298,7 +297,6 @@ class Scheduler:
         if samples:
             request.has_sampled = True
             request.num_pending += 1
-        self._note_peak(request)
 
     def _route(self, num_new_tokens: int, num_history_tokens: int, codec: str) -> Route:
         if self._config.history_route != "auto":
@@ -313,7 +311,9 @@ class Scheduler:
         )
 
     def _note_peak(self, request: Request) -> None:
-        assert request.table is not None, "a running request has a table"
+        """Take note of what the request holds between steps."""
+        if request.table is None:
+            return
         held = sum(
             num_blocks * num_bytes
             for num_blocks, num_bytes in zip(
@@ -341,18 +341,19 @@ class Scheduler:
         for part, request in zip(draft.parts, draft.requests, strict=True):
             self._release_encoded(part, request)
             self._release_unread(request)
+            self._note_peak(request)
         return Schedule(step=PlannedStep(plan, tuple(draft.requests)), refused=refused)
 
     def _release_encoded(self, part: SequenceStep, request: Request) -> None:
-        """Free the exact blocks that the step fills: the ranks encode them in this very step."""
+        """Free the exact blocks that no later row reads: the ranks encode them in this step."""
         table = request.table
         if table is None or table.codec == EXACT:
             return
-        filled = range(
-            max(1, part.start // self._block_size),
-            (part.start + part.num_tokens) // self._block_size,
+        first, last = (
+            position // self._block_size - self._exact_recent
+            for position in (part.start, part.start + part.num_tokens)
         )
-        for entry in filled:
+        for entry in range(max(1, first), last):
             self._partition.release_exact(table, entry)
 
     def _release_unread(self, request: Request) -> None:

@@ -53,7 +53,12 @@ def engine_service(
         spec=spec,
         cache=config.cache,
         config=config.engine,
-        partition=Partition(pools, tenant=DEFAULT_TENANT, encoded_per_page=encoded_per_page),
+        partition=Partition(
+            pools,
+            tenant=DEFAULT_TENANT,
+            encoded_per_page=encoded_per_page,
+            exact_recent=config.cache.exact_recent_blocks,
+        ),
         choose_route=choose_route,
         menu=Menu((*CODEC_METHODS, *RETENTION_METHODS)),
         refusal=refusal,

@@ -41,9 +41,10 @@ class Serving:
     route: Route = Route.PASS_KV
     turn: int = 0
     """Which rank comes first."""
+    exact_blocks: int = 0
 
 
-def defined(policy: Policy, num_tokens: int) -> list[Tensor]:
+def defined(policy: Policy, num_tokens: int, exact_blocks: int) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
     layers = () if policy.codec == EXACT else MODEL_CODECS.layers(policy.codec)
     recent = recent_blocks(policy.retention, BLOCK_SIZE)
@@ -53,7 +54,7 @@ def defined(policy: Policy, num_tokens: int) -> list[Tensor]:
         if recent is None
         else WindowRetention(recent=recent * BLOCK_SIZE, block_size=BLOCK_SIZE),
         lambda layer: LayerCodecs(*layers[layer]) if layers else None,
-        exact=ExactTokens(block_size=BLOCK_SIZE),
+        exact=ExactTokens(block_size=BLOCK_SIZE, lag=exact_blocks),
     )
     return [
         attention.attend(layer, *(x[:num_tokens] for x in qkv), None)
@@ -64,7 +65,11 @@ def defined(policy: Policy, num_tokens: int) -> list[Tensor]:
 def served(policy: Policy, serving: Serving) -> list[Tensor]:
     MODEL.recorded.clear()
     group = ReferenceGroup(
-        MODEL.loaded, num_ranks=serving.num_ranks, block_size=BLOCK_SIZE, codecs=MODEL_CODECS
+        MODEL.loaded,
+        num_ranks=serving.num_ranks,
+        block_size=BLOCK_SIZE,
+        codecs=MODEL_CODECS,
+        exact_blocks=serving.exact_blocks,
     )
     group.start(7, [3] * sum(serving.chunks), policy)
     ranks = [(serving.turn + rank) % serving.num_ranks for rank in range(serving.num_ranks)]
@@ -82,7 +87,9 @@ def served(policy: Policy, serving: Serving) -> list[Tensor]:
 def check(policy: Policy, serving: Serving) -> None:
     ours = served(policy, serving)
 
-    for ours_THD, defined_THD in zip(ours, defined(policy, len(ours[0])), strict=True):
+    for ours_THD, defined_THD in zip(
+        ours, defined(policy, len(ours[0]), serving.exact_blocks), strict=True
+    ):
         # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
         torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
 
@@ -90,7 +97,9 @@ def check(policy: Policy, serving: Serving) -> None:
 @pytest.mark.parametrize("codec", EVERY_CODEC)
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_every_codec_is_served_as_it_is_defined(codec: str, num_ranks: int) -> None:
-    check(Policy(codec=codec), Serving(num_ranks=num_ranks, chunks=(64, 64, 22), num_decoded=20))
+    serving = Serving(num_ranks=num_ranks, chunks=(64, 70, 16), num_decoded=20, exact_blocks=1)
+
+    check(Policy(codec=codec), serving)
 
 
 @pytest.mark.parametrize("recent_tokens", [16, 48])
@@ -108,24 +117,25 @@ def test_a_window_is_served_as_it_is_defined(
 @pytest.mark.parametrize("route", list(Route))
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_route_carries_what_is_kept(route: Route, num_ranks: int, policy: Policy) -> None:
-    check(policy, Serving(num_ranks, chunks=(48, 32, 80), num_decoded=3, route=route))
+    serving = Serving(num_ranks, chunks=(48, 32, 80), num_decoded=3, route=route, exact_blocks=1)
+
+    check(policy, serving)
 
 
 @st.composite
 def servings(draw: st.DrawFn) -> Serving:
-    """Chunks end anywhere; one that begins inside a block ends with that block or before."""
+    """Chunks end anywhere."""
     num_tokens = draw(st.integers(1, 200))
     chunks: list[int] = []
     while sum(chunks) < num_tokens:
-        start = sum(chunks)
-        room = BLOCK_SIZE - start % BLOCK_SIZE if start % BLOCK_SIZE else num_tokens
-        chunks.append(draw(st.integers(1, min(room, num_tokens - start))))
+        chunks.append(draw(st.integers(1, num_tokens - sum(chunks))))
     return Serving(
         num_ranks=draw(st.integers(1, 4)),
         chunks=tuple(chunks),
         num_decoded=draw(st.integers(0, 18)),
         route=draw(st.sampled_from(list(Route))),
         turn=draw(st.integers(0, 3)),
+        exact_blocks=draw(st.sampled_from([0, 1, 1, 3])),
     )
 
 

@@ -42,10 +42,12 @@ def model() -> LoadedModel:
     return LoadedModel(spec=spec, module=module, device=torch.device("cpu"))
 
 
-def config(num_ranks: int) -> ClusterConfig:
+def config(num_ranks: int, exact_recent_tokens: int = 20) -> ClusterConfig:
     return ClusterConfig(
         model="tiny",
-        cache=CacheConfig(block_size=BLOCK_SIZE, capacity_tokens=4096),
+        cache=CacheConfig(
+            block_size=BLOCK_SIZE, capacity_tokens=4096, exact_recent_tokens=exact_recent_tokens
+        ),
         engine=EngineConfig(prefill_chunk_tokens=64, shard_min_tokens=32),
         ring=RingConfig(num_ranks=num_ranks),
     )
@@ -93,7 +95,8 @@ async def test_mixed_policies_give_what_each_gives_alone(num_ranks: int) -> None
 
 
 async def test_usage_and_estimate_fall_with_the_bits() -> None:
-    async with running_engine(model(), config(num_ranks=1)) as (service, _):
+    cluster = config(num_ranks=1, exact_recent_tokens=0)
+    async with running_engine(model(), cluster) as (service, _):
         used = {
             policy: (await generate(service, policy, seed=0))[1].kv_bytes
             for policy in (EXACT, "int8", "int4", "int2")

@@ -49,6 +49,7 @@ class EngineSimulation(RuleBasedStateMachine):
         windows=st.sampled_from(WINDOWS),
         lookahead=st.integers(1, 3),
         max_running=st.integers(1, 6),
+        exact_recent=st.sampled_from([0, 4, 9]),
     )
     def build(
         self,
@@ -60,10 +61,15 @@ class EngineSimulation(RuleBasedStateMachine):
         windows: tuple[int | None, ...],
         lookahead: int,
         max_running: int,
+        exact_recent: int,
     ) -> None:
         self.cluster = FakeCluster(
             spec=model_spec(windows=windows, max_context_tokens=200),
-            cache=CacheConfig(block_size=block_size, capacity_tokens=1024),
+            cache=CacheConfig(
+                block_size=block_size,
+                capacity_tokens=1024,
+                exact_recent_tokens=exact_recent,
+            ),
             config=EngineConfig(
                 prefill_chunk_tokens=chunk,
                 shard_min_tokens=shard_min,
