@@ -17,9 +17,15 @@ LATENT = (
     "latent:r=0.5",
     "latent:r=0.5,bits=8,values=exact",
     "latent:r=0.5,bits=4,values=rotated3,ranks=adaptive",
-    "latent:r=0.25,bits=3,keys=int4",
+    "latent:r=0.25,bits=3,keys=int4,windowed=int8",
 )
-EVERY_CODEC = (EXACT, *PLAIN, *LATENT, "int4:key_group=16,scale_bits=8", "int3:value_group=16")
+EVERY_CODEC = (
+    EXACT,
+    *PLAIN,
+    *LATENT,
+    "int4:key_group=16,scale_bits=8,values=rotated3",
+    "int3:value_group=16,windowed=exact",
+)
 """Every method, and combinations of their parameters."""
 
 

@@ -3,38 +3,15 @@
 from collections.abc import Sequence
 from typing import Final, Literal
 
-import torch
-
 from kvcluster.codec.array import ArrayCodec
 from kvcluster.codec.calibration import Basis, adaptive_ranks
-from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.latent import LatentKeys, LatentValues
 from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec
-from kvcluster.codec.plain_methods import (
-    FP8,
-    INT2,
-    INT3,
-    INT4,
-    INT8,
-    ROTATED2,
-    ROTATED3,
-    ROTATED4,
-)
+from kvcluster.codec.plain_methods import PLAIN
 from kvcluster.policy import Arguments, Method, Parameter, PlugPoint
-from kvcluster.types import EXACT
 
 _LATENT: Final = "latent"
 _RANK_MULTIPLE: Final = 4
-_PLAIN: Final = {
-    codec.method.name: codec
-    for codec in (FP8, INT8, INT4, INT3, INT2, ROTATED4, ROTATED3, ROTATED2)
-}
-_DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
 _Array = Literal["keys", "values"]
 
 
@@ -49,11 +26,7 @@ def _arrays(array: _Array, arguments: Arguments, model: CodecModel) -> Sequence[
     kind = str(arguments[array])
     if kind == _LATENT:
         return _latents(array, arguments, model)
-    if kind == EXACT:
-        return [ExactArray(_DTYPES[model.spec.dtype])] * len(model.spec.layers)
-    plain = _PLAIN[kind]
-    defaults = {parameter.name: parameter.default for parameter in plain.method.parameters}
-    layers = plain.layers(defaults, model)
+    layers = PLAIN[kind].with_defaults(model)
     return [layer.keys if array == "keys" else layer.values for layer in layers]
 
 
@@ -122,7 +95,7 @@ def _ranks(bases: Sequence[Basis], arguments: Arguments) -> Sequence[int]:
     return ranks
 
 
-_OTHERS: Final = (_LATENT, EXACT, *_PLAIN)
+_CHOICES: Final = (_LATENT, *PLAIN)
 
 LATENT: Final = CodecMethod(
     Method(
@@ -140,10 +113,10 @@ LATENT: Final = CodecMethod(
             ),
             Parameter(name="bits", meaning="bits of a latent", default=16, choices=(16, 8, 4, 3)),
             Parameter(
-                name="keys", meaning="how keys are written", default=_LATENT, choices=_OTHERS
+                name="keys", meaning="how keys are written", default=_LATENT, choices=_CHOICES
             ),
             Parameter(
-                name="values", meaning="how values are written", default=_LATENT, choices=_OTHERS
+                name="values", meaning="how values are written", default=_LATENT, choices=_CHOICES
             ),
             Parameter(
                 name="ranks",

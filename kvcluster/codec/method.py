@@ -41,3 +41,8 @@ class CodecMethod:
 
     method: Method
     layers: Callable[[Arguments, CodecModel], Sequence[LayerCodec]]
+
+    def with_defaults(self, model: CodecModel) -> Sequence[LayerCodec]:
+        """The codec of each layer with every parameter at its default."""
+        defaults = {parameter.name: parameter.default for parameter in self.method.parameters}
+        return self.layers(defaults, model)

@@ -1,13 +1,17 @@
 """Codecs that need no calibration: every layer is written alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
+import torch
+
+from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
 from kvcluster.codec.rotated import Rotated
 from kvcluster.policy import Arguments, Method, Parameter, PlugPoint
+from kvcluster.types import EXACT
 
 _GROUPS: Final = (16, 32, 64, 128, 256)
 _SPANS: Final = {3: (0.92, 0.84), 2: (0.85, 0.7)}
@@ -81,3 +85,21 @@ INT2: Final = _integers(2, group=32)
 ROTATED4: Final = _rotated(4)
 ROTATED3: Final = _rotated(3)
 ROTATED2: Final = _rotated(2)
+
+
+def _exact(_arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    array = ExactArray(dtypes[model.spec.dtype])
+    return [LayerCodec(array, array)] * len(model.spec.layers)
+
+
+PLAIN: Final[Mapping[str, CodecMethod]] = {
+    EXACT: CodecMethod(
+        Method(plug_point=PlugPoint.CODEC, name=EXACT, meaning="as the model gave them"), _exact
+    ),
+    **{
+        codec.method.name: codec
+        for codec in (FP8, INT8, INT4, INT3, INT2, ROTATED4, ROTATED3, ROTATED2)
+    },
+}
+"""All of them by name, and blocks that are not compressed, for parts of other codecs."""

@@ -1,30 +1,24 @@
-"""The codecs that exist beside `exact`. Adding one is a file and a line here."""
+"""The codecs that exist. Adding one is a file and a line here, or in `plain_methods.PLAIN`."""
 
 from collections.abc import Mapping
 from typing import Final
 
 from kvcluster.codec.latent_method import LATENT
 from kvcluster.codec.method import CodecMethod
-from kvcluster.codec.plain_methods import (
-    FP8,
-    INT2,
-    INT3,
-    INT4,
-    INT8,
-    ROTATED2,
-    ROTATED3,
-    ROTATED4,
-)
-from kvcluster.policy import Method, PlugPoint
+from kvcluster.codec.mixed import mixed
+from kvcluster.codec.plain_methods import PLAIN
+from kvcluster.policy import Method
 from kvcluster.types import EXACT
 
 CODECS: Final[Mapping[str, CodecMethod]] = {
-    codec.method.name: codec
-    for codec in (FP8, INT8, INT4, INT3, INT2, ROTATED4, ROTATED3, ROTATED2, LATENT)
+    codec.method.name: mixed(codec)
+    for codec in (*PLAIN.values(), LATENT)
+    if codec.method.name != EXACT
 }
+"""Without `exact`, which encodes nothing."""
 
 CODEC_METHODS: Final[tuple[Method, ...]] = (
-    Method(plug_point=PlugPoint.CODEC, name=EXACT, meaning="as the model gave them"),
+    PLAIN[EXACT].method,
     *(codec.method for codec in CODECS.values()),
 )
 """All of them, as policies name them."""

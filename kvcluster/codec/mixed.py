@@ -1,0 +1,51 @@
+"""Codecs of which values, or layers with a window, are written as by another codec.
+
+Values bear fewer bits than keys do, and layers with a window hold little: `int4:values=rotated3`,
+`int4:windowed=int8`. The other codec has its parameters at their defaults.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec
+from kvcluster.codec.plain_methods import PLAIN
+from kvcluster.policy import Arguments, Parameter
+
+SAME: Final = "same"
+_MIXED: Final = {
+    "values": "how values are written",
+    "windowed": "how layers with a window are written",
+}
+
+
+def mixed(codec: CodecMethod) -> CodecMethod:
+    """The codec with parameters `values` and `windowed`, where it has none of that name."""
+    own = {parameter.name for parameter in codec.method.parameters}
+    added = [
+        Parameter(name=name, meaning=meaning, default=SAME, choices=(SAME, *PLAIN))
+        for name, meaning in _MIXED.items()
+        if name not in own
+    ]
+
+    def layers(arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
+        base = codec.layers(arguments, model)
+        values = windowed = base
+        if "values" not in own:
+            values = _chosen(str(arguments["values"]), base, model)
+        if "windowed" not in own:
+            windowed = _chosen(str(arguments["windowed"]), base, model)
+        return [
+            windowed[layer]
+            if geometry.window is not None and arguments["windowed"] != SAME
+            else LayerCodec(base[layer].keys, values[layer].values)
+            for layer, geometry in enumerate(model.spec.layers)
+        ]
+
+    parameters = (*codec.method.parameters, *added)
+    return CodecMethod(msgspec.structs.replace(codec.method, parameters=parameters), layers)
+
+
+def _chosen(name: str, base: Sequence[LayerCodec], model: CodecModel) -> Sequence[LayerCodec]:
+    return base if name == SAME else PLAIN[name].with_defaults(model)
