@@ -35,7 +35,7 @@ def _latents(array: _Array, arguments: Arguments, model: CodecModel) -> list[Arr
     if calibration is None:
         raise ValueError(
             "latent codecs need a calibration file of the model: make one with "
-            "`kvcluster calibrate` and serve with --calibration"
+            "`kvcluster calibrate` and serve with --set calibration=FILE"
         )
     bases = [
         (layer.keys if array == "keys" else layer.values).to(model.device)

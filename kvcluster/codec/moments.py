@@ -57,19 +57,19 @@ class MomentSums:
         return int(self._sums["num_tokens"])
 
     def add(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """Count tokens in. Keys and queries are as they are before rotation."""
+        """Count tokens in. Keys and queries are as they are before rotation. Multiplies on the
+        device of the tensors."""
         num_tokens, num_kv_heads, key_dim = k_TKD.shape
         num_sharing = q_THD.shape[1] // num_kv_heads
-        q_TKGD = q_THD.detach().cpu().double()
-        q_TKGD = q_TKGD.reshape(num_tokens, num_kv_heads, num_sharing, key_dim)
-        k_TF, v_TF = (x.detach().cpu().double().flatten(1) for x in (k_TKD, v_TKD))
+        q_TKGD = q_THD.detach().double().reshape(num_tokens, num_kv_heads, num_sharing, key_dim)
+        k_TF, v_TF = (x.detach().double().flatten(1) for x in (k_TKD, v_TKD))
         sums = self._sums
         sums["num_tokens"] += num_tokens
-        sums["query"] += torch.einsum("tkgd,tkge->kde", q_TKGD, q_TKGD)
-        sums["key"] += k_TF.sum(0)
-        sums["key_squares"] += k_TF.T @ k_TF
-        sums["value"] += v_TF.sum(0)
-        sums["value_squares"] += v_TF.T @ v_TF
+        sums["query"] += torch.einsum("tkgd,tkge->kde", q_TKGD, q_TKGD).cpu()
+        sums["key"] += k_TF.sum(0).cpu()
+        sums["key_squares"] += (k_TF.T @ k_TF).cpu()
+        sums["value"] += v_TF.sum(0).cpu()
+        sums["value_squares"] += (v_TF.T @ v_TF).cpu()
 
     def moments(self) -> LayerMoments:
         """Means of the sums so far. Raises: ValueError when no token was added."""
