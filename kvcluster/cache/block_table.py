@@ -64,11 +64,10 @@ class BlockTable:
     def add(self, entry: TableEntry) -> None:
         none = (NO_BLOCK,) * len(self.block_ids)
         self.owners.append(entry.rank)
-        for group, block_id in enumerate(entry.block_ids or none):
+        for group, block_id in enumerate(entry.block_ids):
             self.block_ids[group].append(block_id)
-            if block_id != NO_BLOCK:
-                self._last_ids[group][entry.rank] = block_id
-                self._num_exact[group] += 1
+            self._last_ids[group][entry.rank] = block_id
+            self._num_exact[group] += 1
         for group, block_id in enumerate(entry.encoded_ids or none):
             self.encoded_ids[group].append(block_id)
             self._num_encoded[group] += block_id != NO_BLOCK

@@ -29,7 +29,6 @@ class _Owned:
     def __init__(self, num_groups: int) -> None:
         self.indices: list[int] = []
         self.block_ids: list[list[int]] = [[] for _ in range(num_groups)]
-        """NO_BLOCK where an entry has no exact block."""
         self.encoded_ids: list[list[int]] = [[] for _ in range(num_groups)]
         # For each block, the first block of the run of consecutive pool ids that it ends.
         self.run_starts: list[list[int]] = [[] for _ in range(num_groups)]
@@ -40,10 +39,8 @@ class _Owned:
         none = (NO_BLOCK,) * len(self.block_ids)
         for ids, block_id in zip(self.encoded_ids, encoded_ids or none, strict=True):
             ids.append(block_id)
-        for ids, starts, block_id in zip(
-            self.block_ids, self.run_starts, block_ids or none, strict=True
-        ):
-            continues = entry > 0 and ids[-1] + 1 == block_id != NO_BLOCK + 1
+        for ids, starts, block_id in zip(self.block_ids, self.run_starts, block_ids, strict=True):
+            continues = entry > 0 and ids[-1] + 1 == block_id
             starts.append(starts[-1] if continues else entry)
             ids.append(block_id)
 
@@ -69,7 +66,7 @@ class SequenceMap:
     def append(
         self, rank: int, block_ids: tuple[int, ...], encoded_ids: tuple[int, ...] = ()
     ) -> None:
-        """Add the next entry: an exact block, or an encoded one, or both, one id per group."""
+        """Add the next entry: an exact block, and perhaps an encoded one, one id per group."""
         self._owned[rank].append(len(self._owners), block_ids, encoded_ids)
         self._owners.append(rank)
 
@@ -139,7 +136,6 @@ class SequenceMap:
         owned = self._owned[rank]
         size = self.block_size
         ids, run_starts = owned.block_ids[group], owned.run_starts[group]
-        assert NO_BLOCK not in ids[first:last], "read of a block that is not kept exact"
         skipped = max(0, start - owned.indices[first] * size)
         left_over = max(0, (owned.indices[last - 1] + 1) * size - end)
         runs: list[slice] = []

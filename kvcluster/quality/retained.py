@@ -23,7 +23,7 @@ from torch import Tensor
 from kvcluster.attention.local import attend, attend_causal
 from kvcluster.attention.partial import Partial, merge, merge_sinks
 from kvcluster.codec.array import BlockShape
-from kvcluster.quality.stored import EXACT_BYTES, StoredBytes
+from kvcluster.quality.stored import StoredBytes
 from kvcluster.quality.strict import (
     CodecsOfLayer,
     ExactTokens,
@@ -51,28 +51,6 @@ _TILE_TOKENS: Final = 512
 """Queries that attend at one time at most, where retention is by position."""
 _TILE_ELEMENTS: Final = 1 << 27
 """Of the mask of one head over those queries: 128 MiB."""
-
-
-class RetainedBytes(StoredBytes, frozen=True, kw_only=True):
-    """`StoredBytes` of a cache that dropped tokens: ratios are of the cache that keeps them all."""
-
-    dropped_elements: int = 0
-
-    def __add__(self, other: StoredBytes) -> "RetainedBytes":
-        both = StoredBytes.__add__(self, other)
-        return RetainedBytes(
-            num_tokens=both.num_tokens,
-            exact_elements=both.exact_elements,
-            encoded_elements=both.encoded_elements,
-            encoded_bytes=both.encoded_bytes,
-            dropped_elements=self.dropped_elements + getattr(other, "dropped_elements", 0),
-        )
-
-    @property
-    def ratio(self) -> float:
-        """Of the bfloat16 cache of all tokens to this one."""
-        elements = self.exact_elements + self.encoded_elements + self.dropped_elements
-        return EXACT_BYTES * elements / self.total_bytes
 
 
 class _Columns(NamedTuple):
@@ -108,11 +86,11 @@ class RetainedAttention:
         self._exact = exact
         self._selection = selection
         self._strict = StrictAttention(spec, self._codecs_of_layer, exact)
-        self._own = RetainedBytes()
+        self._own = StoredBytes()
         self._num_read = 0
         self._num_causal = 0
 
-    def stored(self) -> RetainedBytes:
+    def stored(self) -> StoredBytes:
         """Bytes of the layers attended so far, as the last token reads them: the survivors of the
         epochs before its own, and its own epoch."""
         return self._own + self._strict.stored()
@@ -296,7 +274,7 @@ class RetainedAttention:
         for x_KTD, codec in zip(written, codecs, strict=True):
             num_heads, _, dim = x_KTD.shape
             blocks = num_encoded if codec is not None else 0
-            self._own += RetainedBytes(
+            self._own += StoredBytes(
                 num_tokens=num_tokens,
                 exact_elements=(num_held - blocks * size) * num_heads * dim,
                 encoded_elements=blocks * size * num_heads * dim,

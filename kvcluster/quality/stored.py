@@ -24,6 +24,8 @@ class StoredBytes(msgspec.Struct, frozen=True, kw_only=True):
     encoded_elements: int = 0
     encoded_bytes: int = 0
     """Of all planes, scales included."""
+    dropped_elements: int = 0
+    """Keys and values of tokens that retention dropped."""
 
     def __add__(self, other: "StoredBytes") -> "StoredBytes":
         """Both together, for two layers of one sequence."""
@@ -32,6 +34,7 @@ class StoredBytes(msgspec.Struct, frozen=True, kw_only=True):
             exact_elements=self.exact_elements + other.exact_elements,
             encoded_elements=self.encoded_elements + other.encoded_elements,
             encoded_bytes=self.encoded_bytes + other.encoded_bytes,
+            dropped_elements=self.dropped_elements + other.dropped_elements,
         )
 
     @property
@@ -44,13 +47,14 @@ class StoredBytes(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bits_per_element(self) -> float:
-        """Over all elements, exact ones included."""
+        """Over all elements that are kept, exact ones included."""
         return 8 * self.total_bytes / (self.exact_elements + self.encoded_elements)
 
     @property
     def ratio(self) -> float:
-        """Of the bfloat16 cache to this one, exact blocks included in both."""
-        return 8 * EXACT_BYTES / self.bits_per_element
+        """Of the bfloat16 cache of all tokens to this one, exact blocks included in both."""
+        elements = self.exact_elements + self.encoded_elements + self.dropped_elements
+        return EXACT_BYTES * elements / self.total_bytes
 
     @property
     def payload_bits_per_element(self) -> float:

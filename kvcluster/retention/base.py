@@ -35,11 +35,6 @@ class RetentionPolicy(Protocol):
     @property
     def needs(self) -> Need: ...
 
-    def first_kept(self, num_tokens: int) -> int:
-        """Of `num_tokens` tokens, all before this position are dropped in every layer and head.
-        Never decreases."""
-        ...
-
     def num_held(self, num_tokens: int) -> int:
         """Tokens that each KV head of a layer without window holds while the last of `num_tokens`
         tokens, which is at least one, reads: survivors and open epoch."""
@@ -88,10 +83,6 @@ class Budgeted:
                 f"epoch_tokens must be a multiple of block_size, which is {self.block_size}: give "
                 f"{self.block_size} or more, not {self.epoch_tokens}"
             )
-
-    def first_kept(self, num_tokens: int) -> int:  # noqa: ARG002
-        """See `RetentionPolicy`. The first block stays."""
-        return 0
 
     def counts(self, num_tokens: int) -> Counts:
         """What stays when an epoch ends after `num_tokens` tokens."""

@@ -13,10 +13,6 @@ class FullRetention:
     name: ClassVar[str] = "full"
     needs: ClassVar[Need] = Need.NOTHING
 
-    def first_kept(self, num_tokens: int) -> int:  # noqa: ARG002
-        """See `RetentionPolicy`."""
-        return 0
-
     def num_held(self, num_tokens: int) -> int:
         """See `RetentionPolicy`."""
         return num_tokens

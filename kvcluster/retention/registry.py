@@ -15,6 +15,3 @@ METHODS: Final[Mapping[str, Callable[..., RetentionPolicy]]] = {
     for method in (FullRetention, WindowRetention, HeavyHitters, Snap, KeyDiversity)
 }
 """By the name in a policy: a frozen dataclass whose fields are its parameters."""
-
-RETENTIONS: Final[dict[str, RetentionPolicy]] = {FullRetention.name: FullRetention()}
-"""Those that an engine runs."""

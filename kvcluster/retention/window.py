@@ -34,10 +34,6 @@ class WindowRetention:
         """Blocks that a query reads beside the first one."""
         return self.recent // self.block_size
 
-    def first_kept(self, num_tokens: int) -> int:  # noqa: ARG002
-        """See `RetentionPolicy`. The first block stays."""
-        return 0
-
     def dropped_blocks(self, num_tokens: int) -> range:
         """The blocks that no query from position `num_tokens` on reads, in any layer or head."""
         first_read = num_tokens // self.block_size - self.num_blocks + 1

@@ -42,19 +42,21 @@ class Serving:
     turn: int = 0
     """Which rank comes first."""
     exact_blocks: int = 0
+    block_size: int = BLOCK_SIZE
 
 
-def defined(policy: Policy, num_tokens: int, exact_blocks: int) -> list[Tensor]:
+def defined(policy: Policy, num_tokens: int, serving: Serving) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
     layers = () if policy.codec == EXACT else MODEL_CODECS.layers(policy.codec)
-    recent = recent_blocks(policy.retention, BLOCK_SIZE)
+    block_size = serving.block_size
+    recent = recent_blocks(policy.retention, block_size)
     attention = RetainedAttention(
         MODEL.spec,
         FullRetention()
         if recent is None
-        else WindowRetention(recent=recent * BLOCK_SIZE, block_size=BLOCK_SIZE),
+        else WindowRetention(recent=recent * block_size, block_size=block_size),
         lambda layer: LayerCodecs(*layers[layer]) if layers else None,
-        exact=ExactTokens(block_size=BLOCK_SIZE, lag=exact_blocks),
+        exact=ExactTokens(block_size=block_size, lag=serving.exact_blocks),
     )
     return [
         attention.attend(layer, *(x[:num_tokens] for x in qkv), None)
@@ -67,7 +69,7 @@ def served(policy: Policy, serving: Serving) -> list[Tensor]:
     group = ReferenceGroup(
         MODEL.loaded,
         num_ranks=serving.num_ranks,
-        block_size=BLOCK_SIZE,
+        block_size=serving.block_size,
         codecs=MODEL_CODECS,
         exact_blocks=serving.exact_blocks,
     )
@@ -87,9 +89,7 @@ def served(policy: Policy, serving: Serving) -> list[Tensor]:
 def check(policy: Policy, serving: Serving) -> None:
     ours = served(policy, serving)
 
-    for ours_THD, defined_THD in zip(
-        ours, defined(policy, len(ours[0]), serving.exact_blocks), strict=True
-    ):
+    for ours_THD, defined_THD in zip(ours, defined(policy, len(ours[0]), serving), strict=True):
         # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
         torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
 
@@ -136,13 +136,14 @@ def servings(draw: st.DrawFn) -> Serving:
         route=draw(st.sampled_from(list(Route))),
         turn=draw(st.integers(0, 3)),
         exact_blocks=draw(st.sampled_from([0, 1, 1, 3])),
+        block_size=draw(st.sampled_from([8, 16, 32])),
     )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     codec=st.sampled_from(EVERY_CODEC),
-    retention=st.sampled_from(["full", "full", "window:recent=16", "window:recent=64"]),
+    retention=st.sampled_from(["full", "full", "window:recent=32", "window:recent=64"]),
     serving=servings(),
 )
 def test_chunks_and_ranks_change_nothing(codec: str, retention: str, serving: Serving) -> None:

@@ -27,6 +27,7 @@ from kvcluster.types import LayerGeometry
 from tests.unit.quality.token_by_token import (
     EXACT,
     SIZE,
+    Halving,
     Inputs,
     blocks_by_position,
     by_epochs,
@@ -48,7 +49,7 @@ RETENTIONS: list[RetentionPolicy] = [FULL, WINDOW, *SCORED]
 SELECTIONS: list[BlockSelection] = [
     BlockSparse(local=1, sinks=1, random=1, block_size=SIZE),
     Estimated(share=0.4, local=1, block_size=SIZE),
-    Quest(tokens=8, block_size=SIZE),
+    Quest(tokens=8, sinks=0, local=1, block_size=SIZE),
 ]
 
 
@@ -72,7 +73,15 @@ def run(
     return attention.attend(0, *inputs, sinks_H)
 
 
-@pytest.mark.parametrize("codecs", [LayerCodecs(None, None), LayerCodecs(Coarse(), Coarse())])
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        LayerCodecs(None, None),
+        LayerCodecs(Coarse(), Coarse()),
+        LayerCodecs(Halving(), None),
+        LayerCodecs(None, Halving()),
+    ],
+)
 @pytest.mark.parametrize("num_tokens", [1, 12, 13, 75])
 @pytest.mark.parametrize("retention", SCORED, ids=id_of)
 def test_scored_retention_gives_the_loop_over_epochs_queries_and_keys(
@@ -258,13 +267,13 @@ def test_a_window_drops_what_leaves_it_whoever_looks_at_it() -> None:
 def test_quest_finds_the_block_of_a_needle() -> None:
     layer, inputs = needle(120, 37)
     attention = RetainedAttention(
-        spec_of(layer), FULL, exact=EXACT, selection=Quest(tokens=8, block_size=SIZE)
+        spec_of(layer), FULL, exact=EXACT, selection=Quest(tokens=16, block_size=SIZE)
     )
 
     out_THD = attention.attend(0, *inputs, None)
 
     assert float(out_THD[-1].min()) > 1 - 2e-5
-    assert attention.read_share() < 0.15
+    assert attention.read_share() < 0.3
 
 
 @pytest.mark.parametrize("codecs", [None, LayerCodecs(Coarse(), Coarse())])
@@ -336,6 +345,24 @@ def test_bfloat16_tensors_give_bfloat16_within_its_rounding(retention: Retention
     torch.testing.assert_close(out_THD.float(), wanted_THD, rtol=2**-8, atol=ATOL)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("selection", [None, *SELECTIONS], ids=id_of)
+@pytest.mark.parametrize("codecs", [None, LayerCodecs(Coarse(), Coarse())])
+@pytest.mark.parametrize("retention", RETENTIONS, ids=id_of)
+def test_a_gpu_keeps_and_reads_the_same(
+    retention: RetentionPolicy, codecs: LayerCodecs | None, selection: BlockSelection | None
+) -> None:
+    layer = geometry()
+    inputs = random_inputs(layer, 75)
+
+    out_THD = run(
+        layer, Inputs(*(x.cuda() for x in inputs)), retention, codecs, selection=selection
+    )
+
+    wanted_THD = run(layer, inputs, retention, codecs, selection=selection)
+    torch.testing.assert_close(out_THD.cpu(), wanted_THD, rtol=0, atol=ATOL)
+
+
 def identity_basis(width: int) -> Basis:
     eye = torch.eye(width)
     return Basis(mean_F=torch.zeros(width), down_FC=eye, up_CF=eye, spectrum_F=torch.ones(width))
@@ -356,7 +383,7 @@ def test_codecs_that_need_the_heads_of_one_token_are_refused() -> None:
     [
         (WindowRetention(recent=64), EXACT, None, "one block size"),
         (HeavyHitters(budget=0.5), EXACT, None, "one block size"),
-        (FULL, EXACT, Quest(tokens=64), "one block size"),
+        (FULL, EXACT, Quest(tokens=192), "one block size"),
         (SCORED[0], ExactTokens(block_size=SIZE, lag=1), None, "lag must be 0"),
     ],
     ids=str,

@@ -1,0 +1,147 @@
+"""A file that a calibration wrote is served: its bases by name, its recipes by bound."""
+
+import asyncio
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
+from kvcluster.engine.api import Admitted, Finished, GenerationRequest, Output, TokenChunk
+from kvcluster.engine.service import EngineService
+from kvcluster.errors import CalibrationMismatch, PolicyUnsupported
+from kvcluster.model.loader import LoadedModel
+from kvcluster.quality.calibration_run import CalibrationReport, CalibrationSettings, calibrate
+from kvcluster.quality.held_out import CHOICE_TEXTS
+from kvcluster.quality.texts import Purpose, Text
+from kvcluster.types import DEFAULT_TENANT
+from tests.thread_executor import running_engine
+from tests.unit.quality.toys import character_tokenizer, tiny_model
+
+CACHE = CacheConfig(block_size=16, capacity_tokens=4096, exact_recent_tokens=32)
+OUTPUT_TOKENS = 12
+PROSE = "Some words, one after another, and then some more of them. "
+TEXTS = tuple(
+    Text(name=name, purpose=Purpose.EVALUATION, content=f"{name}: {PROSE[::-1]}" * 40)
+    for name in CHOICE_TEXTS
+)
+
+
+def with_spec(model: LoadedModel, **fields: object) -> LoadedModel:
+    spec = msgspec.structs.replace(model.spec, **fields)
+    return LoadedModel(spec=spec, module=model.module, device=model.device)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return with_spec(tiny_model("llama"), eos_token_ids=())
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calibration") / "tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def report(model: LoadedModel, path: Path) -> CalibrationReport:
+    return calibrate(
+        model,
+        character_tokenizer(),
+        TEXTS,
+        CalibrationSettings(
+            out=path,
+            policies=("int8", "int4", "latent:r=0.5,bits=8"),
+            num_documents=0,
+            block_size=CACHE.block_size,
+            exact_recent_tokens=CACHE.exact_recent_tokens,
+        ),
+        lambda _stage, _done, _total: None,
+        contents=[PROSE * 40],
+    )
+
+
+def config(path: Path) -> ClusterConfig:
+    return ClusterConfig(
+        model="toy",
+        cache=CACHE,
+        engine=EngineConfig(prefill_chunk_tokens=64, shard_min_tokens=32),
+        ring=RingConfig(num_ranks=2),
+        calibration=str(path),
+    )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was promised, given and used."""
+
+    admitted: Admitted
+    token_ids: list[int]
+    kv_bytes: int
+
+
+async def generate(service: EngineService, policy: str) -> Generated:
+    opened = await service.open(
+        GenerationRequest(model="toy", max_output_tokens=OUTPUT_TOKENS, policy=policy)
+    )
+    chunk = TokenChunk(0, array("I", range(3, 163)).tobytes())
+
+    async def upload() -> None:
+        await service.append_prompt(opened.generation, opened.upload, chunk)
+        await service.finish_prompt(opened.generation, opened.upload)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(upload())
+        heard = [
+            event.event
+            async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)
+            for event in events
+        ]
+    [admitted] = [event for event in heard if isinstance(event, Admitted)]
+    finished = heard[-1]
+    assert isinstance(finished, Finished)
+    return Generated(
+        admitted,
+        [id_ for event in heard if isinstance(event, Output) for id_ in event.token_ids],
+        finished.usage.kv_bytes,
+    )
+
+
+async def test_a_bound_is_met_by_what_the_calibration_measured(
+    model: LoadedModel, path: Path, report: CalibrationReport
+) -> None:
+    meeting = [recipe for recipe in report.recipes if recipe.ratio >= 1.5]
+    best = min(meeting, key=lambda recipe: recipe.perplexity_increase)
+
+    async with running_engine(model, config(path)) as (service, _):
+        bound = await generate(service, "auto: ratio>=1.5")
+        named = await generate(service, best.policy)
+        with pytest.raises(PolicyUnsupported, match="no measured policy keeps to it"):
+            await generate(service, "auto: ratio>=1000")
+
+    assert bound.admitted.policy == best.policy
+    assert bound.admitted.policy_bound == "auto: ratio>=1.5"
+    assert len(bound.token_ids) == OUTPUT_TOKENS
+    assert (bound.token_ids, bound.kv_bytes) == (named.token_ids, named.kv_bytes)
+
+
+async def test_latents_are_served_from_the_file(
+    model: LoadedModel, path: Path, report: CalibrationReport
+) -> None:
+    async with running_engine(model, config(path)) as (service, _):
+        latent = await generate(service, "latent:r=0.5,bits=8")
+        exact = await generate(service, "exact")
+
+    assert len(latent.token_ids) == OUTPUT_TOKENS
+    assert latent.kv_bytes < exact.kv_bytes
+
+
+async def test_a_file_of_another_model_is_refused(
+    model: LoadedModel, path: Path, report: CalibrationReport
+) -> None:
+    other = with_spec(model, weights_digest="1")
+
+    with pytest.raises(CalibrationMismatch, match="another model"):
+        async with running_engine(other, config(path)):
+            pass
