@@ -6,6 +6,7 @@ uses it at a time.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,15 @@ def aligned(num_bytes: int) -> int:
 
 
 class PageArena:
-    """The pages of one KV group on one rank. Zeroed; a CPU commits what is touched."""
+    """The pages of one KV group on one rank. Zeroed; a CPU commits the memory that is written."""
 
     def __init__(self, num_pages: int, page_bytes: int, device: torch.device) -> None:
         assert page_bytes % ALIGNMENT == 0
-        self._bytes = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            # torch.zeros writes its zeros, which would commit all of it.
+            self._bytes = torch.from_numpy(np.zeros((num_pages, page_bytes), dtype=np.uint8))
+        else:
+            self._bytes = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
 
     @property
     def page_bytes(self) -> int:

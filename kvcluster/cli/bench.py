@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,17 @@ import typer
 from kvcluster.bench.registry import BENCHMARKS, benchmark
 from kvcluster.bench.report import BenchReport, Measurement
 from kvcluster.cli.exits import ExitCode, exiting, print_json
+from kvcluster.config import CacheConfig
 from kvcluster.errors import ConfigError
 
-_NAMES = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
+_QUALITY = "quality"
+_NAMES = "; ".join(
+    f"{name}: {what}"
+    for name, what in (
+        *BENCHMARKS.items(),
+        (_QUALITY, "what policies of compression cost a model, beside the exact cache"),
+    )
+)
 
 
 def bench(
@@ -21,11 +30,45 @@ def bench(
     name: Annotated[str, typer.Argument(help=f"{_NAMES}.")],
     output: Annotated[Path | None, typer.Option(help="Also write the report there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One object on stdout.")] = False,
+    model: Annotated[str | None, typer.Option(help="For quality: what to measure.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="For quality; repeatable.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="For quality: of each text.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="For quality: a text to read; repeatable."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="For quality: what `kvcluster calibrate` wrote.")
+    ] = None,
+    exact_recent: Annotated[
+        int | None, typer.Option(help="For quality: latest tokens that are read exact.")
+    ] = None,
 ) -> None:
     """Measure this machine. Exits with 3 when a target is missed."""
     with exiting(as_json=as_json):
         if output is not None and not output.parent.is_dir():
             raise ConfigError(f"--output: no folder {output.parent}")
+        if name == _QUALITY:
+            if model is None or not policy:
+                raise ConfigError("bench quality: want --model and --policy")
+            _quality(
+                as_json=as_json,
+                model=model,
+                policies=tuple(policy),
+                num_tokens=tokens,
+                text_names=tuple(text or ()),
+                calibration=calibration,
+                output=output,
+                exact_recent_tokens=(
+                    CacheConfig().exact_recent_tokens if exact_recent is None else exact_recent
+                ),
+            )
+            return
+        if (model, policy, tokens, text, calibration, exact_recent) != (None,) * 6:
+            raise ConfigError(
+                "bench: --model, --policy, --tokens, --text, --calibration and --exact-recent are "
+                "for quality"
+            )
         # Ray prints what its processes say to stdout, which is the report's alone.
         with redirect_stdout(sys.stderr):
             report = benchmark(name)()
@@ -38,6 +81,35 @@ def bench(
             _print(report)
         if not report.meets_targets:
             raise typer.Exit(ExitCode.UNAVAILABLE)
+
+
+def _quality(
+    *,
+    as_json: bool,
+    model: str,
+    policies: tuple[str, ...],
+    num_tokens: int | None,
+    text_names: tuple[str, ...],
+    calibration: Path | None,
+    output: Path | None,
+    exact_recent_tokens: int,
+) -> None:
+    """Each policy's line goes to stderr as it comes; a run that was cut off goes on in `output`."""
+    # torch takes seconds, and this module is imported by every command.
+    from kvcluster.bench.quality import QualitySettings, measure_quality
+
+    settings = QualitySettings(
+        model=model,
+        policies=policies,
+        num_tokens=num_tokens,
+        text_names=text_names,
+        calibration=calibration,
+        output=output,
+        exact_recent_tokens=exact_recent_tokens,
+    )
+    report = measure_quality(settings, partial(typer.echo, err=True))
+    if as_json:
+        print_json(report)
 
 
 def _print(report: BenchReport) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvcluster.cli.bench import bench
+from kvcluster.cli.calibrate import calibrate
 from kvcluster.cli.doctor import doctor
 from kvcluster.cli.exits import EXIT_CODES
 from kvcluster.cli.generate import generate
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (serve, generate, doctor, bench):
+for command in (serve, generate, doctor, calibrate, bench):
     app.command(epilog=EXIT_CODES)(command)
 
 

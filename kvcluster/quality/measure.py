@@ -1,7 +1,8 @@
 """Measures what policies cost: likelihood, divergence and recall, beside the exact cache.
 
 Each text and document is run once with the exact cache and once with each policy, each time in
-one forward pass. Their predictions are then compared some rows at a time.
+one forward pass. Of the exact pass the hidden states are kept, and predictions are compared some
+rows at a time.
 
 Shape letters: T tokens, E hidden dimension, R rows, V vocabulary.
 """
@@ -82,7 +83,7 @@ def measure(
         weights_digest=model.spec.weights_digest,
         tokenizer_digest=model.spec.tokenizer_digest,
         dtype=model.spec.dtype,
-        device=_device_name(model.device),
+        device=device_name(model.device),
         texts=tuple(
             score
             for text in texts
@@ -112,6 +113,107 @@ def text_tokens(tokenizer: TextTokenizer, text: Text, num_tokens: int) -> Tensor
     return torch.tensor(ids[:num_tokens], dtype=torch.int64)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ExactText:
+    """A text, and what the model makes of it with the exact cache."""
+
+    text: Text
+    token_ids_T: Tensor
+    first_scored: int
+    """Position of the first token whose prediction counts."""
+    states_RE: Tensor
+    """Hidden states that predict the tokens from there on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExactDocument:
+    """A document, and which answers the model finds with the exact cache."""
+
+    document: NeedleDocument
+    found: tuple[bool, ...]
+
+
+def exact_text(
+    model: LoadedModel, text: Text, token_ids_T: Tensor, *, first_scored: int = FIRST_SCORED
+) -> ExactText:
+    """Run the exact cache over the text; its tokens from position `first_scored` (at least 1) on
+    will count.
+
+    Raises: ValueError for more tokens than the model can read, or none to score.
+    """
+    if not 1 <= first_scored < len(token_ids_T):
+        raise ValueError(f"first_scored is {first_scored}, of {len(token_ids_T)} tokens")
+    states_TE, _ = _run(model, EXACT, token_ids_T)
+    return ExactText(
+        text=text,
+        token_ids_T=token_ids_T,
+        first_scored=first_scored,
+        states_RE=states_TE[_scored_rows(first_scored)].clone(),
+    )
+
+
+def exact_document(model: LoadedModel, document: NeedleDocument) -> ExactDocument:
+    """Run the exact cache over the document.
+
+    Raises: ValueError for more tokens than the model can read.
+    """
+    states_TE, _ = _run(model, EXACT, torch.tensor(document.token_ids, dtype=torch.int64))
+    return ExactDocument(document=document, found=tuple(found(model, states_TE, document)))
+
+
+def text_score(model: LoadedModel, policy: MeasuredPolicy, exact: ExactText) -> TextScore:
+    """Run the policy over the text and compare it with the exact cache, token by token."""
+    states_TE, stored = _run(model, policy, exact.token_ids_T)
+    tokens = _compare(
+        model,
+        exact.states_RE,
+        states_TE[_scored_rows(exact.first_scored)],
+        exact.token_ids_T[exact.first_scored :].to(model.device),
+    )
+    increase = mean_over_spans(tokens.nll_R - tokens.exact_nll_R)
+    return TextScore(
+        policy=policy.name,
+        text=exact.text.name,
+        text_digest=exact.text.digest,
+        num_tokens=len(exact.token_ids_T),
+        first_scored=exact.first_scored,
+        exact_nll=float(tokens.exact_nll_R.double().mean()),
+        nll_increase=increase,
+        perplexity_increase_percent=_perplexity_increase(increase),
+        kl=mean_over_spans(tokens.kl_R),
+        top1_agreement=mean_over_spans(tokens.is_same_R),
+        storage=Storage.of(stored),
+    )
+
+
+def recall_score(model: LoadedModel, policy: MeasuredPolicy, exact: ExactDocument) -> RecallScore:
+    """Run the policy over the document and see which answers it finds."""
+    document = exact.document
+    states_TE, stored = _run(model, policy, torch.tensor(document.token_ids, dtype=torch.int64))
+    by_policy = found(model, states_TE, document)
+    needles = tuple(
+        NeedleScore(
+            key=question.key,
+            depth=question.depth,
+            is_found=is_found,
+            is_found_by_exact=is_found_by_exact,
+        )
+        for question, is_found, is_found_by_exact in zip(
+            document.questions, by_policy, exact.found, strict=True
+        )
+    )
+    return RecallScore(
+        policy=policy.name,
+        document=document.name,
+        num_tokens=len(document.token_ids),
+        needles=needles,
+        num_found=sum(by_policy),
+        num_found_by_exact=sum(exact.found),
+        num_found_of_exact=sum(n.is_found and n.is_found_by_exact for n in needles),
+        storage=Storage.of(stored),
+    )
+
+
 def score_text(
     model: LoadedModel,
     policies: Sequence[MeasuredPolicy],
@@ -122,36 +224,11 @@ def score_text(
 ) -> Iterator[TextScore]:
     """Score each policy on the tokens from position `first_scored` (at least 1) on.
 
-    Keeps the hidden states of all policies at one time.
     Raises: ValueError for more tokens than the model can read, or none to score.
     """
-    if not 1 <= first_scored < len(token_ids_T):
-        raise ValueError(f"first_scored is {first_scored}, of {len(token_ids_T)} tokens")
-    # The token at a position is predicted by the row before it.
-    rows = slice(first_scored - 1, -1)
-    exact_TE, _ = _run(model, EXACT, token_ids_T)
-    runs = [_run(model, policy, token_ids_T) for policy in policies]
-    compared = _compare(
-        model,
-        exact_TE[rows],
-        [states_TE[rows] for states_TE, _ in runs],
-        token_ids_T[first_scored:].to(model.device),
-    )
-    for policy, (_, stored), tokens in zip(policies, runs, compared, strict=True):
-        increase = mean_over_spans(tokens.nll_R - tokens.exact_nll_R)
-        yield TextScore(
-            policy=policy.name,
-            text=text.name,
-            text_digest=text.digest,
-            num_tokens=len(token_ids_T),
-            first_scored=first_scored,
-            exact_nll=float(tokens.exact_nll_R.double().mean()),
-            nll_increase=increase,
-            perplexity_increase_percent=_perplexity_increase(increase),
-            kl=mean_over_spans(tokens.kl_R),
-            top1_agreement=mean_over_spans(tokens.is_same_R),
-            storage=Storage.of(stored),
-        )
+    exact = exact_text(model, text, token_ids_T, first_scored=first_scored)
+    for policy in policies:
+        yield text_score(model, policy, exact)
 
 
 def score_recall(
@@ -160,33 +237,9 @@ def score_recall(
     """Score each policy on the document's questions.
 
     Raises: ValueError for more tokens than the model can read."""
-    token_ids_T = torch.tensor(document.token_ids, dtype=torch.int64)
-    exact_TE, _ = _run(model, EXACT, token_ids_T)
-    by_exact = found(model, exact_TE, document)
+    exact = exact_document(model, document)
     for policy in policies:
-        states_TE, stored = _run(model, policy, token_ids_T)
-        by_policy = found(model, states_TE, document)
-        needles = tuple(
-            NeedleScore(
-                key=question.key,
-                depth=question.depth,
-                is_found=is_found,
-                is_found_by_exact=is_found_by_exact,
-            )
-            for question, is_found, is_found_by_exact in zip(
-                document.questions, by_policy, by_exact, strict=True
-            )
-        )
-        yield RecallScore(
-            policy=policy.name,
-            document=document.name,
-            num_tokens=len(token_ids_T),
-            needles=needles,
-            num_found=sum(by_policy),
-            num_found_by_exact=sum(by_exact),
-            num_found_of_exact=sum(n.is_found and n.is_found_by_exact for n in needles),
-            storage=Storage.of(stored),
-        )
+        yield recall_score(model, policy, exact)
 
 
 def found(model: LoadedModel, states_TE: Tensor, document: NeedleDocument) -> list[bool]:
@@ -195,7 +248,7 @@ def found(model: LoadedModel, states_TE: Tensor, document: NeedleDocument) -> li
     wanted_R = torch.tensor([document.token_ids[p] for answer in answers for p in answer])
     rows_R = torch.tensor([p - 1 for answer in answers for p in answer], device=model.device)
     parts = []
-    for rows in row_slices(len(rows_R), model.spec.vocab_size):
+    for rows in row_slices(model, len(rows_R)):
         best_R = logits_of(model, states_TE[rows_R[rows]]).argmax(dim=-1)
         parts.append(best_R.cpu() == wanted_R[rows])
     by_answer = torch.split(torch.cat(parts), [len(answer) for answer in answers])
@@ -226,24 +279,24 @@ class _Compared:
 
 
 def _compare(
-    model: LoadedModel, exact_RE: Tensor, states_RE: Sequence[Tensor], wanted_R: Tensor
-) -> list[_Compared]:
-    """One result for each policy's states."""
-    parts: list[list[tuple[Tensor, ...]]] = [[] for _ in states_RE]
-    for rows in row_slices(len(wanted_R), model.spec.vocab_size):
+    model: LoadedModel, exact_RE: Tensor, states_RE: Tensor, wanted_R: Tensor
+) -> _Compared:
+    parts: list[tuple[Tensor, ...]] = []
+    for rows in row_slices(model, len(wanted_R)):
         wanted_R1 = wanted_R[rows, None]
         exact_RV = logits_of(model, exact_RE[rows]).log_softmax(dim=-1)
+        policy_RV = logits_of(model, states_RE[rows]).log_softmax(dim=-1)
         exact_nll_R = -exact_RV.gather(1, wanted_R1)[:, 0]
-        for policy_parts, policy_RE in zip(parts, states_RE, strict=True):
-            policy_RV = logits_of(model, policy_RE[rows]).log_softmax(dim=-1)
-            nll_R = -policy_RV.gather(1, wanted_R1)[:, 0]
-            is_same_R = exact_RV.argmax(dim=-1) == policy_RV.argmax(dim=-1)
-            kl_R = (exact_RV.exp() * (exact_RV - policy_RV)).sum(dim=-1)
-            policy_parts.append((exact_nll_R, nll_R, kl_R, is_same_R.float()))
-    return [
-        _Compared(*(torch.cat(column) for column in zip(*policy_parts, strict=True)))
-        for policy_parts in parts
-    ]
+        nll_R = -policy_RV.gather(1, wanted_R1)[:, 0]
+        is_same_R = exact_RV.argmax(dim=-1) == policy_RV.argmax(dim=-1)
+        kl_R = (exact_RV.exp() * (exact_RV - policy_RV)).sum(dim=-1)
+        parts.append((exact_nll_R, nll_R, kl_R, is_same_R.float()))
+    return _Compared(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _scored_rows(first_scored: int) -> slice:
+    """The token at a position is predicted by the row before it."""
+    return slice(first_scored - 1, -1)
 
 
 def _perplexity_increase(nll_increase: Mean) -> Mean:
@@ -255,5 +308,6 @@ def _perplexity_increase(nll_increase: Mean) -> Mean:
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a report calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -17,7 +17,7 @@ from typing import Final
 from kvcluster.model.tokenizer import TextTokenizer
 from kvcluster.quality.texts import Purpose, Text
 
-_NUM_STARTS: Final = 16
+NUM_STARTS: Final = 16
 """Places in the haystack where documents of different seeds may start."""
 
 
@@ -34,8 +34,23 @@ class NeedleStyle:
     template: str
     """A sentence with {key} that breaks off where a space and the value follow."""
     keys: tuple[str, ...]
-    first_value: int
-    """Values are numbers from here up to ten times this, less one."""
+    values: tuple[str, ...]
+    again: str = ""
+    """More mentions of the fact, with {key}, {value} and {tail}, the last word of the key."""
+
+    def sentence(self, key: str) -> str:
+        """The question: the fact up to the space before its value."""
+        return self.template.format(key=key)
+
+    def fact(self, key: str, value: str) -> str:
+        """All that the document says about the key."""
+        return f"{self.sentence(key)} {value}{self.rest(key, value)}".rstrip()
+
+    def rest(self, key: str, value: str) -> str:
+        """What follows the value, up to the end of the paragraph."""
+        tail = key.rsplit(" ", maxsplit=1)[-1]
+        again = self.again.format(key=key, tail=tail, value=value)
+        return f". {again}".rstrip() + "\n\n"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +75,31 @@ class NeedleDocument:
     questions: tuple[Question, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """One question with its right answer, as it stands at the end of a document."""
+
+    key: str
+    question: str
+    """Up to the space before the answer; may be empty where a list goes on."""
+    answer: str
+    after: str = ".\n\n"
+    passage: int = 0
+    """Which passage tells the answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Script:
+    """What a document says beside its haystack."""
+
+    name: str
+    opening: str
+    passages: tuple[str, ...]
+    """Spread evenly over the haystack, in this order."""
+    asking: str
+    questions: tuple[Asked, ...]
+
+
 def needle_document(
     tokenizer: TextTokenizer,
     style: NeedleStyle,
@@ -80,36 +120,68 @@ def needle_document(
     if not 1 <= num_needles <= len(style.keys):
         raise ValueError(f"style {style.name} has 1 to {len(style.keys)} keys, not {num_needles}")
     choice = random.Random(f"{style.name}:{seed}")
-    facts = _facts(style, num_needles, choice)
-    encode = _Encoder(tokenizer)
-    asked = _asked(encode, style, choice.sample(facts, num_needles))
-    needles = [encode(f"{_sentence(style, key)} {value}.\n\n") for key, value in facts]
-    start = [*encode.prefix, *encode(f"{style.opening}\n\n")]
-    num_hay = num_tokens - len(start) - sum(map(len, needles)) - len(asked.ids)
+    keys = choice.sample(style.keys, num_needles)
+    values = choice.sample(style.values, num_needles)
+    questions = [
+        Asked(
+            key=key,
+            question=style.sentence(key),
+            answer=value,
+            after=style.rest(key, value),
+            passage=passage,
+        )
+        for passage, (key, value) in enumerate(zip(keys, values, strict=True))
+    ]
+    script = Script(
+        name=f"{style.name}/{haystack.name}/{num_tokens}/{seed}",
+        opening=style.opening,
+        passages=tuple(style.fact(key, value) for key, value in zip(keys, values, strict=True)),
+        asking=style.asking,
+        # Small models miss the farthest facts unless the near ones, asked for first, show how.
+        questions=tuple(reversed(questions)),
+    )
+    start = choice.randrange(NUM_STARTS)
+    return scripted_document(tokenizer, script, haystack, num_tokens=num_tokens, start=start)
+
+
+def scripted_document(
+    tokenizer: TextTokenizer, script: Script, haystack: Text, *, num_tokens: int, start: int
+) -> NeedleDocument:
+    """A document of exactly `num_tokens`; its haystack begins at `start` of `NUM_STARTS` places.
+
+    Raises: ValueError if script or haystack do not fit into the tokens, or the tokenizer joins an
+    answer with the words around it.
+    """
+    encode = PieceEncoder(tokenizer)
+    asked = _encoded(encode, script)
+    passages = [encode(f"{passage}\n\n") for passage in script.passages]
+    opening = [*encode.prefix, *encode(f"{script.opening}\n\n")]
+    num_hay = num_tokens - len(opening) - sum(map(len, passages)) - len(asked.ids)
     num_hay -= len(encode.suffix)
     if num_hay < 0:
-        raise ValueError(f"{num_needles} facts and questions need {num_tokens - num_hay} tokens")
-    paragraphs = _hay(encode, haystack, num_hay, choice.randrange(_NUM_STARTS))
-    ids, places = _with_needles(start, paragraphs, needles)
-    depths = {key: place / num_tokens for (key, _), place in zip(facts, places, strict=True)}
+        raise ValueError(
+            f"{script.name}: passages and questions need {num_tokens - num_hay} tokens"
+        )
+    paragraphs = _hay(encode, haystack, num_hay, start)
+    ids, places = _with_passages(opening, paragraphs, passages)
     questions = tuple(
         Question(
-            key=key,
-            value=value,
-            depth=depths[key],
+            key=question.key,
+            value=question.answer,
+            depth=places[question.passage] / num_tokens if places else 0.0,
             answer_from=len(ids) + first,
             answer_to=len(ids) + last,
         )
-        for key, value, first, last in asked.answers
+        for question, (first, last) in zip(script.questions, asked.spans, strict=True)
     )
     return NeedleDocument(
-        name=f"{style.name}/{haystack.name}/{num_tokens}/{seed}",
+        name=script.name,
         token_ids=(*ids, *asked.ids, *encode.suffix),
         questions=questions,
     )
 
 
-class _Encoder:
+class PieceEncoder:
     """Encodes pieces of a document without the special tokens that frame a prompt."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -131,43 +203,31 @@ class _Encoder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Encoded:
     ids: list[int]
-    answers: list[tuple[str, str, int, int]]
-    """(key, value, first token of the answer, token after it), counted in `ids`."""
+    spans: list[tuple[int, int]]
+    """First token of each answer and the token after it, counted in `ids`."""
 
 
-def _facts(style: NeedleStyle, num_needles: int, choice: random.Random) -> list[tuple[str, str]]:
-    keys = choice.sample(style.keys, num_needles)
-    values = choice.sample(range(style.first_value, 10 * style.first_value), num_needles)
-    return [(key, str(value)) for key, value in zip(keys, values, strict=True)]
-
-
-def _sentence(style: NeedleStyle, key: str) -> str:
-    return style.template.format(key=key)
-
-
-def _asked(encode: _Encoder, style: NeedleStyle, facts: list[tuple[str, str]]) -> _Asked:
-    ids = encode(f"{style.asking}\n\n")
-    answers = []
-    for key, value in facts:
-        question = encode(_sentence(style, key))
-        answered = encode(f"{_sentence(style, key)} {value}")
-        whole = encode(f"{_sentence(style, key)} {value}.\n\n")
+def _encoded(encode: PieceEncoder, script: Script) -> _Encoded:
+    ids = encode(f"{script.asking}\n\n")
+    spans = []
+    for asked in script.questions:
+        question = encode(asked.question)
+        answered = encode(f"{asked.question} {asked.answer}")
+        whole = encode(f"{asked.question} {asked.answer}{asked.after}")
         if answered[: len(question)] != question or whole[: len(answered)] != answered:
-            raise ValueError(f"the tokenizer joins the value {value} with the words around it")
-        answers.append((key, value, len(ids) + len(question), len(ids) + len(answered)))
+            raise ValueError(f"the tokenizer joins {asked.answer} with the words around it")
+        spans.append((len(ids) + len(question), len(ids) + len(answered)))
         ids += whole
-    return _Asked(ids, answers)
+    return _Encoded(ids, spans)
 
 
-def _hay(encode: _Encoder, haystack: Text, num_tokens: int, start: int) -> list[list[int]]:
+def _hay(encode: PieceEncoder, haystack: Text, num_tokens: int, start: int) -> list[list[int]]:
     """Paragraphs of exactly so many tokens; the last one may be cut."""
-    paragraphs = haystack.content.split("\n\n")
-    first = start * len(paragraphs) // _NUM_STARTS
     taken: list[list[int]] = []
     wanted = num_tokens
-    for paragraph in _turned(paragraphs, first):
+    for paragraph in paragraphs_from(haystack, start):
         if not wanted:
             return taken
         taken.append(encode(f"{paragraph}\n\n")[:wanted])
@@ -177,29 +237,37 @@ def _hay(encode: _Encoder, haystack: Text, num_tokens: int, start: int) -> list[
     return taken
 
 
-def _turned(paragraphs: list[str], first: int) -> Iterator[str]:
+def paragraphs_from(haystack: Text, start: int) -> Iterator[str]:
+    """All paragraphs once, beginning at `start` of `NUM_STARTS` places."""
+    paragraphs = haystack.content.split("\n\n")
+    first = start * len(paragraphs) // NUM_STARTS
     yield from paragraphs[first:]
     yield from paragraphs[:first]
 
 
-def _with_needles(
-    start: list[int], paragraphs: list[list[int]], needles: list[list[int]]
+def _with_passages(
+    opening: list[int], paragraphs: list[list[int]], passages: list[list[int]]
 ) -> tuple[list[int], list[int]]:
-    """The document up to the questions, and the position of each needle's first token."""
-    ids = list(start)
+    """The document up to the questions, and the position of each passage's first token."""
+    ids = list(opening)
     places: list[int] = []
     num_hay = sum(map(len, paragraphs))
     num_passed = 0
     for paragraph in [*paragraphs, []]:
-        # Needle i comes at the first end of a paragraph past its share of the haystack.
-        while len(places) < len(needles) and (
-            num_passed * len(needles) >= (len(places) + 0.5) * num_hay or not paragraph
+        # Passage i comes at the first end of a paragraph past its share of the haystack.
+        while len(places) < len(passages) and (
+            num_passed * len(passages) >= (len(places) + 0.5) * num_hay or not paragraph
         ):
             places.append(len(ids))
-            ids += needles[len(places) - 1]
+            ids += passages[len(places) - 1]
         ids += paragraph
         num_passed += len(paragraph)
     return ids, places
+
+
+def _numbers(first: int) -> tuple[str, ...]:
+    """From this one up to ten times it, less one."""
+    return tuple(map(str, range(first, 10 * first)))
 
 
 STYLES: Final = (
@@ -213,7 +281,7 @@ STYLES: Final = (
             "otter", "falcon", "badger", "lizard", "camel", "walrus", "beetle", "heron", "jackal",
             "moose", "panther", "sparrow", "tortoise", "weasel", "zebra", "dolphin",
         ),
-        first_value=10_000,
+        values=_numbers(10_000),
     ),
     NeedleStyle(
         name="invoice",
@@ -225,34 +293,85 @@ STYLES: Final = (
             "baker", "carpenter", "plumber", "tailor", "mason", "printer", "gardener", "painter",
             "potter", "roofer", "miller", "butcher", "weaver", "glazier", "cobbler", "saddler",
         ),
-        first_value=100_000,
-    ),
-    # Keys of several different words: SmolLM2-135M mixes facts up that differ in one name alone.
-    NeedleStyle(
-        name="number",
-        purpose=Purpose.EVALUATION,
-        opening="Important numbers are hidden inside this text. Memorize them.",
-        asking="Here are all the numbers again.",
-        template="The {key} is",
-        keys=(
-            "pass key", "vault code", "phone number", "account number", "door code",
-            "serial number", "magic word", "zip code", "house number",
-            "lucky number", "bus line", "price of gold", "ship weight", "tower height",
-        ),
-        first_value=20_000,
+        values=_numbers(100_000),
     ),
     NeedleStyle(
-        name="station",
-        purpose=Purpose.EVALUATION,
-        opening="Every weather station in this document has a reading. Remember it.",
-        asking="Readings of the weather stations:",
-        template="{key} reported a value of",
+        name="dish",
+        purpose=Purpose.CALIBRATION,
+        opening="A cook wrote down what each guest ordered.",
+        asking="What the guests ordered:",
+        template="At table {key} somebody ate",
+        again="So {tail} got {value}. At table {key} somebody ate {value}.",
         keys=(
-            "Paris in spring", "The northern lighthouse", "Old Boston harbour", "Mount Kenya",
-            "Siberia by night", "A ship near Iceland", "The Sahara camp", "Tokyo airport",
-            "Lake Victoria", "The Amazon outpost", "Castle hill in Vienna", "Polar base seven",
+            "one Aurelia", "two Dragomir", "three Philippa", "four Tobias", "five Wilhelmina",
+            "six Cornelius", "seven Esperanza", "eight Balthazar", "nine Clementine",
+            "ten Ferdinand", "eleven Marguerite", "twelve Nikolai",
         ),
-        first_value=200_000,
+        values=(
+            "lasagna", "gazpacho", "moussaka", "tiramisu", "ratatouille", "goulash", "paella",
+            "bouillabaisse", "risotto", "sauerkraut", "guacamole", "enchiladas", "couscous",
+            "minestrone", "carpaccio", "kimchi",
+        ),
+    ),
+    NeedleStyle(
+        name="name",
+        purpose=Purpose.EVALUATION,
+        opening="Important facts are hidden inside this text. Memorize them.",
+        asking="Here are all the facts again.",
+        template="The {key}",
+        again="Remember the name: {tail} {value}. The {key} {value}.",
+        keys=(
+            "captain of the ship is Kenji", "mayor of the town is Bartholomew",
+            "owner of the windmill is Ingrid", "teacher of chemistry is Fatima",
+            "winner of the race is Leopold", "author of the letter is Svetlana",
+            "keeper of the lighthouse is Mordecai", "king of the island is Guinevere",
+            "doctor on duty is Rashid", "leader of the band is Anneliese",
+            "builder of the bridge is Thaddeus", "thief of the crown is Priyanka",
+        ),
+        values=(
+            "Fitzgerald", "Hawthorne", "Rodriguez", "Schneider", "Jefferson", "Montgomery",
+            "Churchill", "Sullivan", "Mitchell", "Armstrong", "Hernandez", "Campbell", "Schmidt",
+            "Wellington", "Cunningham", "Rosenberg",
+        ),
+    ),
+    NeedleStyle(
+        name="signal",
+        purpose=Purpose.EVALUATION,
+        opening="Secret signals are hidden inside this text. Memorize them.",
+        asking="Here are all the signals again.",
+        template="The signal {key}",
+        again="Send {tail} {value} by radio. The signal {key} {value}.",
+        keys=(
+            "of the eastern station is Osprey", "to open the gate is Mongoose",
+            "for a retreat is Ibex", "of the night watch is Tarantula",
+            "that ends the exercise is Cheetah", "of the second fleet is Barracuda",
+            "in case of fire is Chameleon", "from the mountain hut is Lynx",
+            "before the landing is Scorpion", "of the southern convoy is Albatross",
+            "to call the engineers is Wombat", "when the storm is over is Nightingale",
+        ),
+        values=(
+            "Diamond", "Copper", "Silver", "Pearl", "Mercury", "Ruby", "Coral", "Granite",
+            "Emerald", "Quartz", "Marble", "Limestone", "Platinum", "Titanium", "Turquoise",
+            "Graphite",
+        ),
+    ),
+    NeedleStyle(
+        name="code",
+        purpose=Purpose.EVALUATION,
+        opening="Important codes are hidden inside this text. Memorize them.",
+        asking="Here are all the codes again.",
+        template="The {key}",
+        again="Remember it: {tail} {value}. The {key} {value}.",
+        keys=(
+            "pass key is Vermilion", "phone number is Magenta", "door code is Chartreuse",
+            "serial number is Cobalt", "zip code is Lavender", "flight number is Saffron",
+            "house number is Burgundy", "lucky number is Ochre", "bus line is Indigo",
+            "vault code is Cerulean", "price of the diamond is Ultramarine",
+            "weight of the statue is Sepia",
+        ),
+        values=_numbers(1_000),
     ),
 )  # fmt: skip
-"""All styles. Values of different styles have different numbers of digits or first digits."""
+"""All styles. Values of different styles have different numbers of digits, or are words of one
+style alone. Words for evaluation are of one or two tokens, because SmolLM2-135M misspells longer
+ones at a distance; they follow a rare word, because that is what it finds best."""

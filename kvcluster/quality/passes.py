@@ -19,7 +19,9 @@ from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.model.loader import LoadedModel
 
 _SLICE_LOGITS: Final = 1 << 24
-"""Logits that are held at one time, per policy: 64 MiB of float32."""
+"""Logits that are held at one time: 64 MiB of float32."""
+_SLICE_LOGITS_ON_GPU: Final = 1 << 28
+"""1 GiB: the layers run on one token for each slice, which takes a GPU as long as many rows."""
 
 
 def final_states(model: LoadedModel, token_ids_T: Tensor, attention: LayerAttention) -> Tensor:
@@ -52,9 +54,10 @@ def logits_of(model: LoadedModel, states_RE: Tensor) -> Tensor:
         return model.forward(one, one, rows_R, _OneToken())
 
 
-def row_slices(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of rows whose logits fit into memory."""
-    step = max(1, _SLICE_LOGITS // vocab_size)
+def row_slices(model: LoadedModel, num_rows: int) -> Iterator[slice]:
+    """Slices of rows whose logits fit into memory some ten times."""
+    num_logits = _SLICE_LOGITS if model.device.type == "cpu" else _SLICE_LOGITS_ON_GPU
+    step = max(1, num_logits // model.spec.vocab_size)
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))
 

@@ -26,6 +26,8 @@ from kvcluster.types import LayerGeometry, ModelSpec
 _TILE_TOKENS: Final = 512
 """Queries that attend at one time: their mask over their own blocks is all that is held beside
 the keys."""
+_TILE_TOKENS_ON_GPU: Final = 2048
+"""Starting so many small operations takes longer than the wasted part of a larger mask."""
 _ENCODED_ELEMENTS: Final = 1 << 21
 """Elements that one call of a codec gets: what it needs on the way may be many times as much."""
 
@@ -187,7 +189,7 @@ def attend_mixed(
     A tile of queries attends in one go to the keys that are far from all of them, and to the rest,
     each key in both forms, under a mask that shows one of the two.
     """
-    tile = max(1, _TILE_TOKENS // exact.block_size) * exact.block_size
+    tile = max(1, _tile_tokens(q_THD) // exact.block_size) * exact.block_size
     tiles = []
     for first in range(0, q_THD.shape[0], tile):
         q_tile = q_THD[first : first + tile]
@@ -212,12 +214,17 @@ def attend_mixed(
 
 
 def _attend_exact(q_THD: Tensor, written: KeysValues, geometry: LayerGeometry) -> Partial:
+    tile = _tile_tokens(q_THD)
     tiles = []
-    for first in range(0, q_THD.shape[0], _TILE_TOKENS):
-        q_tile = q_THD[first : first + _TILE_TOKENS]
+    for first in range(0, q_THD.shape[0], tile):
+        q_tile = q_THD[first : first + tile]
         past = written.rows(0, first + q_tile.shape[0])
         tiles.append(attend_causal(q_tile, *past, geometry, first))
     return _joined(tiles)
+
+
+def _tile_tokens(q_THD: Tensor) -> int:
+    return _TILE_TOKENS if q_THD.device.type == "cpu" else _TILE_TOKENS_ON_GPU
 
 
 def _visible(positions_T: Tensor, first: int, last: int, geometry: LayerGeometry) -> Tensor:

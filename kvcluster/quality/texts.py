@@ -30,9 +30,9 @@ class Purpose(StrEnum):
     """Who may look at a text."""
 
     CALIBRATION = "calibration"
-    """Codecs are fitted to it and recipes are chosen on it."""
+    """Codecs are fitted to it."""
     EVALUATION = "evaluation"
-    """Only what is reported comes from it."""
+    """Recipes are chosen on some of them and reported on the others: see `held_out`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,7 @@
 """What is written to slots is read back, whichever pages the slots lie in."""
 
+from pathlib import Path
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,3 +112,22 @@ def test_the_bytes_are_those_of_the_pages() -> None:
 
     # Four pages for two layers; five blocks of the windowed layer take one page.
     assert store.num_bytes == (4 * 2 + 1) * PAGE_TOKENS * bytes_per_token
+
+
+def test_memory_is_committed_as_it_is_written() -> None:
+    def committed() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+    before = committed()
+    spec = spec_of(None)
+    store = KVStore(
+        spec,
+        blocks_per_group=[8_000_000],
+        block_size=BLOCK_SIZE,
+        like=torch.empty(0),
+        codecs=plain_codecs(spec),
+    )
+
+    assert store.num_bytes > 500 * 2**20
+    assert committed() - before < 50 * 2**20

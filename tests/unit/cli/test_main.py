@@ -12,7 +12,7 @@ def test_the_version_is_that_of_the_package() -> None:
     assert result.stdout == f"kvcluster {metadata.version('kvcluster')}\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["serve", "generate", "doctor", "calibrate", "bench"])
 def test_every_command_has_json_and_explains_its_exit_codes(command: str) -> None:
     text = CliRunner().invoke(app, [command, "--help"]).stdout
 

@@ -49,35 +49,57 @@ def test_a_document_has_exactly_the_tokens_asked_for(
     assert found.token_ids[0] == 0
 
 
-@pytest.mark.parametrize("style", EVALUATION, ids=lambda style: style.name)
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
 def test_every_fact_stands_in_the_text_and_after_its_question(
     tokenizer: TextTokenizer, style: NeedleStyle
 ) -> None:
-    found = document(tokenizer, style)
+    haystack = replace(HAYSTACK, purpose=style.purpose)
+    found = needle_document(
+        tokenizer, style, haystack, num_tokens=NUM_TOKENS, num_needles=4, seed=0
+    )
 
     text = text_of(tokenizer, found.token_ids)
     for question in found.questions:
-        fact = f"{style.template.format(key=question.key)} {question.value}."
+        fact = style.fact(question.key, question.value)
+        assert fact.startswith(f"{style.sentence(question.key)} {question.value}.")
         assert text.count(fact) == 2
-        assert text.count(question.value) == 2
+        assert text.count(question.value) == fact.count(question.value) * 2
         asked = text_of(tokenizer, found.token_ids[: question.answer_from])
         answer = text_of(tokenizer, found.token_ids[question.answer_from : question.answer_to])
-        assert (asked + answer).endswith(fact[:-1])
-        assert answer.strip() == question.value
+        assert asked.endswith(style.sentence(question.key))
+        assert answer == f" {question.value}"
 
 
 def test_depths_are_where_the_facts_stand_and_spread_evenly(tokenizer: TextTokenizer) -> None:
-    found = document(tokenizer)
+    style = EVALUATION[0]
+    found = document(tokenizer, style)
 
     text = text_of(tokenizer, found.token_ids[1:])
     depths = sorted(question.depth for question in found.questions)
     for question in found.questions:
-        fact = f"The {question.key} is {question.value}."
+        fact = style.fact(question.key, question.value)
         # One character is one token, and one token comes before the text.
         assert round(question.depth * NUM_TOKENS) == text.index(fact) + 1
     gaps = [after - before for before, after in pairwise(depths)]
     assert min(gaps) > 0.15
     assert max(gaps) < 0.3
+
+
+def test_a_fact_is_mentioned_again_by_the_last_word_of_its_key() -> None:
+    [style] = [style for style in STYLES if style.name == "name"]
+
+    fact = style.fact("owner of the windmill is Ingrid", "Schmidt")
+
+    assert fact == (
+        "The owner of the windmill is Ingrid Schmidt. Remember the name: Ingrid Schmidt. "
+        "The owner of the windmill is Ingrid Schmidt."
+    )
+
+
+def test_the_fact_nearest_to_the_questions_is_asked_for_first(tokenizer: TextTokenizer) -> None:
+    depths = [question.depth for question in document(tokenizer).questions]
+
+    assert depths == sorted(depths, reverse=True)
 
 
 def test_equal_seeds_give_equal_documents_and_others_do_not(tokenizer: TextTokenizer) -> None:
@@ -92,6 +114,8 @@ def test_calibration_and_evaluation_share_no_template_key_or_value() -> None:
         for theirs in EVALUATION:
             assert mine.template != theirs.template
             assert set(mine.keys).isdisjoint(theirs.keys)
+            assert set(mine.values).isdisjoint(theirs.values)
+            assert not mine.again or mine.again != theirs.again
             assert words(" ".join(mine.keys)).isdisjoint(words(" ".join(theirs.keys)))
             assert mine.opening != theirs.opening
             assert mine.asking != theirs.asking

@@ -1,0 +1,253 @@
+"""A calibration from beginning to end: fits bases, measures recipes with them, writes the file.
+
+Three sets of texts are kept apart: bases see texts for calibration (or the user's), recipes are
+measured on `held_out.CHOICE_TEXTS`, and what `kvcluster bench quality` reports is neither.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from torch import Tensor
+
+from kvcluster.codec.calibration import Calibration, write_calibration
+from kvcluster.config import CacheConfig
+from kvcluster.errors import ConfigError
+from kvcluster.model.loader import LoadedModel
+from kvcluster.model.tokenizer import TextTokenizer
+from kvcluster.policy import MeasuredRecipe, parse_policy
+from kvcluster.quality.calibrating import (
+    SHORTEST_TEXT,
+    CalibrationText,
+    ModelMoments,
+    add_text,
+    calibration_texts,
+    checked_rotaries,
+    fitted,
+    passes_over,
+    tokens_needed,
+)
+from kvcluster.quality.held_out import CHOICE_SEED, choice_texts, evaluation_documents
+from kvcluster.quality.measure import FIRST_SCORED, text_tokens
+from kvcluster.quality.needles import NeedleDocument
+from kvcluster.quality.partial_moments import PartialMoments
+from kvcluster.quality.recipe_table import DEFAULT_RECIPES, measured_recipe
+from kvcluster.quality.served import MENU, ServedPolicy, codecs_of, recent_exact, served_policies
+from kvcluster.quality.strict import ExactTokens
+from kvcluster.quality.sweep import read_once, sweep
+from kvcluster.quality.sweep_records import SweepReport
+from kvcluster.quality.texts import Text
+
+MIN_TOKENS: Final = 512
+"""Fewer in a pass are too few to score recipes with a standard error."""
+_DEFAULT_TOKENS: Final = 4096
+_PASSES_PER_TEXT: Final = 4
+_NEEDLES: Final = 8
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationSettings:
+    """What to fit and to measure."""
+
+    out: Path
+    """The calibration file; its folder exists."""
+    policies: tuple[str, ...] = ()
+    """To measure; empty: those of `DEFAULT_RECIPES` that the model can have."""
+    num_tokens: int | None = None
+    """Of each pass; None: as many as the model can read, but at most 4096."""
+    num_documents: int = 2
+    """With needles, of each style, to fit to and again to measure on; 0: none."""
+    block_size: int = CacheConfig().block_size
+    exact_recent_tokens: int = CacheConfig().exact_recent_tokens
+
+
+class CalibrationReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a calibration did."""
+
+    model: str
+    weights_digest: str
+    num_calibration_tokens: int
+    measured_on: tuple[str, ...]
+    """Names of the texts."""
+    num_tokens: int
+    """Of each measured text and document: ratios and increases are of that length."""
+    num_needles: int
+    """Those that the exact cache finds: recall is a share of them."""
+    recipes: tuple[MeasuredRecipe, ...]
+
+
+def calibrate(
+    model: LoadedModel,
+    tokenizer: TextTokenizer,
+    texts: Sequence[Text],
+    settings: CalibrationSettings,
+    progress: Progress,
+    *,
+    contents: Sequence[str] = (),
+) -> CalibrationReport:
+    """Write the calibration file. Takes minutes to hours; blocks. A run that is broken off goes on
+    from the texts that it finished: see `PartialMoments`.
+
+    `contents`: texts to fit to instead of those of `texts` for calibration and of documents with
+    needles; recipes are measured on `texts` in any case.
+    Raises: InvalidField, ConfigError, ModelUnsupported; OSError when a file cannot be written.
+    """
+    for policy in settings.policies:
+        parse_policy(policy, MENU)
+    exact = recent_exact(settings.block_size, settings.exact_recent_tokens)
+    num_tokens = _length(model, settings)
+    try:
+        held_out = _held_out(tokenizer, texts, num_tokens, settings.num_documents)
+        passes = _passes(tokenizer, texts, contents, num_tokens, settings.num_documents)
+    except ValueError as error:
+        raise ConfigError(f"calibrate: {error}") from error
+    partial = PartialMoments(settings.out, model.spec.weights_digest)
+    calibration = _fit(model, passes, partial, progress)
+    policies = _policies(settings, model, calibration, exact)
+    measured = _measured(model, held_out, policies, settings, progress)
+    recipes = tuple(filter(None, map(measured_recipe, measured.scores)))
+    table = msgspec.json.encode(recipes).decode()
+    write_calibration(settings.out, replace(calibration, recipes_json=table))
+    partial.remove()
+    return CalibrationReport(
+        model=model.spec.name,
+        weights_digest=model.spec.weights_digest,
+        num_calibration_tokens=calibration.num_tokens,
+        measured_on=tuple(text.name for text, _ in held_out.texts),
+        num_tokens=num_tokens,
+        num_needles=max((score.num_found_by_exact for score in measured.scores), default=0),
+        recipes=recipes,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _HeldOut:
+    """What recipes are measured on."""
+
+    texts: Sequence[tuple[Text, Tensor]]
+    documents: Sequence[NeedleDocument]
+
+
+def _length(model: LoadedModel, settings: CalibrationSettings) -> int:
+    longest = model.spec.max_context_tokens
+    length = settings.num_tokens or min(longest, _DEFAULT_TOKENS)
+    if not MIN_TOKENS <= length <= longest:
+        raise ConfigError(
+            f"calibrate: want passes of {MIN_TOKENS} to {longest} tokens (what "
+            f"{model.spec.name} can read), got {length}"
+        )
+    return length
+
+
+def _held_out(
+    tokenizer: TextTokenizer, texts: Sequence[Text], num_tokens: int, num_documents: int
+) -> _HeldOut:
+    chosen = choice_texts(texts)
+    if not chosen:
+        raise ValueError("there is no text to measure recipes on")
+    return _HeldOut(
+        [(text, text_tokens(tokenizer, text, num_tokens)) for text in chosen],
+        evaluation_documents(
+            tokenizer,
+            chosen,
+            lengths=[num_tokens],
+            seeds=range(CHOICE_SEED, CHOICE_SEED + num_documents),
+            num_needles=_NEEDLES,
+        ),
+    )
+
+
+def _passes(
+    tokenizer: TextTokenizer,
+    texts: Sequence[Text],
+    contents: Sequence[str],
+    num_tokens: int,
+    num_documents: int,
+) -> list[CalibrationText]:
+    if contents:
+        return list(passes_over(tokenizer, contents, num_tokens=num_tokens))
+    return list(
+        calibration_texts(
+            tokenizer,
+            texts,
+            num_tokens=num_tokens,
+            passes_per_text=_PASSES_PER_TEXT,
+            documents_per_style=num_documents,
+        )
+    )
+
+
+def _check_enough(model: LoadedModel, passes: Sequence[CalibrationText]) -> None:
+    given, needed = sum(len(text.token_ids) for text in passes), tokens_needed(model.spec)
+    if given < needed:
+        raise ConfigError(
+            f"calibrate: {model.spec.name} needs at least {needed} tokens of text, got {given} (in "
+            f"passes of at least {SHORTEST_TEXT})"
+        )
+
+
+def _fit(
+    model: LoadedModel,
+    passes: Sequence[CalibrationText],
+    partial: PartialMoments,
+    progress: Progress,
+) -> Calibration:
+    _check_enough(model, passes)
+    rotaries = checked_rotaries(model)
+    moments = ModelMoments(model.spec)
+    partial.load_into(moments, {text.digest for text in passes})
+    finished = set(moments.text_digests)
+    for place, text in enumerate(passes):
+        progress("texts", place, len(passes))
+        if text.digest not in finished:
+            add_text(model, rotaries, moments, text)
+            partial.save(moments)
+            finished.add(text.digest)
+    progress("texts", len(passes), len(passes))
+    return fitted(model, rotaries, moments)
+
+
+def _policies(
+    settings: CalibrationSettings, model: LoadedModel, calibration: Calibration, exact: ExactTokens
+) -> list[ServedPolicy]:
+    codecs = codecs_of(model, calibration)
+    if settings.policies:
+        return served_policies(settings.policies, codecs, model.spec, exact)
+    possible: list[ServedPolicy] = []
+    for text in DEFAULT_RECIPES:
+        # Heads that a rotation or a group of channels does not fit have no such recipe.
+        with suppress(ConfigError):
+            possible += served_policies([text], codecs, model.spec, exact)
+    return possible
+
+
+def _measured(
+    model: LoadedModel,
+    held_out: _HeldOut,
+    policies: Sequence[ServedPolicy],
+    settings: CalibrationSettings,
+    progress: Progress,
+) -> SweepReport:
+    progress("recipes", 0, len(policies))
+    num_tokens = len(held_out.texts[0][1])
+    exact = read_once(
+        model,
+        held_out.texts,
+        held_out.documents,
+        block_size=settings.block_size,
+        exact_recent_tokens=settings.exact_recent_tokens,
+        first_scored=min(FIRST_SCORED, num_tokens // 4),
+    )
+    return sweep(
+        model,
+        exact,
+        policies,
+        SweepReport(subject=exact.subject),
+        keep=lambda report: progress("recipes", len(report.scores), len(policies)),
+    )

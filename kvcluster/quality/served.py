@@ -1,0 +1,125 @@
+"""Policies in the policy language, run over whole sequences as the engine would serve them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from kvcluster.codec.array import BlockShape
+from kvcluster.codec.calibration import Calibration
+from kvcluster.codec.exact_array import ExactArray
+from kvcluster.codec.latent_method import LATENT
+from kvcluster.codec.method import CodecModel, LayerCodec
+from kvcluster.codec.model_codecs import ModelCodecs
+from kvcluster.codec.registry import CODEC_METHODS
+from kvcluster.errors import ConfigError
+from kvcluster.model.loader import LoadedModel
+from kvcluster.model.rotary import check_rotary, read_rotary
+from kvcluster.policy import Menu, parse_choice, parse_policy
+from kvcluster.quality.measure import CountingAttention, MeasuredPolicy
+from kvcluster.quality.retained import RetainedAttention
+from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention
+from kvcluster.retention.offered import RETENTION_METHODS, recent_blocks
+from kvcluster.retention.window import WindowRetention
+from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Policy
+
+MENU: Final = Menu((*CODEC_METHODS, *RETENTION_METHODS))
+"""What can be measured: what a cluster serves."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedPolicy:
+    """A policy as it is measured."""
+
+    measured: MeasuredPolicy
+    """Named by the canonical text."""
+    needs_calibration: bool
+
+    @property
+    def name(self) -> str:
+        return self.measured.name
+
+
+def codecs_of(model: LoadedModel, calibration: Calibration | None) -> ModelCodecs:
+    """Codecs that encode on the model's device.
+
+    Raises: ModelUnsupported where there is a calibration and the model's keys cannot be had as
+    they were before rotation.
+    """
+    rotations = None
+    if calibration is not None:
+        rotations = read_rotary(model.module, model.spec.layers)
+        check_rotary(model.module, rotations)
+    return ModelCodecs(
+        CodecModel(
+            spec=model.spec, device=model.device, calibration=calibration, rotations=rotations
+        )
+    )
+
+
+def recent_exact(block_size: int, exact_recent_tokens: int) -> ExactTokens:
+    """What a query reads exact in an engine with these settings. Raises: ConfigError."""
+    if block_size < 1 or exact_recent_tokens < 0:
+        raise ConfigError(
+            f"want blocks of at least 1 token and at least 0 exact recent tokens, got {block_size} "
+            f"and {exact_recent_tokens}"
+        )
+    return ExactTokens(block_size=block_size, lag=-(-exact_recent_tokens // block_size))
+
+
+def served_policies(
+    texts: Iterable[str], codecs: ModelCodecs, spec: ModelSpec, exact: ExactTokens
+) -> list[ServedPolicy]:
+    """The policies that the texts name, each once.
+
+    Raises: InvalidField for text that names none; ConfigError for a policy that the model cannot
+    have, or not with these blocks.
+    """
+    policies = {str(policy): policy for policy in (parse_policy(text, MENU) for text in texts)}
+    found = []
+    for name, policy in policies.items():
+        try:
+            attention = _attention(policy, codecs, spec, exact)
+        except ValueError as error:
+            raise ConfigError(f"policy {name}: {error}") from error
+        codec = parse_choice(policy.codec, CODEC_METHODS).name
+        found.append(
+            ServedPolicy(
+                measured=MeasuredPolicy(name=name, attention=attention),
+                needs_calibration=codec == LATENT.method.name,
+            )
+        )
+    return found
+
+
+def _attention(
+    policy: Policy, codecs: ModelCodecs, spec: ModelSpec, exact: ExactTokens
+) -> Callable[[ModelSpec], CountingAttention]:
+    layers = [LayerCodecs(None, None)] * len(spec.layers)
+    if policy.codec != EXACT:
+        layers = [_written(layer) for layer in codecs.layers(policy.codec)]
+        for codec, geometry in zip(layers, spec.layers, strict=True):
+            _check_blocks(codec, geometry, exact.block_size)
+    num_blocks = recent_blocks(policy.retention, exact.block_size)
+    if num_blocks is None:
+        return partial(StrictAttention, codecs_of_layer=layers.__getitem__, exact=exact)
+    return partial(
+        RetainedAttention,
+        retention=WindowRetention(
+            recent=num_blocks * exact.block_size, block_size=exact.block_size
+        ),
+        codecs_of_layer=layers.__getitem__,
+        exact=exact,
+    )
+
+
+def _written(codec: LayerCodec) -> LayerCodecs:
+    """Arrays that are stored as they are count two bytes an element, in whatever type a
+    measurement computes."""
+    return LayerCodecs(*(None if isinstance(array, ExactArray) else array for array in codec))
+
+
+def _check_blocks(codecs: LayerCodecs, geometry: LayerGeometry, block_size: int) -> None:
+    for codec, dim in zip(codecs, (geometry.key_dim, geometry.value_dim), strict=True):
+        if codec is not None:
+            codec.planes(BlockShape(geometry.num_kv_heads, block_size, dim))

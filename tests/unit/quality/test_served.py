@@ -1,0 +1,139 @@
+"""Policies are measured as an engine serves them, and refused as it would refuse them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcluster.errors import ConfigError, InvalidField
+from kvcluster.model.loader import LoadedModel
+from kvcluster.quality.measure import EXACT, strict_policy
+from kvcluster.quality.passes import final_states
+from kvcluster.quality.retained import RetainedAttention
+from kvcluster.quality.served import ServedPolicy, codecs_of, recent_exact, served_policies
+from kvcluster.quality.strict import ExactTokens, LayerCodecs
+from kvcluster.retention.window import WindowRetention
+from tests.architectures import VOCAB_SIZE
+from tests.codec_models import calibration_of
+from tests.unit.quality.toys import tiny_model
+
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return tiny_model("gemma3")
+
+
+def served(model: LoadedModel, *texts: str, block_size: int = BLOCK_SIZE) -> list[ServedPolicy]:
+    exact = recent_exact(block_size, exact_recent_tokens=20)
+    return served_policies(texts, codecs_of(model, None), model.spec, exact)
+
+
+def states(model: LoadedModel, policy: ServedPolicy) -> Tensor:
+    ids_T = torch.randint(3, VOCAB_SIZE, (150,), generator=torch.Generator().manual_seed(0))
+    return final_states(model, ids_T, policy.measured.attention(model.spec))
+
+
+def test_the_lag_is_that_of_the_cache_settings() -> None:
+    assert recent_exact(16, 0).lag == 0
+    assert recent_exact(16, 20).lag == 2
+    assert recent_exact(64, 256) == ExactTokens(block_size=64, lag=4)
+
+
+@pytest.mark.parametrize(("block_size", "tokens"), [(0, 16), (16, -1)])
+def test_settings_that_no_cache_has_are_refused(block_size: int, tokens: int) -> None:
+    with pytest.raises(ConfigError, match=f"got {block_size} and {tokens}"):
+        recent_exact(block_size, tokens)
+
+
+def test_policies_have_canonical_names_and_each_comes_once(model: LoadedModel) -> None:
+    policies = served(model, "window:recent=32 + int4:key_group=64", "", "exact", "int4 + window")
+
+    assert [policy.name for policy in policies] == [
+        "int4 + window:recent=32",
+        "exact",
+        "int4 + window",
+    ]
+    assert not any(policy.needs_calibration for policy in policies)
+
+
+def test_the_exact_policy_changes_nothing(model: LoadedModel) -> None:
+    [exact] = served(model, "exact")
+
+    ids_T = torch.randint(3, VOCAB_SIZE, (150,), generator=torch.Generator().manual_seed(0))
+    expected_TE = final_states(model, ids_T, EXACT.attention(model.spec))
+    assert torch.equal(states(model, exact), expected_TE)
+
+
+def test_each_layer_has_the_codec_that_the_policy_gives_it(model: LoadedModel) -> None:
+    text = "int2:values=rotated3,windowed=int8"
+    [policy] = served(model, text)
+
+    codecs = codecs_of(model, None).layers(text)
+    alone = strict_policy(
+        text,
+        lambda layer: LayerCodecs(*codecs[layer]),
+        ExactTokens(block_size=BLOCK_SIZE, lag=2),
+    )
+    expected_TE = states(model, ServedPolicy(measured=alone, needs_calibration=False))
+    assert torch.equal(states(model, policy), expected_TE)
+
+
+def test_a_window_drops_tokens_and_counts_their_bytes(model: LoadedModel) -> None:
+    full, windowed = served(model, "int8", "int8 + window:recent=32")
+
+    attention = windowed.measured.attention(model.spec)
+    assert isinstance(attention, RetainedAttention)
+    alone = RetainedAttention(
+        model.spec,
+        WindowRetention(recent=32, block_size=BLOCK_SIZE),
+        lambda layer: LayerCodecs(*codecs_of(model, None).layers("int8")[layer]),
+        exact=ExactTokens(block_size=BLOCK_SIZE, lag=2),
+    )
+    ids_T = torch.arange(3, 153)
+    assert torch.equal(final_states(model, ids_T, attention), final_states(model, ids_T, alone))
+    kept = full.measured.attention(model.spec)
+    final_states(model, ids_T, kept)
+    assert attention.stored().ratio > kept.stored().ratio
+
+
+def test_arrays_that_are_left_exact_count_as_those_of_the_exact_cache(model: LoadedModel) -> None:
+    [policy] = served(model, "int8:values=exact,windowed=exact")
+    attention = policy.measured.attention(model.spec)
+
+    final_states(model, torch.arange(3, 153), attention)
+
+    # Keys of one layer, a byte an element; values of all layers are two bytes, though the model
+    # computes in four.
+    assert attention.stored().payload_bits_per_element < 16
+    assert attention.stored().ratio > 1
+
+
+def test_latents_need_a_calibration_and_say_that_they_had_one(model: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match="policy latent: latent codecs need a calibration file"):
+        served(model, "latent")
+
+    codecs = codecs_of(model, calibration_of(model.spec))
+    [policy] = served_policies(["latent:r=0.5"], codecs, model.spec, ExactTokens(block_size=16))
+    assert policy.needs_calibration
+    assert states(model, policy).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("text", "block_size", "reason"),
+    [
+        ("window:recent=40", 16, "give 16 or a multiple of it, not 40"),
+        ("int4", 1, "policy int4: .* multiple of 2, not 1"),
+    ],
+)
+def test_what_the_model_or_the_blocks_cannot_have_is_refused(
+    model: LoadedModel, text: str, block_size: int, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        served(model, "exact", text, block_size=block_size)
+
+
+@pytest.mark.parametrize("text", ["int5", "int4 + int8", "auto: ppl<=1%", "heavy_hitters"])
+def test_text_that_names_no_single_policy_is_refused(model: LoadedModel, text: str) -> None:
+    with pytest.raises(InvalidField):
+        served(model, text)
