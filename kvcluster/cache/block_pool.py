@@ -59,6 +59,14 @@ class BlockPool:
         else:
             start, end = self._largest_run()
             block = start if start == 0 else (start + end) // 2
+        return self._use(block)
+
+    def allocate_lowest(self) -> BlockId | None:
+        """Take the free block with the lowest id, for blocks that come and go: they find memory
+        that was used before, and leave the rest untouched. None when there is none."""
+        return self._use(min(self._end_of)) if self._num_free else None
+
+    def _use(self, block: int) -> BlockId:
         self._take(block)
         self._ref_counts[block] = 1
         self._num_free -= 1

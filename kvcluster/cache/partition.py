@@ -104,7 +104,7 @@ class Partition:
             encoded_id = NO_BLOCK
             if is_encoded:
                 encoded_id = self._take_encoded(table.codec, rank, group)
-            block_id = self._take_exact(rank, group, after=table.last_id(rank, group))
+            block_id = self._take_exact(table, rank, group)
             taken.append(HeldBlock(rank, block_id, encoded_id))
             if block_id == NO_BLOCK or (is_encoded and encoded_id == NO_BLOCK):
                 for group_taken, held in enumerate(taken):
@@ -215,11 +215,14 @@ class Partition:
             )
         return self._encoded[codec]
 
-    def _take_exact(self, rank: Rank, group: int, *, after: BlockId | None) -> BlockId:
+    def _take_exact(self, table: BlockTable, rank: Rank, group: int) -> BlockId:
         pool = self._pools[rank][group]
         if self._within_limit(group, pool.num_free) < 1:
             return NO_BLOCK
-        block_id = pool.allocate(after)
+        if table.codec == EXACT and table.recent_blocks is None:
+            block_id = pool.allocate(after=table.last_id(rank, group))
+        else:
+            block_id = pool.allocate_lowest()
         assert block_id is not None, "num_free counted a block that the pool has not"
         self._used[group] += 1
         return block_id

@@ -3,7 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcluster.cache.block_pool import BlockPool
-from kvcluster.types import BlockId
+from kvcluster.cache.block_table import BlockTable
+from kvcluster.cache.partition import Partition
+from kvcluster.types import DEFAULT_TENANT, BlockId, Rank
 
 
 def take(pool: BlockPool, after: int | None = None) -> int:
@@ -124,3 +126,35 @@ def test_every_block_has_one_user_and_free_runs_are_whole(
     assert [pool.ref_count(BlockId(block_id)) for block_id in range(num_blocks)] == [
         int(block_id in used) for block_id in range(num_blocks)
     ]
+
+
+def test_blocks_that_come_and_go_stay_at_the_low_end() -> None:
+    pool = BlockPool(64)
+    held = [pool.allocate_lowest() for _ in range(4)]
+
+    for _ in range(50):
+        released = held.pop(0)
+        assert released is not None
+        pool.release(released)
+        held.append(pool.allocate_lowest())
+
+    assert max(block for block in held if block is not None) < 4
+    assert [BlockPool(1).allocate_lowest(), BlockPool(0).allocate_lowest()] == [0, None]
+
+
+def test_a_long_sequence_with_a_codec_touches_few_exact_blocks() -> None:
+    pool = BlockPool(80)
+    partition = Partition(
+        [[pool]], tenant=DEFAULT_TENANT, encoded_per_page=lambda _codec: (60,), exact_recent=1
+    )
+    table = BlockTable(1, "int4")
+    touched: set[int] = set()
+    for entry in range(100):
+        taken = partition.append(table, Rank(0))
+        assert taken is not None
+        touched.update(taken.block_ids)
+        if entry > 1:
+            partition.release_exact(table, entry - 1)
+
+    # The first one, the latest two, and the one that a new entry needs beside them.
+    assert len(touched) <= 4
