@@ -2,7 +2,8 @@
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,7 @@ from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepRunner
 from kvcluster.config import ClusterConfig
+from kvcluster.engine.api import Event, Opened, TokenChunk
 from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
 from kvcluster.engine.service import EngineService
 from kvcluster.engine.text import Tokenizer
@@ -19,6 +21,7 @@ from kvcluster.errors import RankLost
 from kvcluster.model.codecs import load_codecs
 from kvcluster.model.loader import LoadedModel
 from kvcluster.serve.assembly import engine_service
+from kvcluster.types import DEFAULT_TENANT
 from tests.thread_ring import ThreadRing, run_ranks
 
 
@@ -86,3 +89,20 @@ async def running_engine(
     finally:
         await service.stop()
         executor.close()
+
+
+async def hear(service: EngineService, opened: Opened, prompt: Sequence[int]) -> list[Event]:
+    """All events of a generation whose prompt is uploaded meanwhile."""
+    chunk = TokenChunk(0, array("I", prompt).tobytes())
+
+    async def upload() -> None:
+        await service.append_prompt(opened.generation, opened.upload, chunk)
+        await service.finish_prompt(opened.generation, opened.upload)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(upload())
+        return [
+            event.event
+            async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)
+            for event in events
+        ]

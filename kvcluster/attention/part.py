@@ -79,6 +79,7 @@ class SequencePart:
         self.travels_by_query = not self.has_chunk or self.is_local or route is Route.PASS_Q
         self.route = route
         self._histories: dict[tuple[int, int | None], History] = {}
+        self._full_blocks: dict[int, FullBlocks | None] = {}
 
     @property
     def rows(self) -> slice:
@@ -134,7 +135,13 @@ class SequencePart:
         return torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
     def full_blocks(self, group: int) -> FullBlocks | None:
-        """This rank's blocks that no row after this part reads exact. None where there are none."""
+        """This rank's blocks that no row after this part reads exact. None where there are none.
+        Cached."""
+        if group not in self._full_blocks:
+            self._full_blocks[group] = self._find_full_blocks(group)
+        return self._full_blocks[group]
+
+    def _find_full_blocks(self, group: int) -> FullBlocks | None:
         if self.codec == EXACT:
             return None
         size = self._table.block_size

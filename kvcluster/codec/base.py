@@ -9,4 +9,4 @@ class EncodedKV(NamedTuple):
     """Tokens of one layer in the form in which they are kept, sent and moved."""
 
     planes: tuple[Tensor, ...]
-    """Each is [KV head, token, ...]."""
+    """Exact tokens: k_KSD and v_KSD. Then the planes of encoded blocks, the keys' first."""

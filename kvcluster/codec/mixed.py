@@ -30,16 +30,13 @@ def mixed(codec: CodecMethod) -> CodecMethod:
     ]
 
     def layers(arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
-        base = codec.layers(arguments, model)
-        values = windowed = base
+        mixture = base = codec.layers(arguments, model)
         if "values" not in own:
             values = _chosen(str(arguments["values"]), base, model)
-        if "windowed" not in own:
-            windowed = _chosen(str(arguments["windowed"]), base, model)
+            mixture = [LayerCodec(k.keys, v.values) for k, v in zip(base, values, strict=True)]
+        windowed = _chosen(str(arguments["windowed"]), mixture, model)
         return [
-            windowed[layer]
-            if geometry.window is not None and arguments["windowed"] != SAME
-            else LayerCodec(base[layer].keys, values[layer].values)
+            mixture[layer] if geometry.window is None else windowed[layer]
             for layer, geometry in enumerate(model.spec.layers)
         ]
 

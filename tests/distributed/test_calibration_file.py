@@ -1,7 +1,5 @@
 """A file that a calibration wrote is served: its bases by name, its recipes by bound."""
 
-import asyncio
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +7,14 @@ import msgspec
 import pytest
 
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
-from kvcluster.engine.api import Admitted, Finished, GenerationRequest, Output, TokenChunk
+from kvcluster.engine.api import Admitted, Finished, GenerationRequest, Output
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import CalibrationMismatch, PolicyUnsupported
 from kvcluster.model.loader import LoadedModel
 from kvcluster.quality.calibration_run import CalibrationReport, CalibrationSettings, calibrate
 from kvcluster.quality.held_out import CHOICE_TEXTS
 from kvcluster.quality.texts import Purpose, Text
-from kvcluster.types import DEFAULT_TENANT
-from tests.thread_executor import running_engine
+from tests.thread_executor import hear, running_engine
 from tests.unit.quality.toys import character_tokenizer, tiny_model
 
 CACHE = CacheConfig(block_size=16, capacity_tokens=4096, exact_recent_tokens=32)
@@ -85,19 +82,7 @@ async def generate(service: EngineService, policy: str) -> Generated:
     opened = await service.open(
         GenerationRequest(model="toy", max_output_tokens=OUTPUT_TOKENS, policy=policy)
     )
-    chunk = TokenChunk(0, array("I", range(3, 163)).tobytes())
-
-    async def upload() -> None:
-        await service.append_prompt(opened.generation, opened.upload, chunk)
-        await service.finish_prompt(opened.generation, opened.upload)
-
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(upload())
-        heard = [
-            event.event
-            async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)
-            for event in events
-        ]
+    heard = await hear(service, opened, range(3, 163))
     [admitted] = [event for event in heard if isinstance(event, Admitted)]
     finished = heard[-1]
     assert isinstance(finished, Finished)

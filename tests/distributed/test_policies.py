@@ -1,7 +1,6 @@
 """Requests with different policies are served together, each as it would be alone."""
 
 import asyncio
-from array import array
 from dataclasses import replace
 from functools import cache
 
@@ -9,15 +8,15 @@ import pytest
 import torch
 
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
-from kvcluster.engine.api import Finished, GenerationRequest, Output, TokenChunk, Usage
+from kvcluster.engine.api import Finished, GenerationRequest, Output, Usage
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import PolicyUnsupported
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.probe import probe
-from kvcluster.types import DEFAULT_TENANT, EXACT, ModelSpec
+from kvcluster.types import EXACT, ModelSpec
 from tests.architectures import VOCAB_SIZE, tiny_models
 from tests.codec_models import PLAIN
-from tests.thread_executor import running_engine
+from tests.thread_executor import hear, running_engine
 
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 150
@@ -60,20 +59,7 @@ async def generate(service: EngineService, policy: str, seed: int) -> tuple[list
     )
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(3, VOCAB_SIZE, (PROMPT_TOKENS,), generator=generator).tolist()
-
-    chunk = TokenChunk(0, array("I", prompt).tobytes())
-
-    async def upload() -> None:
-        await service.append_prompt(opened.generation, opened.upload, chunk)
-        await service.finish_prompt(opened.generation, opened.upload)
-
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(upload())
-        heard = [
-            event.event
-            async for events in service.watch(DEFAULT_TENANT, opened.generation, 0)
-            for event in events
-        ]
+    heard = await hear(service, opened, prompt)
     output = [id_ for event in heard if isinstance(event, Output) for id_ in event.token_ids]
     finished = heard[-1]
     assert isinstance(finished, Finished)
