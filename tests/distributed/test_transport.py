@@ -40,12 +40,12 @@ def exchange_with_everybody(ring: Ring) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_sockets_carry_every_message(size: int, tmp_path: Path) -> None:
-    def body(rank: int) -> None:
-        ring = SocketRing.connect(rank, size, tmp_path, timeout_s=30)
-        exchange_with_everybody(ring)
-        ring.close()
-
-    run_ranks(size, body)
+    rings = run_ranks(size, lambda rank: SocketRing.connect(rank, size, tmp_path, timeout_s=30))
+    try:
+        run_ranks(size, lambda rank: exchange_with_everybody(rings[rank]))
+    finally:
+        for ring in rings:
+            ring.close()
 
 
 def _gloo_rank(rank: int, size: int, port: int) -> None:
