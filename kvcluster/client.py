@@ -66,6 +66,7 @@ class SamplingOptions(TypedDict, total=False):
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     logprobs: int | None
+    prompt_logprobs: int | None
     min_output_tokens: int
     ignore_eos: bool
     logit_bias: tuple[tuple[int, float], ...]

@@ -134,6 +134,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     """None: none. n: the chosen token's and the n most likely ones'."""
+    prompt_logprobs: int | None = None
+    """The same of each prompt token but the first, as what comes before predicts it."""
     min_output_tokens: int = 0
     """End-of-sequence and stop token ids are not sampled before this many output tokens."""
     ignore_eos: bool = False

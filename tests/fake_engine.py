@@ -10,7 +10,14 @@ from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.partition import Partition
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.engine.api import Event, Finished, FinishReason, GenerationRequest, Output
+from kvcluster.engine.api import (
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Output,
+    PromptScores,
+)
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.plan import StepPlan, StepResult
@@ -230,6 +237,15 @@ class FakeCluster:
         events = self.engine.find(generation).log.after(0)
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
         return [event.event for event in events]
+
+    def scores(self, generation: GenerationId) -> list[float]:
+        """Log probabilities of the prompt, from its second token on."""
+        scores: list[float] = []
+        for event in self.events(generation):
+            if isinstance(event, PromptScores):
+                assert event.first == len(scores) + 1
+                scores += event.logprobs
+        return scores
 
     def output(self, generation: GenerationId) -> list[int]:
         outputs = [event for event in self.events(generation) if isinstance(event, Output)]

@@ -11,6 +11,7 @@ from kvcluster.engine.plan import (
     NewBlock,
     Release,
     SampledToken,
+    ScoredTokens,
     SequenceStep,
     StepPlan,
     StepResult,
@@ -111,13 +112,14 @@ class FakeRing:
                 self._append(step, block)
         assert len({step.sequence for step in plan.sequences}) == len(plan.sequences)
         sampled = [token for step in plan.sequences for token in self._run(step)]
+        scored = [tokens for step in plan.sequences for tokens in self._score(step)]
         for step in plan.sequences:
             self._encode(step)
         for number in plan.ended:
             for groups in self.sequences.pop(number).entries:
                 for holding in groups:
                     self._free(number, holding)
-        return StepResult(plan.epoch, plan.step, tuple(sampled))
+        return StepResult(plan.epoch, plan.step, tuple(sampled), tuple(scored))
 
     def _append(self, step: SequenceStep, block: NewBlock) -> None:
         sequence = self.sequences[step.sequence]
@@ -185,6 +187,19 @@ class FakeRing:
         assert 0 < step.num_prompt_tokens <= end
         sequence.sampled = next_token(sequence.tokens, sequence.sampling, self.spec.vocab_size)
         return [SampledToken(step.sequence, end, sequence.sampled)]
+
+    def _score(self, step: SequenceStep) -> list[ScoredTokens]:
+        """A prompt token's log probability, in this ring, is minus its id."""
+        scoring, sequence = step.scoring, self.sequences[step.sequence]
+        if scoring is None:
+            return []
+        assert step.start < scoring.first < scoring.below <= step.start + step.num_tokens + 1
+        known = [*sequence.tokens, scoring.next_id]
+        logprobs = tuple(-float(token) for token in known[scoring.first : scoring.below])
+        # In two pieces, as from two ranks.
+        middle = len(logprobs) // 2
+        pieces = [(scoring.first, logprobs[:middle]), (scoring.first + middle, logprobs[middle:])]
+        return [ScoredTokens(step.sequence, first, part) for first, part in pieces if part]
 
     def _read_entries(self, sequence: FakeSequence, group: int, start: int) -> list[int]:
         """Entries that the rows from `start` on read or write."""

@@ -136,9 +136,9 @@ class ReferenceGroup:
         plan = StepPlan(1, self._step, tuple(self._started), steps, tuple(self._releases(steps)))
         self._started = []
 
-        def run_rank(rank: int) -> list[SampledToken]:
+        def run_rank(rank: int) -> tuple[SampledToken, ...]:
             torch.set_num_threads(1)
-            return self._runners[rank].run(plan, self._sampled).sampled
+            return self._runners[rank].run(plan, self._sampled).result.sampled
 
         sampled = [token for tokens in run_ranks(self.num_ranks, run_rank) for token in tokens]
         assert self._rings[0].all_delivered()

@@ -11,10 +11,10 @@ import torch
 
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
-from kvcluster.cluster.runner import StepRunner
+from kvcluster.cluster.runner import StepOutcome, StepRunner, step_result
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.api import Event, Opened, TokenChunk
-from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
+from kvcluster.engine.plan import RankResult, SampledToken, StepPlan, StepResult
 from kvcluster.engine.service import EngineService
 from kvcluster.engine.text import Tokenizer
 from kvcluster.errors import RankLost
@@ -57,19 +57,19 @@ class ThreadExecutor:
         self._steps.shutdown()
 
     def _run(self, plan: StepPlan) -> StepResult:
-        def run_rank(rank: int) -> list[SampledToken]:
+        def run_rank(rank: int) -> StepOutcome:
             torch.set_num_threads(1)
-            return self.runners[rank].run(plan, self._sampled).sampled
+            return self.runners[rank].run(plan, self._sampled)
 
         try:
-            ranks = run_ranks(len(self.runners), run_rank)
+            outcomes = run_ranks(len(self.runners), run_rank)
         except queue.Empty as silence:
             raise RankLost("two ranks disagree on what to exchange") from silence
-        by_sequence = {token.sequence: token for tokens in ranks for token in tokens}
-        self._sampled = tuple(
-            by_sequence[part.sequence] for part in plan.sequences if part.sequence in by_sequence
-        )
-        return StepResult(plan.epoch, plan.step, self._sampled)
+        for rank, outcome in enumerate(outcomes):
+            assert (rank in outcome.answering_ranks) == (outcome.result != RankResult())
+        result = step_result(plan, [outcome.result for outcome in outcomes])
+        self._sampled = result.sampled
+        return result
 
 
 @asynccontextmanager

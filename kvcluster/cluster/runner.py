@@ -19,14 +19,18 @@ from kvcluster.attention.step import StepAttention
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
 from kvcluster.engine.plan import (
+    RankResult,
     SampledToken,
+    ScoredTokens,
     SequenceStep,
     StepPlan,
+    StepResult,
     TopLogprob,
 )
 from kvcluster.errors import RankLost
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.sampler import SequenceSampling, sample
+from kvcluster.model.scorer import score
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.types import Policy
 
@@ -54,10 +58,9 @@ class ThreadShare:
 class StepOutcome:
     """What a step gave on one rank."""
 
-    sampled: list[SampledToken]
-    """The tokens that this rank chose."""
-    sampling_ranks: tuple[int, ...]
-    """The ranks that chose any, ascending: the same answer on every rank."""
+    result: RankResult
+    answering_ranks: tuple[int, ...]
+    """The ranks whose result is not empty, ascending: the same answer on every rank."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,31 @@ class _Rows:
     def sampling_rank(self) -> int | None:
         """The rank with the last row, if that row's logits are asked for."""
         return self.part.pieces[-1].rank if self.step.samples else None
+
+    def scored_by(self, rank: int) -> list[range]:
+        """Positions of the tokens that a rank's rows score, piece by piece."""
+        scoring = self.step.scoring
+        if scoring is None:
+            return []
+        scored = (
+            range(max(piece.start + 1, scoring.first), min(piece.end + 1, scoring.below))
+            for piece in self.part.pieces
+            if piece.rank == rank
+        )
+        return [positions for positions in scored if positions]
+
+
+@dataclass(frozen=True)
+class _ScoredPiece:
+    """Rows of this rank that score consecutive tokens of a sequence."""
+
+    sequence: int
+    first: int
+    """Position of the first of these tokens."""
+    rows_R: Tensor
+    wanted_R: Tensor
+    """Their ids."""
+    num_top: int
 
 
 class _SequenceState:
@@ -138,13 +166,15 @@ class StepRunner:
         self._remember(sampled_before)
         self._apply(plan)
         rows = self._lay_out(plan)
-        sampled = self._compute(rows) if rows else []
+        result = self._compute(rows) if rows else RankResult()
         for sequence in plan.ended:
             self._sequences.pop(sequence, None)
-        samplers = {row.sampling_rank for row in rows} - {None}
-        return StepOutcome(
-            sampled, tuple(rank for rank in range(self._ring.size) if rank in samplers)
+        answering = (
+            rank
+            for rank in range(self._ring.size)
+            if any(row.sampling_rank == rank or row.scored_by(rank) for row in rows)
         )
+        return StepOutcome(result, tuple(answering))
 
     def _remember(self, sampled: Sequence[SampledToken]) -> None:
         for token in sampled:
@@ -193,7 +223,7 @@ class StepRunner:
             rows.append(_Rows(state, step, part))
         return rows
 
-    def _compute(self, rows: Sequence[_Rows]) -> list[SampledToken]:
+    def _compute(self, rows: Sequence[_Rows]) -> RankResult:
         if self._share is not None:
             busy = [
                 rank
@@ -204,15 +234,18 @@ class StepRunner:
         attention = StepAttention(self._spec, self._store, self._ring, [row.part for row in rows])
         own_ids: list[Tensor] = []
         own_positions: list[Tensor] = []
+        scored: list[_ScoredPiece] = []
         for row in rows:
             token_ids = self._token_ids(row)
             positions = row.part.positions(self._ring.rank)
             own_positions.append(positions)
             own_ids.append(token_ids[positions - row.step.start])
+            scored += self._scored_pieces(row, positions, token_ids)
         ids_T = torch.cat(own_ids)
         here = [row for row in rows if row.sampling_rank == self._ring.rank]
         # The last piece of a part holds its last row: the rows of a part lie together, ascending.
-        logit_rows_R = torch.tensor([row.part.rows.stop - 1 for row in here], dtype=torch.long)
+        sampling_rows = torch.tensor([row.part.rows.stop - 1 for row in here], dtype=torch.long)
+        logit_rows_R = torch.cat([sampling_rows, *(piece.rows_R for piece in scored)])
         device = self._model.device
         logits_RV = self._model.forward(
             ids_T.to(device),
@@ -220,7 +253,28 @@ class StepRunner:
             logit_rows_R.to(device),
             attention,
         )
-        return self._sample(here, logits_RV)
+        return RankResult(
+            tuple(self._sample(here, logits_RV[: len(here)])),
+            tuple(_scores(scored, logits_RV[len(here) :])),
+        )
+
+    def _scored_pieces(
+        self, row: _Rows, positions_T: Tensor, token_ids: Tensor
+    ) -> "list[_ScoredPiece]":
+        """What this rank's rows of a sequence, at these positions, are to score."""
+        scoring = row.step.scoring
+        if scoring is None:
+            return []
+        following = torch.cat([token_ids[1:], torch.tensor([scoring.next_id])])
+        pieces = []
+        for scored in row.scored_by(self._ring.rank):
+            first_row = int(torch.searchsorted(positions_T, scored.start - 1))
+            rows_R = torch.arange(first_row, first_row + len(scored)) + row.part.row_offset
+            begin = scored.start - 1 - row.step.start
+            wanted_R = following[begin : begin + len(scored)]
+            num_top = row.state.sampling.params.prompt_logprobs or 0
+            pieces.append(_ScoredPiece(row.step.sequence, scored.start, rows_R, wanted_R, num_top))
+        return pieces
 
     def _token_ids(self, row: _Rows) -> Tensor:
         """All token ids of the step's part, on every rank: penalties count each of them."""
@@ -249,3 +303,34 @@ class StepRunner:
             )
             for row, position, choice in zip(here, positions, choices, strict=True)
         ]
+
+
+def step_result(plan: StepPlan, results: Sequence[RankResult]) -> StepResult:
+    """The results of all ranks in the plan's order; scored tokens also by position."""
+    place = {step.sequence: index for index, step in enumerate(plan.sequences)}
+    sampled = [token for result in results for token in result.sampled]
+    scored = [tokens for result in results for tokens in result.scored]
+    return StepResult(
+        plan.epoch,
+        plan.step,
+        tuple(sorted(sampled, key=lambda token: place[token.sequence])),
+        tuple(sorted(scored, key=lambda tokens: (place[tokens.sequence], tokens.first))),
+    )
+
+
+def _scores(pieces: Sequence[_ScoredPiece], logits_RV: Tensor) -> list[ScoredTokens]:
+    """Of the rows of the pieces, one piece after the other."""
+    found = []
+    by_piece = torch.split(logits_RV, [len(piece.rows_R) for piece in pieces]) if pieces else ()
+    for piece, logits_piece in zip(pieces, by_piece, strict=True):
+        scores = score(logits_piece, piece.wanted_R.to(logits_RV.device), piece.num_top)
+        found.append(
+            ScoredTokens(
+                piece.sequence,
+                piece.first,
+                tuple(scores.logprobs_R.tolist()),
+                tuple(scores.top_ids_RN.flatten().tolist()),
+                tuple(scores.top_logprobs_RN.flatten().tolist()),
+            )
+        )
+    return found

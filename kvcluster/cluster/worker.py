@@ -20,12 +20,12 @@ from kvcluster.attention.ring import LoneRing
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.control import LEADER, ControlChannel
-from kvcluster.cluster.runner import StepRunner, ThreadShare
+from kvcluster.cluster.runner import StepRunner, ThreadShare, step_result
 from kvcluster.cluster.socket_ring import SocketRing
 from kvcluster.cluster.torch_ring import TorchRing
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.config import ClusterConfig, TransportKind
-from kvcluster.engine.plan import SampledToken, StepPlan, StepResult
+from kvcluster.engine.plan import RankResult, SampledToken, StepPlan
 from kvcluster.errors import RankLost
 from kvcluster.model.codecs import load_codecs
 from kvcluster.model.loader import LoadedModel, load_model
@@ -133,16 +133,17 @@ class Worker:
         control.broadcast(msgspec.msgpack.encode(order))
         try:
             outcome = runner.run(plan, self._sampled_before)
-            sampled = outcome.sampled
-            others = [rank for rank in outcome.sampling_ranks if rank != LEADER]
+            others = [rank for rank in outcome.answering_ranks if rank != LEADER]
+            results = [outcome.result]
             for answer in control.collect(others):
-                sampled += msgspec.msgpack.decode(answer, type=list[SampledToken])
+                results.append(msgspec.msgpack.decode(answer, type=RankResult))
         except BaseException:
             # The others may be waiting for this rank in the middle of a layer: let them go.
             self.disconnect()
             raise
-        self._sampled_before = _in_plan_order(plan, sampled)
-        return msgspec.msgpack.encode(StepResult(plan.epoch, plan.step, self._sampled_before))
+        result = step_result(plan, results)
+        self._sampled_before = result.sampled
+        return msgspec.msgpack.encode(result)
 
     def follow(self) -> None:
         """Other ranks: run the steps that rank 0 hands on until the ring is closed.
@@ -154,9 +155,9 @@ class Worker:
             while True:
                 order = msgspec.msgpack.decode(control.receive(), type=StepOrder)
                 outcome = runner.run(order.plan, order.sampled_before)
-                # Rank 0 knows from the plan who has sampled, and waits for nobody else.
-                if self._rank in outcome.sampling_ranks:
-                    control.reply(msgspec.msgpack.encode(outcome.sampled))
+                # Rank 0 knows from the plan who has something to say, and waits for nobody else.
+                if self._rank in outcome.answering_ranks:
+                    control.reply(msgspec.msgpack.encode(outcome.result))
         finally:
             self.disconnect()
 
@@ -225,10 +226,3 @@ def _machine() -> str:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     folder = Path(tempfile.gettempdir()).stat()
     return f"{boot_id}-{folder.st_dev}-{folder.st_ino}"
-
-
-def _in_plan_order(plan: StepPlan, sampled: Sequence[SampledToken]) -> tuple[SampledToken, ...]:
-    by_sequence = {token.sequence: token for token in sampled}
-    return tuple(
-        by_sequence[step.sequence] for step in plan.sequences if step.sequence in by_sequence
-    )

@@ -160,11 +160,12 @@ def check_sampling(sampling: SamplingParams, spec: ModelSpec) -> None:
     )
     _require("sampling.seed", "want 0 to 2**64 - 1", met=0 <= sampling.seed < 2**64)
     _require("sampling.min_output_tokens", "want 0 or more", met=sampling.min_output_tokens >= 0)
-    if sampling.logprobs is not None:
+    for name in ("logprobs", "prompt_logprobs"):
+        number = getattr(sampling, name)
         _require(
-            "sampling.logprobs",
+            f"sampling.{name}",
             f"want 0 to {MAX_LOGPROBS}",
-            met=0 <= sampling.logprobs <= MAX_LOGPROBS,
+            met=number is None or 0 <= number <= MAX_LOGPROBS,
         )
     _check_stop(sampling, spec)
     _check_logit_bias(sampling, spec)

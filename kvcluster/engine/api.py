@@ -131,6 +131,18 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+class PromptScores(msgspec.Struct, frozen=True, kw_only=True, tag="prompt_scores"):
+    """How likely some prompt tokens were, given those before each. In order, without gaps, from
+    the second token on."""
+
+    first: int
+    """Place of the first of them in the prompt, from 0."""
+    logprobs: tuple[float, ...]
+    top_token_ids: tuple[int, ...] = ()
+    """The likeliest tokens at each place, likeliest first: as many for each as were asked for."""
+    top_logprobs: tuple[float, ...] = ()
+
+
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     """Always the last event."""
 
@@ -145,7 +157,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     """When to try again, where the error says so. Like the metadata, only in a call's status."""
 
 
-Event = Admitted | Progress | Output | Finished
+Event = Admitted | Progress | PromptScores | Output | Finished
 
 
 class GenerationEvent(msgspec.Struct, frozen=True, kw_only=True):

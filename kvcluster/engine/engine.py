@@ -223,7 +223,7 @@ class Engine:
         """Take in the result of the oldest step in flight. Raises RankLost when it is not that."""
         settled = self._in_flight.settle(result, now=self.parts.clock.monotonic())
         self._estimator.observe(settled.planned.plan, settled.seconds)
-        for part, request, sampled in settled.parts():
+        for part, request, sampled, scored in settled.parts():
             request.num_steps_in_flight -= 1
             request.num_pending -= part.samples
             # A token that was sampled after the end was found is discarded here.
@@ -231,6 +231,8 @@ class Engine:
                 continue
             if request.sequence == part.sequence:
                 request.num_computed = part.start + part.num_tokens
+            if scored:
+                self.find(request.generation).deliver_scores(scored)
             if sampled is not None:
                 generation = self.find(request.generation)
                 reason, stop_sequence = generation.deliver(sampled)

@@ -1,6 +1,8 @@
 """One generation as its client sees it: the request, its events, its text and its timers."""
 
 import math
+from collections.abc import Sequence
+from itertools import chain
 
 from kvcluster.engine.api import (
     FinishReason,
@@ -8,10 +10,11 @@ from kvcluster.engine.api import (
     GenerationState,
     Output,
     Phase,
+    PromptScores,
     TokenLogprob,
     Usage,
 )
-from kvcluster.engine.plan import SampledToken
+from kvcluster.engine.plan import SampledToken, ScoredTokens
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.stream import EventLog, OutputText, Signal
 from kvcluster.errors import (
@@ -119,6 +122,17 @@ class Generation:
             )
         )
         return reason, stop_sequence
+
+    def deliver_scores(self, scored: Sequence[ScoredTokens]) -> None:
+        """Add the event of consecutive prompt tokens' log probabilities."""
+        self.log.append(
+            PromptScores(
+                first=scored[0].first,
+                logprobs=tuple(chain.from_iterable(part.logprobs for part in scored)),
+                top_token_ids=tuple(chain.from_iterable(part.top_token_ids for part in scored)),
+                top_logprobs=tuple(chain.from_iterable(part.top_logprobs for part in scored)),
+            )
+        )
 
     def flush_text(self) -> None:
         """Add text that is still held back, when the generation ends without another token."""

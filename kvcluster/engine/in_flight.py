@@ -4,11 +4,22 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
-from kvcluster.engine.plan import SampledToken, SequenceStep, StepResult
+from kvcluster.engine.plan import SampledToken, ScoredTokens, SequenceStep, StepResult
 from kvcluster.engine.request import Request
 from kvcluster.engine.scheduler import PlannedStep
 from kvcluster.errors import RankLost
+
+
+class SettledPart(NamedTuple):
+    """One sequence's part of a step whose result is in."""
+
+    step: SequenceStep
+    request: Request
+    sampled: SampledToken | None
+    scored: tuple[ScoredTokens, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +29,20 @@ class SettledStep:
     planned: PlannedStep
     sampled: tuple[SampledToken | None, ...]
     """One for each of the plan's sequences; None where the step did not sample."""
+    scored: tuple[tuple[ScoredTokens, ...], ...]
+    """One for each of the plan's sequences: in order of position, without gaps."""
     seconds: float
     """From the moment when it could run: planned, and the step before it done."""
 
-    def parts(self) -> Iterator[tuple[SequenceStep, Request, SampledToken | None]]:
-        """Each sequence's part, whose it is, and what it sampled."""
-        return zip(self.planned.plan.sequences, self.planned.requests, self.sampled, strict=True)
+    def parts(self) -> Iterator[SettledPart]:
+        """Each sequence's part."""
+        return map(
+            SettledPart,
+            self.planned.plan.sequences,
+            self.planned.requests,
+            self.sampled,
+            self.scored,
+        )
 
 
 class StepsInFlight:
@@ -53,11 +72,11 @@ class StepsInFlight:
                 f"the ranks answered step {result.step} of epoch {result.epoch}, expected step "
                 f"{plan.step} of epoch {plan.epoch}"
             )
-        sampled = self._match(planned, result)
+        sampled, scored = self._match(planned, result), _match_scored(planned, result)
         self._steps.popleft()
         seconds = now - max(planned_at, self._settled_at)
         self._settled_at = now
-        return SettledStep(planned, sampled, seconds)
+        return SettledStep(planned, sampled, scored, seconds)
 
     def reset(self) -> None:
         """Forget all steps; the next one is number 1 again."""
@@ -80,3 +99,28 @@ class StepsInFlight:
                 raise RankLost(f"step {result.step} sampled token id {token.token_id}")
         tokens = iter(result.sampled)
         return tuple(next(tokens) if part.samples else None for part in planned.plan.sequences)
+
+
+def _match_scored(planned: PlannedStep, result: StepResult) -> tuple[tuple[ScoredTokens, ...], ...]:
+    """The scored tokens of each of the plan's sequences. Raises: RankLost as `settle` does."""
+    answered = {
+        sequence: tuple(scored)
+        for sequence, scored in groupby(result.scored, key=lambda tokens: tokens.sequence)
+    }
+    asked = {part.sequence: part.scoring for part in planned.plan.sequences if part.scoring}
+    if list(asked) != list(answered):
+        raise RankLost(
+            f"step {result.step} scored sequences {list(answered)}, expected {list(asked)}"
+        )
+    for sequence, scoring in asked.items():
+        position = scoring.first
+        for tokens in answered[sequence]:
+            if tokens.first != position:
+                break
+            position += len(tokens.logprobs)
+        if position != scoring.below:
+            raise RankLost(
+                f"step {result.step} scored sequence {sequence} up to {position}, expected all of "
+                f"{scoring.first} to {scoring.below}"
+            )
+    return tuple(answered.get(part.sequence, ()) for part in planned.plan.sequences)

@@ -29,6 +29,16 @@ class NewBlock(msgspec.Struct, frozen=True, array_like=True):
     any more: its exact block is free after that step. Empty: it stays exact."""
 
 
+class Scoring(msgspec.Struct, frozen=True, array_like=True):
+    """Prompt tokens whose log probability the rows of a part give: those at positions
+    [first, below), each predicted by the row before it."""
+
+    first: int
+    below: int
+    next_id: int
+    """The token after the part, which is among them if the part ends before `below`."""
+
+
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's part of a step: positions [start, start + num_tokens) are computed.
 
@@ -47,6 +57,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     samples: bool
     """The last row's logits give the sequence's next token."""
     route: Route = Route.PASS_KV
+    scoring: Scoring | None = None
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True):
@@ -90,9 +101,30 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[TopLogprob, ...] = ()
 
 
+class ScoredTokens(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of consecutive prompt tokens from position `first` on."""
+
+    sequence: int
+    first: int
+    logprobs: tuple[float, ...]
+    """Natural logs, of the distribution as the model gives it."""
+    top_token_ids: tuple[int, ...] = ()
+    """The most likely ones at each position, as many for each as the request asks for."""
+    top_logprobs: tuple[float, ...] = ()
+
+
+class RankResult(msgspec.Struct, frozen=True, array_like=True):
+    """What a step gave on one rank."""
+
+    sampled: tuple[SampledToken, ...] = ()
+    scored: tuple[ScoredTokens, ...] = ()
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step gave: the sampled tokens of all ranks, in the plan's order."""
 
     epoch: int
     step: int
     sampled: tuple[SampledToken, ...]
+    scored: tuple[ScoredTokens, ...] = ()
+    """Of all ranks, in the plan's order and by position."""

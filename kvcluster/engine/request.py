@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.engine.api import GenerationRequest
+from kvcluster.engine.plan import Scoring
 from kvcluster.types import GenerationId, Policy, SequenceId
 
 TOKEN_BYTES = 4
@@ -54,6 +55,8 @@ class Request:
         """Positions below this are in steps whose result is in."""
         self.num_pending = 0
         """Samples in flight."""
+        self.num_scored = 1
+        """Prompt tokens below this need no log probability, or are in plans that ask for it."""
         self.num_steps_in_flight = 0
         self.has_sampled = False
         """A plan since the last start samples: from there on every step is a decode."""
@@ -114,6 +117,14 @@ class Request:
     def append_output(self, token_id: int) -> None:
         self.tokens.append(token_id)
         self.num_output_tokens += 1
+
+    def scoring(self, end: int) -> Scoring | None:
+        """The log probabilities that a step up to position `end` has to give; None: none."""
+        first = max(self.num_planned + 1, self.num_scored)
+        below = min(end + 1, self.num_prompt_tokens)
+        if self.spec.sampling.prompt_logprobs is None or first >= below:
+            return None
+        return Scoring(first, below, self.tokens[end] if end < below else 0)
 
     def start(self, sequence: SequenceId, table: BlockTable) -> None:
         self.state = RequestState.RUNNING

@@ -24,6 +24,9 @@ from kvcluster.engine.sharding import zigzag
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Rank, Route, SequenceId
 
+_MAX_SCORED_LOGITS = 1 << 26
+"""Of the rows of a step that score their prompt: 256 MiB of float32."""
+
 _by_order = attrgetter("order")
 
 
@@ -92,6 +95,7 @@ class Scheduler:
         self._block_size = cache.block_size
         self._exact_recent = cache.exact_recent_blocks
         self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
+        self._scored_tokens = max(_MAX_SCORED_LOGITS // spec.vocab_size, cache.block_size)
         self._config = engine
         self._partition = partition
         self._choose_route = choose_route
@@ -157,6 +161,8 @@ class Scheduler:
 
     def _chunk_end(self, request: Request, budget: int) -> int:
         end = request.prefill_end(self._block_size)
+        if request.spec.sampling.prompt_logprobs is not None:
+            budget = min(budget, self._scored_tokens)
         within = request.num_planned + budget
         if end > within:
             end = within // self._block_size * self._block_size
@@ -274,6 +280,7 @@ class Scheduler:
         start = request.num_planned
         is_decode = request.has_sampled
         samples = is_decode or (request.is_prompt_complete and end == len(request.tokens))
+        scoring = request.scoring(end)
         assert request.sequence is not None, "a running request has a sequence"
         draft.parts.append(
             SequenceStep(
@@ -289,9 +296,12 @@ class Scheduler:
                     if is_decode
                     else self._route(end - start, start, request.policy.codec)
                 ),
+                scoring=scoring,
             )
         )
         draft.requests.append(request)
+        if scoring is not None:
+            request.num_scored = scoring.below
         request.num_planned = end
         request.num_steps_in_flight += 1
         if samples:

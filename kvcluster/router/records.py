@@ -24,6 +24,7 @@ from kvcluster.engine.api import (
     Phase,
     PolicySource,
     Progress,
+    PromptScores,
     TokenLogprob,
     Usage,
 )
@@ -99,6 +100,8 @@ def event_to_proto(
             response.admitted.CopyFrom(_admitted_to_proto(admitted))
         case Progress() as progress:
             response.progress.CopyFrom(_progress_to_proto(progress))
+        case PromptScores() as scores:
+            response.prompt_scores.CopyFrom(_scores_to_proto(scores))
         case Output() as output:
             response.output.CopyFrom(_output_to_proto(output))
         case Finished() as finished:
@@ -116,6 +119,8 @@ def event_from_proto(message: inference_service_pb2.GenerateResponse) -> Generat
             event = _admitted_from_proto(message.admitted)
         case "progress":
             event = _progress_from_proto(message.progress)
+        case "prompt_scores":
+            event = _scores_from_proto(message.prompt_scores)
         case "output":
             event = _output_from_proto(message.output)
         case "finished":
@@ -286,6 +291,24 @@ def _progress_from_proto(message: inference_service_pb2.Progress) -> Progress:
             if message.HasField("estimated_remaining")
             else None
         ),
+    )
+
+
+def _scores_to_proto(event: PromptScores) -> inference_service_pb2.PromptScores:
+    return inference_service_pb2.PromptScores(
+        first=event.first,
+        logprobs=event.logprobs,
+        top_token_ids=event.top_token_ids,
+        top_logprobs=event.top_logprobs,
+    )
+
+
+def _scores_from_proto(message: inference_service_pb2.PromptScores) -> PromptScores:
+    return PromptScores(
+        first=message.first,
+        logprobs=tuple(message.logprobs),
+        top_token_ids=tuple(message.top_token_ids),
+        top_logprobs=tuple(message.top_logprobs),
     )
 
 

@@ -62,6 +62,8 @@ def load(**fields: object) -> admission.Load:
         ("stop_token_ids", (1,) * 257),
         ("logprobs", -1),
         ("logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
         ("min_output_tokens", -1),
         ("logit_bias", ((VOCAB_SIZE, 1.0),)),
         ("logit_bias", ((1, NAN),)),

@@ -99,6 +99,7 @@ class EngineSimulation(RuleBasedStateMachine):
         deadline_s=st.sampled_from([None, None, None, None, 5.0, 20.0]),
         codec=st.sampled_from(["exact", "exact", *CODECS]),
         recent_blocks=st.sampled_from([0, 0, 1, 4]),
+        scores_prompt=st.booleans(),
     )
     def submit(
         self,
@@ -113,9 +114,14 @@ class EngineSimulation(RuleBasedStateMachine):
         deadline_s: float | None,
         codec: str,
         recent_blocks: int,
+        scores_prompt: bool,
     ) -> None:
         window = f" + window:recent={recent_blocks * self.block_size}" if recent_blocks else ""
-        params = sampling(seed=seed, stop_token_ids=tuple(stop))
+        params = sampling(
+            seed=seed,
+            stop_token_ids=tuple(stop),
+            prompt_logprobs=0 if scores_prompt else None,
+        )
         try:
             generation = self.cluster.engine.submit(
                 request(
@@ -210,6 +216,17 @@ class EngineSimulation(RuleBasedStateMachine):
             output = self.cluster.output(generation)
             assert output == self.alone(sent)[: len(output)]
 
+    @invariant()
+    def scores_follow_the_prompt(self) -> None:
+        for generation, sent in getattr(self, "sent", {}).items():
+            scores = self.cluster.scores(generation)
+            assert scores == self.expected_scores(sent)[: len(scores)]
+
+    def expected_scores(self, sent: Sent) -> list[float]:
+        if sent.params.prompt_logprobs is None:
+            return []
+        return [-float(token) for token in sent.prompt[1:]]
+
     def alone(self, sent: Sent) -> list[int]:
         return expected_output(
             sent.prompt,
@@ -240,6 +257,7 @@ class EngineSimulation(RuleBasedStateMachine):
             finished = self.cluster.finished(generation)
             if finished.reason in (FinishReason.STOP, FinishReason.LENGTH):
                 assert self.cluster.output(generation) == self.alone(sent)
+                assert self.cluster.scores(generation) == self.expected_scores(sent)
             else:
                 # Cancelled, late, or not able to fit: never the engine's own fault.
                 assert finished.error_kind in ("", "QuotaExceeded")

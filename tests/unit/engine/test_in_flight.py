@@ -1,7 +1,14 @@
 import pytest
 
 from kvcluster.engine.in_flight import StepsInFlight
-from kvcluster.engine.plan import SampledToken, SequenceStep, StepPlan, StepResult
+from kvcluster.engine.plan import (
+    SampledToken,
+    ScoredTokens,
+    Scoring,
+    SequenceStep,
+    StepPlan,
+    StepResult,
+)
 from kvcluster.engine.request import Request
 from kvcluster.engine.scheduler import PlannedStep
 from kvcluster.errors import RankLost
@@ -32,7 +39,7 @@ ANSWER = (SampledToken(2, 6, 7), SampledToken(3, 6, 8))
 def test_each_part_gets_its_own_token() -> None:
     settled = steps(PLAN).settle(StepResult(1, 1, ANSWER), now=5.0)
 
-    tokens = [sampled.token_id if sampled else None for _, _, sampled in settled.parts()]
+    tokens = [sampled.token_id if sampled else None for _, _, sampled, _ in settled.parts()]
     assert tokens == [None, 7, 8]
 
 
@@ -56,6 +63,41 @@ def test_an_answer_that_is_not_exactly_the_plans_means_a_lost_rank(
 
     with pytest.raises(RankLost):
         in_flight.settle(StepResult(epoch, step, sampled), now=5.0)
+
+
+def scoring_plan() -> StepPlan:
+    asked = SequenceStep(1, 4, 4, bytes(16), (), 9, samples=False, scoring=Scoring(5, 9, 0))
+    return StepPlan(epoch=1, step=1, sequences=(asked, part(2, samples=True)))
+
+
+def test_the_scores_of_a_part_may_come_in_pieces() -> None:
+    pieces = (ScoredTokens(1, 5, (-1.0, -2.0)), ScoredTokens(1, 7, (-3.0, -4.0)))
+
+    settled = steps(scoring_plan()).settle(StepResult(1, 1, ANSWER[:1], pieces), now=5.0)
+
+    assert [scored for _, _, _, scored in settled.parts()] == [pieces, ()]
+
+
+@pytest.mark.parametrize(
+    "scored",
+    [
+        (),
+        (ScoredTokens(1, 5, (-1.0, -2.0, -3.0)),),
+        (ScoredTokens(1, 6, (-1.0, -2.0, -3.0, -4.0)),),
+        (ScoredTokens(1, 7, (-3.0, -4.0)), ScoredTokens(1, 5, (-1.0, -2.0))),
+        (ScoredTokens(1, 5, (-1.0,)), ScoredTokens(1, 7, (-2.0, -3.0, -4.0))),
+        (ScoredTokens(1, 5, (-1.0,) * 5),),
+        (ScoredTokens(2, 5, (-1.0,) * 4),),
+        (ScoredTokens(1, 5, (-1.0,) * 4), ScoredTokens(2, 5, (-1.0,))),
+    ],
+)
+def test_scores_that_are_not_exactly_the_plans_mean_a_lost_rank(
+    scored: tuple[ScoredTokens, ...],
+) -> None:
+    in_flight = steps(scoring_plan())
+
+    with pytest.raises(RankLost, match="scored"):
+        in_flight.settle(StepResult(1, 1, ANSWER[:1], scored), now=5.0)
 
 
 def test_an_answer_without_a_question_means_a_lost_rank() -> None:

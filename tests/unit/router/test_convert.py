@@ -24,6 +24,7 @@ FULL_SAMPLING = SamplingParams(
     stop=("\n\n", "ende"),
     stop_token_ids=(1, 2),
     logprobs=0,
+    prompt_logprobs=0,
     min_output_tokens=3,
     ignore_eos=True,
     logit_bias=((5, -100.0), (7, 1.5)),

@@ -15,6 +15,7 @@ from kvcluster.engine.api import (
     Phase,
     PolicySource,
     Progress,
+    PromptScores,
     TokenLogprob,
     Usage,
 )
@@ -59,6 +60,8 @@ EVENTS: list[Event] = [
     ),
     *(progress(phase, None) for phase in Phase),
     progress(Phase.PREFILLING, 0.0),
+    PromptScores(first=1, logprobs=(-0.5, -2.0)),
+    PromptScores(first=9, logprobs=(-0.5,), top_token_ids=(3, 2**31), top_logprobs=(-0.25, -4.0)),
     Output(index=0, text="", token_ids=()),
     Output(
         index=7,
