@@ -43,6 +43,9 @@ def bench(
     exact_recent: Annotated[
         int | None, typer.Option(help="For quality: latest tokens that are read exact.")
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="For quality: measure through a cluster of so many ranks.")
+    ] = None,
 ) -> None:
     """Measure this machine. Exits with 3 when a target is missed."""
     with exiting(as_json=as_json):
@@ -62,12 +65,13 @@ def bench(
                 exact_recent_tokens=(
                     CacheConfig().exact_recent_tokens if exact_recent is None else exact_recent
                 ),
+                num_ranks=ranks or 0,
             )
             return
-        if (model, policy, tokens, text, calibration, exact_recent) != (None,) * 6:
+        if (model, policy, tokens, text, calibration, exact_recent, ranks) != (None,) * 7:
             raise ConfigError(
-                "bench: --model, --policy, --tokens, --text, --calibration and --exact-recent are "
-                "for quality"
+                "bench: --model, --policy, --tokens, --text, --calibration, --exact-recent and "
+                "--ranks are for quality"
             )
         # Ray prints what its processes say to stdout, which is the report's alone.
         with redirect_stdout(sys.stderr):
@@ -93,10 +97,12 @@ def _quality(
     calibration: Path | None,
     output: Path | None,
     exact_recent_tokens: int,
+    num_ranks: int,
 ) -> None:
     """Each policy's line goes to stderr as it comes; a run that was cut off goes on in `output`."""
     # torch takes seconds, and this module is imported by every command.
-    from kvcluster.bench.quality import QualitySettings, measure_quality
+    from kvcluster.bench.quality import measure_quality
+    from kvcluster.bench.quality_settings import QualitySettings
 
     settings = QualitySettings(
         model=model,
@@ -106,6 +112,7 @@ def _quality(
         calibration=calibration,
         output=output,
         exact_recent_tokens=exact_recent_tokens,
+        num_ranks=num_ranks,
     )
     report = measure_quality(settings, partial(typer.echo, err=True))
     if as_json:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvcluster.errors import ConfigError, ModelUnsupported
 from kvcluster.model.attention_hook import LayerAttention, forward
@@ -109,6 +109,21 @@ def _spec(files: ModelFiles, module: PreTrainedModel) -> ModelSpec:
         weights_digest=files.weights_digest,
         tokenizer_digest=files.tokenizer_digest,
     )
+
+
+def context_of(source: str, *, cache_dir: Path | None = None) -> int:
+    """`max_context_tokens` of a model that is not loaded.
+
+    Raises: ModelNotFound, ModelUnsupported.
+    """
+    files = find_model(source, cache_dir)
+    try:
+        config = AutoConfig.from_pretrained(files.directory, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise ModelUnsupported(
+            f"transformers cannot read {files.directory}: {first_line(error)}"
+        ) from error
+    return max_context_tokens(config.get_text_config())
 
 
 def max_context_tokens(config: PreTrainedConfig) -> int:

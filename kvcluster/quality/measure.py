@@ -179,7 +179,7 @@ def text_score(model: LoadedModel, policy: MeasuredPolicy, exact: ExactText) -> 
         first_scored=exact.first_scored,
         exact_nll=float(tokens.exact_nll_R.double().mean()),
         nll_increase=increase,
-        perplexity_increase_percent=_perplexity_increase(increase),
+        perplexity_increase_percent=perplexity_increase(increase),
         kl=mean_over_spans(tokens.kl_R),
         top1_agreement=mean_over_spans(tokens.is_same_R),
         storage=Storage.of(stored),
@@ -299,7 +299,8 @@ def _scored_rows(first_scored: int) -> slice:
     return slice(first_scored - 1, -1)
 
 
-def _perplexity_increase(nll_increase: Mean) -> Mean:
+def perplexity_increase(nll_increase: Mean) -> Mean:
+    """In percent, for a mean increase of the negative log-likelihood in nats."""
     factor = math.exp(nll_increase.value)
     error = nll_increase.standard_error
     return Mean(

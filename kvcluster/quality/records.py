@@ -7,16 +7,17 @@ from kvcluster.quality.stored import StoredBytes
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of `StoredBytes` that are compared, for readers of the JSON."""
+    """What a cache takes. Measured through a cluster, the first two numbers are all there is."""
 
-    stored: StoredBytes
     bytes_per_token: float
-    bits_per_element: float
     ratio: float
-    """Of a bfloat16 cache to this one, exact blocks included in both."""
-    payload_bits_per_element: float
-    payload_ratio: float
+    """Of the uncompressed cache to this one, exact blocks included in both: a bfloat16 one, through
+    a cluster one of the model's type."""
+    bits_per_element: float | None = None
+    payload_bits_per_element: float | None = None
+    payload_ratio: float | None = None
     """The same over encoded elements alone."""
+    stored: StoredBytes | None = None
 
     @classmethod
     def of(cls, stored: StoredBytes) -> "Storage":
@@ -44,8 +45,8 @@ class TextScore(msgspec.Struct, frozen=True, kw_only=True):
     nll_increase: Mean
     """Mean over tokens of the policy's less the exact cache's, in nats."""
     perplexity_increase_percent: Mean
-    kl: Mean
-    """Of the exact cache's distribution from the policy's, in nats."""
+    kl: Mean | None
+    """Of the exact cache's distribution from the policy's, in nats. None: not measured."""
     top1_agreement: Mean
     """Share of tokens for which both find the same token most likely."""
     storage: Storage

@@ -41,6 +41,8 @@ class SweepSubject(msgspec.Struct, frozen=True, kw_only=True):
     texts: tuple[ScoredText, ...]
     documents: tuple[ScoredText, ...]
     """By their token ids."""
+    num_ranks: int = 0
+    """Of the cluster that served; 0: one pass without a cluster."""
 
 
 class CalibratedOn(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +91,7 @@ class RecipeScore(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kl(self) -> Mean | None:
-        return _mean([score.kl for score in self.texts])
+        return _mean([score.kl for score in self.texts if score.kl is not None])
 
     @property
     def top1_agreement(self) -> Mean | None:

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from kvcluster.bench.quality import QualitySettings, main, measure_quality, summary
+from kvcluster.bench.quality import main, measure_quality
+from kvcluster.bench.quality_settings import QualitySettings, summary
 from kvcluster.cli.main import app
 from kvcluster.errors import CalibrationMismatch, ConfigError, InvalidField
 from kvcluster.quality.sweep_records import read_report
@@ -176,7 +177,7 @@ def test_settings_of_quality_are_refused_for_other_benchmarks() -> None:
     result = CliRunner().invoke(app, ["bench", "step", "--policy", "int4"])
 
     assert result.exit_code == 2
-    assert "and --exact-recent are for quality" in result.stderr
+    assert "--ranks are for quality" in result.stderr
 
 
 def test_a_short_run_has_documents_of_its_one_length(settings: QualitySettings) -> None:
