@@ -52,6 +52,9 @@ class LayerGeometry(msgspec.Struct, frozen=True, kw_only=True):
     """Logits become softcap * tanh(logits / softcap); None: left alone."""
     has_sinks: bool = False
     """The layer adds one learned logit per query head to the softmax's denominator (gpt-oss)."""
+    kv_layer: int | None = None
+    """The earlier layer whose K and V this one reads, of the same window (Gemma 3n, Gemma 4); None:
+    it has its own."""
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -86,9 +89,25 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
     @property
+    def storing_layers(self) -> tuple[int, ...]:
+        """The layers that have K and V of their own."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.kv_layer is None)
+
+    def kv_layer_of(self, layer: int) -> int:
+        """The layer whose K and V this one reads: itself, or the one that it shares with."""
+        source = self.layers[layer].kv_layer
+        return layer if source is None else source
+
+    def readers_of(self, layer: int) -> tuple[int, ...]:
+        """The layers that read this one's K and V; none, where it has none of its own."""
+        return tuple(i for i in range(len(self.layers)) if self.kv_layer_of(i) == layer)
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of exact K and V of one token in every layer."""
-        return self.bytes_per_element * sum(layer.kv_elements_per_token for layer in self.layers)
+        """Bytes of exact K and V of one token in every layer that stores them."""
+        return self.bytes_per_element * sum(
+            self.layers[index].kv_elements_per_token for index in self.storing_layers
+        )
 
     def group_of(self, layer: LayerGeometry) -> int:
         return self.windows.index(layer.window)

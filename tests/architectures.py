@@ -11,7 +11,9 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -43,6 +45,25 @@ _SHARED = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+_SHARING = {
+    **_SHARED,
+    "num_hidden_layers": 5,
+    "layer_types": [
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+    ],
+    "head_dim": 16,
+    "sliding_window": WINDOW,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size_per_layer_input": 8,
+}
+"""Layers 3 and 4 read the K and V of layers 2 and 1."""
 
 
 def tiny_models() -> dict[str, Callable[[], PreTrainedModel]]:
@@ -90,6 +111,15 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         sliding_window=WINDOW,
         query_pre_attn_scalar=20,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "gemma3n": lambda: Gemma3nTextConfig(
+        **_SHARING,
+        laurel_rank=8,
+        altup_num_inputs=3,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0, 0.5],
+    ),
+    "gemma4": lambda: Gemma4TextConfig(
+        **_SHARING, global_head_dim=24, final_logit_softcapping=10.0
     ),
     "phi3": lambda: Phi3Config(**_SHARED, sliding_window=None),
     "olmo": lambda: OlmoConfig(**_SHARED, clip_qkv=4.0),

@@ -52,7 +52,9 @@ def calibration_of(spec: ModelSpec) -> Calibration:
         weights_digest=spec.weights_digest,
         text_digests=(),
         num_tokens=1024,
-        layers=tuple(_layer(layer, seed) for seed, layer in enumerate(spec.layers)),
+        layers=tuple(
+            _layer(spec.layers[index], seed) for seed, index in enumerate(spec.storing_layers)
+        ),
     )
 
 

@@ -16,7 +16,9 @@ from kvcluster.types import LayerGeometry, ModelSpec
 VOCAB_SIZE = 11
 
 
-def geometry(*, window: int | None = None, softcap: float | None = None) -> LayerGeometry:
+def geometry(
+    *, window: int | None = None, softcap: float | None = None, kv_layer: int | None = None
+) -> LayerGeometry:
     return LayerGeometry(
         num_query_heads=4,
         num_kv_heads=2,
@@ -25,6 +27,7 @@ def geometry(*, window: int | None = None, softcap: float | None = None) -> Laye
         scale=0.25,
         window=window,
         softcap=softcap,
+        kv_layer=kv_layer,
     )
 
 
@@ -47,16 +50,19 @@ class ScriptedModel:
         self.recorded: dict[tuple[int, int], Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
         self.script = [
-            tuple(
+            [
                 torch.randn(max_tokens, heads, dim, generator=generator)
                 for heads, dim in (
                     (layer.num_query_heads, layer.key_dim),
                     (layer.num_kv_heads, layer.key_dim),
                     (layer.num_kv_heads, layer.value_dim),
                 )
-            )
+            ]
             for layer in layers
         ]
+        for script, layer in zip(self.script, layers, strict=True):
+            if layer.kv_layer is not None:
+                script[1:] = self.script[layer.kv_layer][1:]
 
     @property
     def loaded(self) -> LoadedModel:

@@ -1,8 +1,8 @@
 """Attention of one step, layer by layer, as one rank runs it together with the others.
 
-Three things happen per layer: K and V of this rank's rows are stored; every row meets the history
-of its sequence, wherever it lies; the rows of a prefill chunk meet each other in full precision.
-The partials are merged.
+Three things happen per layer: K and V of this rank's rows are stored (unless the layer reads those
+of an earlier one); every row meets the history of its sequence, wherever it lies; the rows of a
+prefill chunk meet each other in full precision. The partials are merged.
 
 Shape letters: T this rank's rows, S keys, H query heads, K KV heads, D head dimension.
 """
@@ -57,7 +57,8 @@ class StepAttention:
     ) -> Tensor:
         """out_THD of this rank's rows, in q's dtype. All ranks must be in the same layer: one
         without rows calls this with T = 0, because its keys are read all the same."""
-        if len(q_THD):
+        is_stored = self._spec.layers[layer].kv_layer is None
+        if len(q_THD) and is_stored:
             places = self._row_places(self._groups[layer], k_TKD.device)
             self._store.write(layer, places, k_TKD, v_TKD)
         self._read_parts.clear()
@@ -67,7 +68,7 @@ class StepAttention:
                 inside = self._chunks.attend(layer, part, q_THD, k_TKD, v_TKD)
                 if inside is not None:
                     partials[part] = merge(partials[part], inside) if part in partials else inside
-        for part in self._encoded_parts:
+        for part in self._encoded_parts if is_stored else ():
             self._encode_full(layer, part)
         if not partials:
             return q_THD

@@ -57,11 +57,11 @@ def section_bytes(
 
 
 def layers_of(spec: ModelSpec, group: int) -> Iterable[tuple[int, LayerGeometry]]:
-    """The layers of a KV group, with their indices."""
+    """The layers of a KV group that store K and V, with their indices."""
     return (
-        (index, geometry)
-        for index, geometry in enumerate(spec.layers)
-        if spec.group_of(geometry) == group
+        (index, spec.layers[index])
+        for index in spec.storing_layers
+        if spec.group_of(spec.layers[index]) == group
     )
 
 

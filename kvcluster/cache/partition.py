@@ -293,6 +293,6 @@ def entries_per_group(
 def block_bytes_per_group(spec: ModelSpec, block_size: int) -> tuple[int, ...]:
     """Bytes of one block of exact K and V, in all layers of each group together."""
     elements = [0] * len(spec.windows)
-    for layer in spec.layers:
+    for layer in (spec.layers[index] for index in spec.storing_layers):
         elements[spec.group_of(layer)] += layer.kv_elements_per_token
     return tuple(block_size * spec.bytes_per_element * count for count in elements)

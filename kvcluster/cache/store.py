@@ -38,7 +38,7 @@ class Places(NamedTuple):
 
 
 class KVStore:
-    """All pages of one rank."""
+    """All pages of one rank. A layer without K and V of its own stands for the one it reads."""
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class KVStore:
         self._arenas: list[PageArena] = []
         for group, num_blocks in enumerate(blocks_per_group):
             self._add_group(spec, group, -(-num_blocks // PAGE_BLOCKS), like)
+        self._planes = [self._planes[spec.kv_layer_of(i)] for i in range(len(spec.layers))]
 
     def _add_group(self, spec: ModelSpec, group: int, num_pages: int, like: Tensor) -> None:
         sections = [
@@ -147,7 +148,8 @@ class KVStore:
 
     def _encoded_planes(self, layer: int, codec: str) -> tuple[int, list[Tensor]]:
         """Blocks of a page, and the planes, [pages, blocks, ...]."""
-        return self._lay_out_once(self._spec.group_of(self._spec.layers[layer]), codec)[layer]
+        group = self._spec.group_of(self._spec.layers[layer])
+        return self._lay_out_once(group, codec)[self._spec.kv_layer_of(layer)]
 
     def _lay_out(self, group: int, codec: str) -> dict[int, tuple[int, list[Tensor]]]:
         """The encoded pages of a group, by layer."""

@@ -98,7 +98,7 @@ class LayerCalibration:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
-    """Bases of a model, in call order of its layers, and what they were made from."""
+    """Bases of a model, in call order of its `storing_layers`, and what they were made from."""
 
     weights_digest: str
     text_digests: tuple[str, ...]

@@ -1,7 +1,10 @@
 """The codecs of one model, by the text that policies name them with."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Final
+
+import msgspec
 
 from kvcluster.codec.method import CodecModel, LayerCodec
 from kvcluster.codec.registry import CODEC_METHODS, CODECS
@@ -15,11 +18,16 @@ class ModelCodecs:
     """Builds codecs, and keeps those that were used last."""
 
     def __init__(self, model: CodecModel) -> None:
-        self._model = model
+        stored = model.spec.storing_layers
+        self._model = _storing(model)
+        self._places = [
+            stored.index(model.spec.kv_layer_of(layer)) for layer in range(len(model.spec.layers))
+        ]
         self._build_once = lru_cache(MAX_KEPT)(self._build)
 
     def layers(self, codec: str) -> tuple[LayerCodec, ...]:
-        """The codec of each layer. `codec` is a choice in the policy language, not `exact`.
+        """The codec of each layer; a layer that reads the K and V of another has that one's.
+        `codec` is a choice in the policy language, not `exact`.
 
         Raises: InvalidField for text that names no codec; ValueError, saying why, when the model
         cannot have it.
@@ -28,4 +36,16 @@ class ModelCodecs:
 
     def _build(self, codec: str) -> tuple[LayerCodec, ...]:
         choice = parse_choice(codec, CODEC_METHODS)
-        return tuple(CODECS[choice.name].layers(choice.arguments, self._model))
+        layers = CODECS[choice.name].layers(choice.arguments, self._model)
+        return tuple(layers[place] for place in self._places)
+
+
+def _storing(model: CodecModel) -> CodecModel:
+    """The model as codecs see it: with the layers alone that have K and V of their own."""
+    spec, rotations = model.spec, model.rotations
+    stored = spec.storing_layers
+    return replace(
+        model,
+        spec=msgspec.structs.replace(spec, layers=tuple(spec.layers[index] for index in stored)),
+        rotations=None if rotations is None else [rotations[index] for index in stored],
+    )

@@ -59,17 +59,23 @@ class MomentSums:
     def add(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Count tokens in. Keys and queries are as they are before rotation. Multiplies on the
         device of the tensors."""
-        num_tokens, num_kv_heads, key_dim = k_TKD.shape
-        num_sharing = q_THD.shape[1] // num_kv_heads
-        q_TKGD = q_THD.detach().double().reshape(num_tokens, num_kv_heads, num_sharing, key_dim)
         k_TF, v_TF = (x.detach().double().flatten(1) for x in (k_TKD, v_TKD))
         sums = self._sums
-        sums["num_tokens"] += num_tokens
-        sums["query"] += torch.einsum("tkgd,tkge->kde", q_TKGD, q_TKGD).cpu()
+        sums["num_tokens"] += len(k_TKD)
         sums["key"] += k_TF.sum(0).cpu()
         sums["key_squares"] += (k_TF.T @ k_TF).cpu()
         sums["value"] += v_TF.sum(0).cpu()
         sums["value_squares"] += (v_TF.T @ v_TF).cpu()
+
+        self.add_queries(q_THD)
+
+    def add_queries(self, q_THD: Tensor, *, scale: float = 1.0) -> None:
+        """Count in the queries that another layer has of the same tokens for the same keys.
+        `scale`: that layer's factor on the logits, over this one's."""
+        query_KDD = self._sums["query"]
+        num_kv_heads, key_dim, _ = query_KDD.shape
+        q_TKGD = q_THD.detach().double().reshape(len(q_THD), num_kv_heads, -1, key_dim)
+        query_KDD += scale**2 * torch.einsum("tkgd,tkge->kde", q_TKGD, q_TKGD).cpu()
 
     def moments(self) -> LayerMoments:
         """Means of the sums so far. Raises: ValueError when no token was added."""

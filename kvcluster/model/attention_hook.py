@@ -28,8 +28,9 @@ class LayerAttention(Protocol):
         """Attend the pass's tokens to their sequences' past and to themselves; keep K and V.
 
         `layer` is the index in `ModelSpec.layers`, in the order of the calls: each layer is
-        called once in a pass. Keys already carry their rotary position. The tensors are views
-        that the model may reuse after the call. Returns out_THD (D of the values), q's dtype.
+        called once in a pass. Keys already carry their rotary position. A layer that reads the K
+        and V of another (`LayerGeometry.kv_layer`) gets those. The tensors are views that the
+        model may reuse after the call. Returns out_THD (D of the values), q's dtype.
         """
         ...
 

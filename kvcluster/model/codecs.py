@@ -58,7 +58,7 @@ def calibration_for(spec: ModelSpec, path: str) -> Calibration:
     calibration = read_calibration(Path(path), spec.weights_digest)
     widths = [
         (layer.num_kv_heads * layer.key_dim, layer.num_kv_heads * layer.value_dim)
-        for layer in spec.layers
+        for layer in (spec.layers[index] for index in spec.storing_layers)
     ]
     fitted = [(len(layer.keys.mean_F), len(layer.values.mean_F)) for layer in calibration.layers]
     if fitted != widths:

@@ -53,10 +53,19 @@ class _Recording:
 
     layers: list[LayerGeometry] = field(default_factory=list)
     rules: list[_MaskRule | None] = field(default_factory=list)
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """K and V of each layer: while they are held, nothing else gets their memory."""
     attention: ReferenceAttention = field(init=False)
 
     def __post_init__(self) -> None:
         self.attention = ReferenceAttention(self.layers)
+
+    def earlier_layer(self, kv: tuple[Tensor, Tensor], window: int | None) -> int | None:
+        """The first layer that was called with these very tensors and keeps as many tokens."""
+        for index, (layer, held) in enumerate(zip(self.layers, self.held, strict=True)):
+            if layer.window == window and all(map(_is_same_memory, kv, held)):
+                return index
+        return None
 
 
 def probe(module: PreTrainedModel) -> tuple[LayerGeometry, ...]:
@@ -183,7 +192,10 @@ def _recording_attention(
     softcap = rules.get("softcap")
     sinks_H = rules.get("s_aux")
     recording = kvcluster_pass
+    window = int(window) if window is not None else None
+    kv_layer = recording.earlier_layer((key, value), window)
     recording.rules.append(rule)
+    recording.held.append((key, value))
     recording.layers.append(
         LayerGeometry(
             num_query_heads=query.shape[1],
@@ -191,9 +203,10 @@ def _recording_attention(
             key_dim=key.shape[3],
             value_dim=value.shape[3],
             scale=float(scale if scale is not None else key.shape[3] ** -0.5),
-            window=int(window) if window is not None else None,
+            window=window,
             softcap=float(softcap) if softcap is not None else None,
             has_sinks=sinks_H is not None,
+            kv_layer=kv_layer,
         )
     )
     out_THD = recording.attention.attend(
@@ -204,6 +217,10 @@ def _recording_attention(
         sinks_H,
     )
     return out_THD.contiguous().unsqueeze(0), None
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 def _recording_mask(

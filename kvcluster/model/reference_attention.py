@@ -35,17 +35,18 @@ class ReferenceAttention:
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
         """See `LayerAttention`."""
-        _extend(self._positions_S, layer, self._positions_T)
-        _extend(self._keys_SKD, layer, k_TKD)
-        _extend(self._values_SKD, layer, v_TKD)
-        visible_TS = _visible(
-            self._positions_T, self._positions_S[layer], self.layers[layer].window
-        )
+        geometry = self.layers[layer]
+        source = layer if geometry.kv_layer is None else geometry.kv_layer
+        if source == layer:
+            _extend(self._positions_S, layer, self._positions_T)
+            _extend(self._keys_SKD, layer, k_TKD)
+            _extend(self._values_SKD, layer, v_TKD)
+        visible_TS = _visible(self._positions_T, self._positions_S[source], geometry.window)
         return attend_plainly(
-            self.layers[layer],
+            geometry,
             q_THD,
-            self._keys_SKD[layer],
-            self._values_SKD[layer],
+            self._keys_SKD[source],
+            self._values_SKD[source],
             visible_TS,
             sinks_H,
         )

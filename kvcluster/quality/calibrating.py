@@ -68,10 +68,11 @@ class CalibrationText:
 
 
 class ModelMoments:
-    """Running sums of every layer over calibration texts, apart for each kind of text."""
+    """Running sums of every layer that stores K and V, over calibration texts, apart for each kind
+    of text."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._layers = spec.layers
+        self._layers = [spec.layers[index] for index in spec.storing_layers]
         self._kinds: dict[str, list[MomentSums]] = {}
         self._text_digests: list[str] = []
 
@@ -191,15 +192,19 @@ def add_text(
 
     A text that is cut off by an error may be counted in part: go on from tensors kept before it.
     """
-    layers = moments.count(text)
+    spec = model.spec
+    layers = dict(zip(spec.storing_layers, moments.count(text), strict=True))
 
     def observe(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        rotary = rotaries[layer]
-        layers[layer].add(_unrotated(q_THD, rotary), _unrotated(k_TKD, rotary), v_TKD)
+        rotary, source = rotaries[layer], spec.kv_layer_of(layer)
+        queries = _unrotated(q_THD, rotary)
+        if source == layer:
+            layers[layer].add(queries, _unrotated(k_TKD, rotary), v_TKD)
+        else:
+            scale = spec.layers[layer].scale / spec.layers[source].scale
+            layers[source].add_queries(queries, scale=scale)
 
-    attention = StrictAttention(
-        model.spec, lambda _layer: None, ExactTokens(block_size=64), observe
-    )
+    attention = StrictAttention(spec, lambda _layer: None, ExactTokens(block_size=64), observe)
     final_states(model, torch.tensor(text.token_ids, dtype=torch.int64), attention)
 
 
@@ -211,7 +216,8 @@ def fitted(
     mixing: Mixing = Mixing.BOUND,
     largest_rank: int | None = None,
 ) -> Calibration:
-    """Bases of every layer up to full rank, or to `largest_rank` where that is lower.
+    """Bases of every layer with K and V of its own, up to full rank, or to `largest_rank` where
+    that is lower.
 
     Raises: ConfigError when the texts were too short.
     """
@@ -219,12 +225,18 @@ def fitted(
     outputs = output_projections(model.module, model.spec.layers)
     mix = upper_bound if mixing is Mixing.BOUND else weighted_sum
     layers = []
-    for index, geometry in enumerate(model.spec.layers):
-        sources = [kind[index] for kind in kinds]
+    for place, index in enumerate(model.spec.storing_layers):
+        geometry = model.spec.layers[index]
+        sources = [kind[place] for kind in kinds]
         mixed = mix(sources, [float(source.num_tokens) for source in sources])
         output_KDD = None
         if outputs is not None:
-            output_KDD = output_weights(outputs[index].float(), geometry.num_kv_heads)
+            output_KDD = torch.stack(
+                [
+                    output_weights(outputs[reader].float(), geometry.num_kv_heads)
+                    for reader in model.spec.readers_of(index)
+                ]
+            ).sum(0)
         limit = largest_rank or max(len(mixed.keys.mean_F), len(mixed.values.mean_F))
         layers.append(
             LayerCalibration(

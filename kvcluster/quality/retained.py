@@ -133,7 +133,8 @@ class RetainedAttention:
             dropped = retention.dropped_blocks(num_tokens - 1)
         num_encoded = len(set(encoded) - set(dropped))
         read = stored_as(written, codecs, encoded, size)
-        self._count(written, codecs, num_encoded, retention.num_held(num_tokens), num_tokens)
+        if self._spec.layers[layer].kv_layer is None:
+            self._count(written, codecs, num_encoded, retention.num_held(num_tokens), num_tokens)
         keys = summaries(read.k_KTD, size) if self._selection is not None else None
         tile = max(1, min(_TILE_TOKENS, _TILE_ELEMENTS // num_tokens) // size) * size
         partials = []
@@ -185,6 +186,11 @@ class RetainedAttention:
         sinks_H: Tensor | None,
     ) -> list[Partial]:
         geometry, codecs = self._spec.layers[layer], self._codecs(layer)
+        if len(self._spec.readers_of(layer)) != 1:
+            raise ValueError(
+                f"retention {retention.name} chooses tokens layer by layer, and layer {layer} "
+                "shares its keys and values with another"
+            )
         check_by_head(codecs, geometry, self._exact.block_size)
         num_tokens = len(q_THD)
         kept = SurvivorList.empty(written)

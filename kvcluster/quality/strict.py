@@ -126,12 +126,16 @@ class StrictAttention:
             encoded_elements=num_encoded,
         )
         if codec is None or not blocks:
-            self._stored += counted
+            self._count(geometry, counted)
             return x_KTD
         bytes_per_block = sum(plane.num_bytes for plane in codec.planes(_shape(x_KTD, size)))
         encoded_bytes = len(kept) * bytes_per_block
-        self._stored += counted + StoredBytes(encoded_bytes=encoded_bytes)
+        self._count(geometry, counted + StoredBytes(encoded_bytes=encoded_bytes))
         return restored(x_KTD, codec, blocks, size)
+
+    def _count(self, geometry: LayerGeometry, stored: StoredBytes) -> None:
+        if geometry.kv_layer is None:
+            self._stored += stored
 
     def _encoded_blocks(self, num_tokens: int) -> range:
         """Blocks that some query of the sequence reads encoded."""

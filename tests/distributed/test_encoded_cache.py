@@ -26,6 +26,8 @@ MODEL = ScriptedModel(
     geometry(window=24),
     geometry(softcap=5.0),
     geometry(window=100),
+    geometry(softcap=3.0, kv_layer=0),
+    geometry(window=24, kv_layer=1),
     max_tokens=MAX_TOKENS,
 )
 MODEL_CODECS = calibrated_codecs(MODEL.spec)
