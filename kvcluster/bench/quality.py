@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", action="append", type=int, default=[], help="of documents")
     parser.add_argument("--seeds", type=int, default=2, help="documents of a style and length")
     parser.add_argument("--needles", type=int, default=8, help="of a document")
+    parser.add_argument("--tasks", type=int, default=0, help="documents of each task")
     parser.add_argument("--calibration", type=Path, help="that calibrate wrote")
     parser.add_argument("--output", type=Path, help="report; continued if it is there")
     parser.add_argument("--device", default="cpu")
@@ -129,6 +130,7 @@ def _settings(given: argparse.Namespace) -> QualitySettings:
         lengths=tuple(given.length),
         num_seeds=given.seeds,
         num_needles=given.needles,
+        num_task_seeds=given.tasks,
         calibration=given.calibration,
         output=given.output,
         device=given.device,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcluster.bench.quality_settings import found_of_exact
 from kvcluster.errors import ConfigError, KvClusterError
 from kvcluster.quality.spans import Mean
 from kvcluster.quality.sweep_records import RecipeScore, SweepReport, read_report
@@ -88,7 +89,7 @@ def write_needles(path: Path, report: SweepReport, recipes: Sequence[str] = ()) 
     needles.
     """
     chosen = _chosen(report, recipes)
-    lengths = sorted({document.num_tokens for score in chosen for document in score.recall})
+    lengths = sorted({document.num_tokens for score in chosen for document in score.needles})
     if not lengths:
         raise ConfigError("plots: the report has no needles")
     panels = [("exact cache", found_share(chosen[0], lengths, is_exact=True))]
@@ -114,7 +115,7 @@ def found_share(
     """Share of needles found, [depth, length], NaN where there is none."""
     found = np.zeros((DEPTHS, len(lengths)))
     asked = np.zeros((DEPTHS, len(lengths)))
-    for document in score.recall:
+    for document in score.needles:
         column = lengths.index(document.num_tokens)
         for needle in document.needles:
             row = min(int(needle.depth * DEPTHS), DEPTHS - 1)
@@ -141,6 +142,18 @@ def markdown_table(report: SweepReport) -> str:
             f"| {'-' if score.top1_agreement is None else f'{score.top1_agreement.value:.1%}'} "
             f"| {score.num_found_of_exact} of {score.num_found_by_exact} |"
         )
+    return "\n".join(rows)
+
+
+def task_table(report: SweepReport) -> str:
+    """A row for each recipe, a column for each task: answers found, of those that exact finds."""
+    kinds = list(dict.fromkeys(task.kind for score in report.scores for task in score.tasks))
+    rows = [f"| policy | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
+    for score in sorted(report.scores, key=lambda score: score.storage.ratio):
+        cells = (
+            found_of_exact([task for task in score.tasks if task.kind == kind]) for kind in kinds
+        )
+        rows.append(f"| `{score.policy}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -192,7 +205,7 @@ def _chosen(report: SweepReport, recipes: Sequence[str]) -> list[RecipeScore]:
     for recipe in recipes:
         if recipe not in scores:
             raise ConfigError(f"plots: the report has no policy {recipe!r}")
-    chosen = [scores[recipe] for recipe in recipes or scores if scores[recipe].recall]
+    chosen = [scores[recipe] for recipe in recipes or scores if scores[recipe].needles]
     if not chosen:
         raise ConfigError("plots: the report has no needles")
     return chosen
@@ -247,6 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
     if given.table:
         sys.stdout.write(markdown_table(report) + "\n")
+        if any(score.tasks for score in report.scores):
+            sys.stdout.write("\n" + task_table(report) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a measurement of quality is told, and what it reads: texts and documents with needles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,9 +11,10 @@ from torch import Tensor
 from kvcluster.config import CacheConfig
 from kvcluster.errors import ConfigError
 from kvcluster.model.tokenizer import load_tokenizer
-from kvcluster.quality.held_out import evaluation_documents, reported_texts
+from kvcluster.quality.held_out import evaluation_documents, reported_texts, task_documents
 from kvcluster.quality.measure import FIRST_SCORED, text_tokens
 from kvcluster.quality.needles import NeedleDocument
+from kvcluster.quality.records import RecallScore
 from kvcluster.quality.spans import Mean
 from kvcluster.quality.sweep import earlier_report, keep_in
 from kvcluster.quality.sweep_records import RecipeScore, SweepReport, SweepSubject
@@ -48,6 +49,8 @@ class QualitySettings:
     num_seeds: int = 2
     """Documents of each style and length; 0: none."""
     num_needles: int = 8
+    num_task_seeds: int = 0
+    """Documents of each task of `kvcluster.quality.tasks`, as long as the texts."""
     calibration: Path | None = None
     """What `kvcluster calibrate` wrote, for latents."""
     output: Path | None = None
@@ -108,6 +111,9 @@ def read_corpus(settings: QualitySettings, longest: int) -> Corpus:
             seeds=range(settings.num_seeds),
             num_needles=settings.num_needles,
         )
+        documents += task_documents(
+            tokenizer, texts, num_tokens=length, seeds=range(settings.num_task_seeds)
+        )
         return Corpus(
             texts=tuple((text, text_tokens(tokenizer, text, length)) for text in texts),
             documents=tuple(documents),
@@ -148,10 +154,18 @@ def summary(score: RecipeScore) -> str:
         parts.append(f"KL {kl.value:.4f}")
     if (agreement := score.top1_agreement) is not None:
         parts.append(f"top-1 {100 * agreement.value:.1f} %")
-    if score.recall:
+    if score.needles:
         parts.append(f"needles {score.num_found_of_exact}/{score.num_found_by_exact}")
+    if score.tasks:
+        parts.append(f"tasks {found_of_exact(score.tasks)}")
     parts.append(f"{score.storage.bytes_per_token:,.0f} bytes/token, {score.storage.ratio:.2f}x")
     return f"{', '.join(parts)} ({score.seconds:.1f} s)"
+
+
+def found_of_exact(scores: Sequence[RecallScore]) -> str:
+    """Answers that the policy finds, of those that the exact cache finds: 7/9."""
+    of_exact = sum(score.num_found_of_exact for score in scores)
+    return f"{of_exact}/{sum(score.num_found_by_exact for score in scores)}"
 
 
 def with_error(mean: Mean) -> str:

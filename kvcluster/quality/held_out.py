@@ -10,6 +10,7 @@ from typing import Final
 
 from kvcluster.model.tokenizer import TextTokenizer
 from kvcluster.quality.needles import STYLES, NeedleDocument, needle_document
+from kvcluster.quality.tasks import TASKS
 from kvcluster.quality.texts import Purpose, Text
 
 CHOICE_TEXTS: Final = ("interfaces", "tensor-manual")
@@ -47,6 +48,17 @@ def evaluation_documents(
         )
         for num_tokens in lengths
         for place, style in enumerate(styles)
+        for seed in seeds
+    ]
+
+
+def task_documents(
+    tokenizer: TextTokenizer, haystacks: Sequence[Text], *, num_tokens: int, seeds: Sequence[int]
+) -> list[NeedleDocument]:
+    """A document of each task and seed. Raises: ValueError as the tasks do."""
+    return [
+        make(tokenizer, haystacks[(seed + place) % len(haystacks)], num_tokens, seed)
+        for place, make in enumerate(TASKS.values())
         for seed in seeds
     ]
 

@@ -62,17 +62,23 @@ class NeedleScore(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecallScore(msgspec.Struct, frozen=True, kw_only=True):
-    """One policy on one document with needles."""
+    """One policy on one document with questions."""
 
     policy: str
     document: str
     num_tokens: int
     needles: tuple[NeedleScore, ...]
+    """Its questions."""
     num_found: int
     num_found_by_exact: int
     num_found_of_exact: int
     """Found by the policy among those that the exact cache finds."""
     storage: Storage
+
+    @property
+    def kind(self) -> str:
+        """The style of its needles, or the task."""
+        return self.document.split("/")[0]
 
 
 class QualityReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from kvcluster.errors import ConfigError
 from kvcluster.quality.needles import NeedleDocument
 from kvcluster.quality.records import RecallScore, Storage, TextScore
 from kvcluster.quality.spans import Mean
+from kvcluster.quality.tasks import TASKS
 
 
 class ScoredText(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +68,7 @@ class RecipeScore(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     texts: tuple[TextScore, ...]
     recall: tuple[RecallScore, ...]
+    """Of the documents with needles, and of the tasks."""
     calibrated_on: CalibratedOn | None = None
     """None: the policy needs no calibration."""
 
@@ -98,12 +100,24 @@ class RecipeScore(msgspec.Struct, frozen=True, kw_only=True):
         return _mean([score.top1_agreement for score in self.texts])
 
     @property
+    def needles(self) -> tuple[RecallScore, ...]:
+        """Of the documents with needles."""
+        return tuple(score for score in self.recall if score.kind not in TASKS)
+
+    @property
+    def tasks(self) -> tuple[RecallScore, ...]:
+        """Of the documents of tasks."""
+        return tuple(score for score in self.recall if score.kind in TASKS)
+
+    @property
     def num_found_of_exact(self) -> int:
-        return sum(score.num_found_of_exact for score in self.recall)
+        """Needles."""
+        return sum(score.num_found_of_exact for score in self.needles)
 
     @property
     def num_found_by_exact(self) -> int:
-        return sum(score.num_found_by_exact for score in self.recall)
+        """Needles."""
+        return sum(score.num_found_by_exact for score in self.needles)
 
     @property
     def recall_share(self) -> float | None:

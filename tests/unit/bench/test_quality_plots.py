@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from kvcluster.bench.quality_plots import (
     found_share,
     main,
     markdown_table,
+    task_table,
     write_needles,
     write_pareto,
 )
@@ -102,6 +104,27 @@ def test_the_table_of_a_sweep_without_texts_leaves_those_columns_out() -> None:
     report = SweepReport(subject=SUBJECT, scores=(score("int4", 4000, ()),))
 
     assert markdown_table(report).endswith("| - | - | - | - | 8 of 16 |")
+
+
+def task(kind: str, num_found: int) -> RecallScore:
+    whole = REPORT.scores[0].recall[0]
+    document = f"{kind}/text/1000/0"
+    return msgspec.structs.replace(whole, document=document, num_found_of_exact=num_found)
+
+
+def test_tasks_have_a_table_of_their_own_and_do_not_count_as_needles() -> None:
+    plain = score("int4", 4000, (1.0,))
+    tasks = (task("multi-key", 3), task("multi-key", 4), task("frequent-words", 0))
+    scored = msgspec.structs.replace(plain, recall=(*plain.recall, *tasks))
+    report = SweepReport(subject=SUBJECT, scores=(scored,))
+
+    assert task_table(report).splitlines() == [
+        "| policy | multi-key | frequent-words |",
+        "|---|---:|---:|",
+        "| `int4` | 7/16 | 0/8 |",
+    ]
+    assert (scored.num_found_of_exact, scored.num_found_by_exact) == (8, 16)
+    assert found_share(scored, [500, 1000])[:, 1].tolist() == [0.5, 0.0] * 4
 
 
 def test_needles_are_counted_by_length_and_depth() -> None:

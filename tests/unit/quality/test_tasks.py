@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcluster.model.tokenizer import TextTokenizer
+from kvcluster.quality.held_out import task_documents
 from kvcluster.quality.needles import STYLES, NeedleDocument
 from kvcluster.quality.tasks import _FIRST_WORDS, _SECOND_WORDS, TASKS
 from kvcluster.quality.texts import Purpose, Text
@@ -213,3 +214,14 @@ def test_quotes_are_sentences_of_the_text_and_end_in_a_word_that_it_has_once(
         quote = text_of(tokenizer, document.token_ids[: question.answer_to])[-60:]
         assert quote in body
         assert text.count(quote) == 2
+
+
+def test_there_is_a_document_of_each_task_and_seed_whose_name_tells_the_task(
+    tokenizer: TextTokenizer,
+) -> None:
+    documents = task_documents(tokenizer, [HAYSTACK], num_tokens=NUM_TOKENS, seeds=[4, 5])
+
+    assert [document.name.split("/")[0] for document in documents] == [
+        name for name in TASKS for _ in range(2)
+    ]
+    assert len({document.token_ids for document in documents}) == 2 * len(TASKS)
