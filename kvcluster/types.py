@@ -55,10 +55,15 @@ class LayerGeometry(msgspec.Struct, frozen=True, kw_only=True):
     kv_layer: int | None = None
     """The earlier layer whose K and V this one reads, of the same window (Gemma 3n, Gemma 4); None:
     it has its own."""
+    values_in_keys: bool = False
+    """V is the first value_dim numbers of K, and only K is stored and sent (multi-head latent
+    attention)."""
 
     @property
     def kv_elements_per_token(self) -> int:
-        return self.num_kv_heads * (self.key_dim + self.value_dim)
+        """Numbers that are stored."""
+        own_values = 0 if self.values_in_keys else self.value_dim
+        return self.num_kv_heads * (self.key_dim + own_values)
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

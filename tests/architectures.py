@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
     Gemma3nTextConfig,
@@ -126,6 +127,27 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmo2": lambda: Olmo2Config(**_SHARED),
     "mixtral": lambda: MixtralConfig(
         **_SHARED, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
+    # What V2 and V3 differ in, and a yarn whose scale reaches the softmax.
+    "deepseek_v2": lambda: DeepseekV2Config(
+        **{**_SHARED, "num_key_value_heads": 4},
+        q_lora_rank=None,
+        kv_lora_rank=24,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 64,
+        },
     ),
     "deepseek_v3": lambda: DeepseekV3Config(
         **{**_SHARED, "num_key_value_heads": 4},

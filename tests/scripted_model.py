@@ -16,6 +16,19 @@ from kvcluster.types import LayerGeometry, ModelSpec
 VOCAB_SIZE = 11
 
 
+def latent_geometry(*, window: int | None = None) -> LayerGeometry:
+    """Multi-head latent attention: a latent of 16 numbers and a rotary key of 8."""
+    return LayerGeometry(
+        num_query_heads=4,
+        num_kv_heads=1,
+        key_dim=24,
+        value_dim=16,
+        scale=0.2,
+        window=window,
+        values_in_keys=True,
+    )
+
+
 def geometry(
     *, window: int | None = None, softcap: float | None = None, kv_layer: int | None = None
 ) -> LayerGeometry:
@@ -49,20 +62,12 @@ class ScriptedModel:
         self.device = torch.device("cpu")
         self.recorded: dict[tuple[int, int], Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
-        self.script = [
-            [
-                torch.randn(max_tokens, heads, dim, generator=generator)
-                for heads, dim in (
-                    (layer.num_query_heads, layer.key_dim),
-                    (layer.num_kv_heads, layer.key_dim),
-                    (layer.num_kv_heads, layer.value_dim),
-                )
-            ]
-            for layer in layers
-        ]
-        for script, layer in zip(self.script, layers, strict=True):
+        self.script = [_script(layer, max_tokens, generator) for layer in layers]
+        for index, layer in enumerate(layers):
             if layer.kv_layer is not None:
-                script[1:] = self.script[layer.kv_layer][1:]
+                q_THD, _, _ = self.script[index]
+                _, k_TKD, v_TKD = self.script[layer.kv_layer]
+                self.script[index] = (q_THD, k_TKD, v_TKD)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -84,3 +89,17 @@ class ScriptedModel:
         logits_RV = torch.zeros(len(logit_rows_R), VOCAB_SIZE)
         logits_RV[:, 5] = 1.0
         return logits_RV
+
+
+def _script(
+    layer: LayerGeometry, max_tokens: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_THD, k_TKD, v_TKD = (
+        torch.randn(max_tokens, heads, dim, generator=generator)
+        for heads, dim in (
+            (layer.num_query_heads, layer.key_dim),
+            (layer.num_kv_heads, layer.key_dim),
+            (layer.num_kv_heads, layer.value_dim),
+        )
+    )
+    return q_THD, k_TKD, k_TKD[..., : layer.value_dim] if layer.values_in_keys else v_TKD

@@ -12,7 +12,7 @@ from kvcluster.attention.local import attend_causal, attend_earlier
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge
 from kvcluster.attention.ring import Ring
-from kvcluster.cache.store import KVStore, Piece
+from kvcluster.cache.store import KVStore, Piece, keys_and_values, stored_arrays
 from kvcluster.types import EXACT, ModelSpec
 
 
@@ -77,36 +77,35 @@ class ChunkAttention:
 
     def _as_read(self, layer: int, part: SequencePart, near: Piece, encoded: range) -> Piece:
         """The near keys with the blocks of these first positions as the codec restores them."""
-        near_start = part.near_start(self._spec.layers[layer].window)
+        geometry = self._spec.layers[layer]
+        near_start = part.near_start(geometry.window)
         span = slice(encoded.start - near_start, encoded[-1] + part.block_size - near_start)
         blocks = [whole_blocks(plane[:, span].transpose(0, 1), part.block_size) for plane in near]
-        read = [plane.clone() for plane in near]
+        read = [plane.clone() for plane in stored_arrays(near, geometry)]
         starts_B = torch.tensor(encoded)
         for plane, restored in zip(
             read, self._store.round_trip(layer, part.codec, Piece(*blocks), starts_B), strict=True
         ):
             plane[:, span] = restored
-        return Piece(*read)
+        return keys_and_values(read, geometry)
 
     def _gather(self, layer: int, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor) -> Piece | None:
         """k_KSD and v_KSD of the near keys, everybody's, in order of position; None for a rank
         without rows, which sends its own all the same."""
-        here, window = self._ring.rank, self._spec.layers[layer].window
+        geometry = self._spec.layers[layer]
+        here, window = self._ring.rank, geometry.window
         num_keys = [
             part.num_near(window, rank) + part.num_rows[rank] for rank in range(self._ring.size)
         ]
         own = self._own_near(layer, part, k_TKD, v_TKD)
         if num_keys[here] == sum(num_keys):
-            return own if part.num_rows[here] else None
+            return keys_and_values(own, geometry) if part.num_rows[here] else None
         others = [rank for rank in range(self._ring.size) if rank != here]
         receivers = [rank for rank in others if part.num_rows[rank] and num_keys[here]]
         senders = [rank for rank in others if part.num_rows[here] and num_keys[rank]]
         received = {
-            rank: Piece(
-                *(
-                    plane.new_empty((plane.shape[0], num_keys[rank], plane.shape[2]))
-                    for plane in own
-                )
+            rank: tuple(
+                plane.new_empty((plane.shape[0], num_keys[rank], plane.shape[2])) for plane in own
             )
             for rank in senders
         }
@@ -119,24 +118,26 @@ class ChunkAttention:
             return None
         received[here] = own
         taken = dict.fromkeys(received, 0)
-        pieces: list[Piece] = []
+        pieces: list[list[Tensor]] = []
         for piece in part.near_pieces(window):
             first = taken[piece.rank]
             last = taken[piece.rank] = first + piece.end - piece.start
-            pieces.append(_rows(received[piece.rank], slice(first, last)))
-        k_KSD, v_KSD = (torch.cat(planes, dim=1) for planes in zip(*pieces, strict=True))
-        return Piece(k_KSD, v_KSD)
+            pieces.append([plane[:, first:last] for plane in received[piece.rank]])
+        near = [torch.cat(planes, dim=1) for planes in zip(*pieces, strict=True)]
+        return keys_and_values(near, geometry)
 
-    def _own_near(self, layer: int, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor) -> Piece:
-        """Those of this rank."""
+    def _own_near(
+        self, layer: int, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Those of this rank, as they are sent."""
         geometry = self._spec.layers[layer]
-        rows = Piece(k_TKD[part.rows].transpose(0, 1), v_TKD[part.rows].transpose(0, 1))
+        own = Piece(k_TKD[part.rows].transpose(0, 1), v_TKD[part.rows].transpose(0, 1))
+        rows = stored_arrays(own, geometry)
         if not part.num_near(geometry.window, self._ring.rank):
             return rows
         runs = part.near_runs(self._spec.group_of(geometry), geometry.window)
         cached = self._store.gather(layer, runs).planes
-        k_KSD, v_KSD = (torch.cat(planes, dim=1) for planes in zip(cached, rows, strict=True))
-        return Piece(k_KSD, v_KSD)
+        return tuple(torch.cat(planes, dim=1) for planes in zip(cached, rows, strict=True))
 
 
 def whole_blocks(x_TKD: Tensor, block_size: int) -> Tensor:

@@ -3,7 +3,8 @@
 `attend_plain` is the definition; `attend` picks torch's fused kernels where they compute the same.
 Keys come head-major, as the store keeps them.
 
-Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimension.
+Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimension, X rows of the
+query heads that share a KV head.
 """
 
 import math
@@ -18,6 +19,8 @@ from kvcluster.types import LayerGeometry
 
 _PLAIN_TILE_ELEMENTS = 1 << 24
 """Logits that the plain definition holds at one time: 64 MiB of float32."""
+_SLICE_ROWS = 32
+"""Rows of a head that torch's kernel gives to one thread at a time, where there are few."""
 
 
 def visible(q_positions_T: Tensor, k_positions_S: Tensor, window: int | None) -> Tensor:
@@ -122,21 +125,27 @@ def attend_plain(
 ) -> Partial:
     """The definition: softmax(softcap(scale * q k^T)) v with its LSE, in float32, any device."""
     num_tokens, num_heads, _ = q_THD.shape
-    group = num_heads // k_KSD.shape[0]
-    k_HSD = k_KSD.float().repeat_interleave(group, dim=0)
-    v_HSD = v_KSD.float().repeat_interleave(group, dim=0)
-    tile = max(1, _PLAIN_TILE_ELEMENTS // max(1, num_heads * k_KSD.shape[1]))
+    k_KSD, v_KSD = k_KSD.float(), v_KSD.float()
+    num_kv_heads, num_keys, _ = k_KSD.shape
+    tile = max(1, _PLAIN_TILE_ELEMENTS // max(1, num_heads * num_keys))
     tiles = []
     for start in range(0, num_tokens, tile):
         end = min(start + tile, num_tokens)
-        logits_HTS = q_THD[start:end].float().transpose(0, 1) @ k_HSD.transpose(1, 2) * layer.scale
+        # The query heads that share a KV head are rows of one product: its keys are not copied.
+        num_rows = (end - start) * num_heads // num_kv_heads
+        q_HTD = q_THD[start:end].float().transpose(0, 1)
+        q_KXD = q_HTD.reshape(num_kv_heads, num_rows, layer.key_dim)
+        logits_KXS = q_KXD @ k_KSD.transpose(1, 2) * layer.scale
+        logits_HTS = logits_KXS.view(num_heads, end - start, num_keys)
         if layer.softcap is not None:
             logits_HTS = layer.softcap * torch.tanh(logits_HTS / layer.softcap)
         if mask_TS is not None:
             logits_HTS = logits_HTS.masked_fill(~mask_TS[start:end], -math.inf)
         lse_HT = torch.logsumexp(logits_HTS, dim=-1)
         shift_HT = torch.where(lse_HT == -math.inf, 0.0, lse_HT)
-        out_HTD = torch.exp(logits_HTS - shift_HT[..., None]) @ v_HSD
+        weights_HTS = torch.exp(logits_HTS - shift_HT[..., None])
+        out_KXD = weights_HTS.view(num_kv_heads, num_rows, num_keys) @ v_KSD
+        out_HTD = out_KXD.view(num_heads, end - start, layer.value_dim)
         tiles.append(Partial(out_HTD.transpose(0, 1), lse_HT.transpose(0, 1)))
     return Partial(
         torch.cat([tile.out_THD for tile in tiles]), torch.cat([tile.lse_TH for tile in tiles])
@@ -149,7 +158,7 @@ def _has_fused_kernel(q_THD: Tensor, layer: LayerGeometry) -> bool:
         q_THD.device.type == "cpu"
         and q_THD.dtype == torch.float32
         and layer.softcap is None
-        and layer.key_dim == layer.value_dim
+        and (layer.key_dim == layer.value_dim or layer.values_in_keys)
     )
 
 
@@ -167,20 +176,22 @@ def _fused(
     num_tokens, num_heads, _ = q_THD.shape
     num_kv_heads = k_KSD.shape[0]
     q_HTD = q_THD.transpose(0, 1)
-    is_packed = num_tokens == 1 and bias_TS is None and num_kv_heads >= torch.get_num_threads()
+    num_slices = num_kv_heads * -(-num_heads // num_kv_heads // _SLICE_ROWS)
+    is_packed = num_tokens == 1 and bias_TS is None and num_slices >= torch.get_num_threads()
     if is_packed:
         # The query heads that share a KV head become the rows of one head, so that its keys are
-        # read once. The kernel gives each thread whole heads, hence the condition.
+        # read once. The kernel gives each thread whole slices of a head, hence the condition.
         q_HTD = q_THD.reshape(num_kv_heads, num_heads // num_kv_heads, layer.key_dim)
     out_1HTD, lse_1HT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_HTD[None],
         k_KSD[None],
-        v_KSD[None],
+        _as_wide_as_keys(k_KSD, v_KSD, layer)[None],
         0.0,
         is_causal and not is_packed,
         attn_mask=bias_TS,
         scale=layer.scale,
     )
+    out_1HTD = out_1HTD[..., : layer.value_dim]
     if is_packed:
         return Partial(out_1HTD.reshape(1, num_heads, -1), lse_1HT.reshape(1, num_heads))
     return Partial(out_1HTD[0].transpose(0, 1), lse_1HT[0].transpose(0, 1))
@@ -191,15 +202,26 @@ def _attend_pages(q_1HD: Tensor, pieces: Sequence[Piece], layer: LayerGeometry) 
     q_KGD = q_1HD.reshape(pieces[0].k_PKSD.shape[1], -1, layer.key_dim)
     partials = [
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_KGD.expand(len(k_PKSD), -1, -1, -1), k_PKSD, v_PKSD, 0.0, scale=layer.scale
+            q_KGD.expand(len(k_PKSD), -1, -1, -1),
+            k_PKSD,
+            _as_wide_as_keys(k_PKSD, v_PKSD, layer),
+            0.0,
+            scale=layer.scale,
         )
         for k_PKSD, v_PKSD in pieces
     ]
     out_PKGD, lse_PKG = (torch.cat(planes) for planes in zip(*partials, strict=True))
+    out_PKGD = out_PKGD[..., : layer.value_dim]
     share_PKG = torch.softmax(lse_PKG, dim=0)
     out_KGD = (share_PKG[..., None] * out_PKGD).sum(dim=0)
     lse_KG = torch.logsumexp(lse_PKG, dim=0)
     return Partial(out_KGD.reshape(1, -1, layer.value_dim), lse_KG.reshape(1, -1))
+
+
+def _as_wide_as_keys(k: Tensor, v: Tensor, layer: LayerGeometry) -> Tensor:
+    """Values that the kernel takes, which wants them as wide as keys. Where they are the keys'
+    first numbers, the keys: what they give beyond the values' width is cut off."""
+    return k if layer.values_in_keys else v
 
 
 def _attend_square(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry) -> Partial:

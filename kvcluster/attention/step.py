@@ -19,7 +19,7 @@ from kvcluster.attention.local import attend, attend_pieces
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
-from kvcluster.cache.store import KVStore, Piece, Places
+from kvcluster.cache.store import KVStore, Piece, Places, keys_and_values
 from kvcluster.codec.base import EncodedKV
 from kvcluster.types import EXACT, ModelSpec, Route
 
@@ -82,10 +82,10 @@ class StepAttention:
         full = part.full_blocks(self._groups[layer])
         if full is not None:
             exact = self._store.gather(layer, full.runs)
-            k_BKSD, v_BKSD = (
+            arrays = [
                 whole_blocks(plane.transpose(0, 1), part.block_size) for plane in exact.planes
-            )
-            blocks = Piece(k_BKSD, v_BKSD)
+            ]
+            blocks = keys_and_values(arrays, self._spec.layers[layer])
             self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, full.starts_B)
 
     def _row_places(self, group: int, device: torch.device) -> Places:
@@ -205,7 +205,7 @@ class StepAttention:
         return found
 
     def _read_shard(self, layer: int, part: SequencePart, history: History) -> EncodedKV:
-        """This rank's keys as they are kept and sent: two exact planes, then encoded ones."""
+        """This rank's keys as they are kept and sent: the exact arrays, then encoded planes."""
         exact = self._store.gather(layer, history.runs)
         if part.codec == EXACT:
             return exact
@@ -223,16 +223,18 @@ class StepAttention:
         self, layer: int, part: SequencePart, shard: EncodedKV, held: RankHistory
     ) -> tuple[Tensor, Tensor]:
         """k_KSD and v_KSD of a shard, in order of position."""
-        k_KSD, v_KSD, *encoded = shard.planes
+        geometry = self._spec.layers[layer]
+        num_arrays = 1 if geometry.values_in_keys else 2
+        arrays, encoded = shard.planes[:num_arrays], shard.planes[num_arrays:]
         if not held.num_blocks:
-            return k_KSD, v_KSD
+            return keys_and_values(arrays, geometry)
         decoded = self._store.decode(layer, part.codec, encoded, held.starts_B)
         split, skipped = held.num_exact_before, held.num_skipped
-        k_whole, v_whole = (
+        whole = [
             torch.cat([exact[:, :split], between[:, skipped:], exact[:, split:]], dim=1)
-            for exact, between in zip((k_KSD, v_KSD), decoded, strict=True)
-        )
-        return k_whole, v_whole
+            for exact, between in zip(arrays, decoded, strict=True)
+        ]
+        return keys_and_values(whole, geometry)
 
     def _pass_shards(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
         """Shards travel: this rank's rows over every rank's shard. None without rows."""

@@ -13,15 +13,16 @@ from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 
 
 def planes_of(codec: LayerCodec, geometry: LayerGeometry, block_size: int) -> tuple[Plane, ...]:
-    """What one block becomes: the planes of its keys, then those of its values.
+    """What one block becomes: the planes of its keys, then those of its values, unless these are
+    part of the keys.
 
     Raises: ValueError where the codec cannot encode such blocks.
     """
     heads = geometry.num_kv_heads
-    return (
-        *codec.keys.planes(BlockShape(heads, block_size, geometry.key_dim)),
-        *codec.values.planes(BlockShape(heads, block_size, geometry.value_dim)),
-    )
+    keys = codec.keys.planes(BlockShape(heads, block_size, geometry.key_dim))
+    if geometry.values_in_keys:
+        return tuple(keys)
+    return (*keys, *codec.values.planes(BlockShape(heads, block_size, geometry.value_dim)))
 
 
 class EncodedLayout:
@@ -53,7 +54,8 @@ def section_bytes(
 ) -> tuple[int, int]:
     """What the exact keys, and the exact values, of one layer take in a page."""
     tokens = PAGE_BLOCKS * block_size * geometry.num_kv_heads * bytes_per_element
-    return aligned(tokens * geometry.key_dim), aligned(tokens * geometry.value_dim)
+    own_values = 0 if geometry.values_in_keys else geometry.value_dim
+    return aligned(tokens * geometry.key_dim), aligned(tokens * own_values)
 
 
 def layers_of(spec: ModelSpec, group: int) -> Iterable[tuple[int, LayerGeometry]]:

@@ -18,7 +18,6 @@ from kvcluster.cache.encoded_pages import group_layout, layers_of, planes_of, se
 from kvcluster.cache.pages import PageArena
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.base import EncodedKV
-from kvcluster.codec.method import LayerCodec
 from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
 from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 
@@ -28,6 +27,20 @@ class Piece(NamedTuple):
 
     k_PKSD: Tensor
     v_PKSD: Tensor
+
+
+def stored_arrays(kv: Piece, geometry: LayerGeometry) -> tuple[Tensor, ...]:
+    """What of K and V is kept and sent: both, or K where V is part of it."""
+    return kv[:1] if geometry.values_in_keys else kv
+
+
+def keys_and_values(arrays: Sequence[Tensor], geometry: LayerGeometry) -> Piece:
+    """K and V of what `stored_arrays` gave, whatever its tokens are since. No copy."""
+    if geometry.values_in_keys:
+        [k] = arrays
+        return Piece(k, k[..., : geometry.value_dim])
+    k, v = arrays
+    return Piece(k, v)
 
 
 class Places(NamedTuple):
@@ -73,10 +86,11 @@ class KVStore:
             layers_of(spec, group), sections, strict=True
         ):
             heads, tokens = geometry.num_kv_heads, self._page_tokens
-            self._planes[layer] = Piece(
-                arena.plane(offset, (heads, tokens, geometry.key_dim), like.dtype),
-                arena.plane(offset + k_bytes, (heads, tokens, geometry.value_dim), like.dtype),
-            )
+            arrays = [arena.plane(offset, (heads, tokens, geometry.key_dim), like.dtype)]
+            if not geometry.values_in_keys:
+                shape = (heads, tokens, geometry.value_dim)
+                arrays.append(arena.plane(offset + k_bytes, shape, like.dtype))
+            self._planes[layer] = keys_and_values(arrays, geometry)
             offset += k_bytes + v_bytes
 
     @property
@@ -94,7 +108,9 @@ class KVStore:
 
     def write(self, layer: int, places: Places, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Keep tokens in the layer's slots."""
-        for plane, x_TKD in zip(self._planes[layer], (k_TKD, v_TKD), strict=True):
+        planes = self._stored_planes(layer)
+        rows = stored_arrays(Piece(k_TKD, v_TKD), self._spec.layers[layer])
+        for plane, x_TKD in zip(planes, rows, strict=True):
             plane[places.pages_T, :, places.offsets_T] = x_TKD
 
     def blocks_per_page(self, group: int, codec: str) -> int:
@@ -108,7 +124,7 @@ class KVStore:
         """Keep whole blocks in the layer's encoded blocks."""
         per_page, planes = self._encoded_planes(layer, codec)
         pages_B, blocks_B = encoded_ids_B // per_page, encoded_ids_B % per_page
-        encoded = _encoded(self._codecs.layers(codec)[layer], kv_BKSD, starts_B)
+        encoded = self._encoded(layer, codec, kv_BKSD, starts_B)
         for plane, written in zip(planes, encoded, strict=True):
             plane[pages_B, blocks_B] = written
 
@@ -125,8 +141,9 @@ class KVStore:
 
     def decode(
         self, layer: int, codec: str, planes: Sequence[Tensor], starts_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """k_KSD and v_KSD of encoded blocks, one after another, in the dtype of exact ones."""
+    ) -> tuple[Tensor, ...]:
+        """k_KSD and v_KSD of encoded blocks, one after another, in the dtype of exact ones; as
+        `gather`, without values that are part of the keys."""
         layer_codec = self._codecs.layers(codec)[layer]
         geometry = self._spec.layers[layer]
         num_key_planes = len(
@@ -135,16 +152,27 @@ class KVStore:
             )
         )
         dtype = self._planes[layer].k_PKSD.dtype
-        k_BKSD = layer_codec.keys.decode(planes[:num_key_planes], starts_B)
-        v_BKSD = layer_codec.values.decode(planes[num_key_planes:], starts_B)
-        return in_line(k_BKSD.to(dtype)), in_line(v_BKSD.to(dtype))
+        arrays = [layer_codec.keys.decode(planes[:num_key_planes], starts_B)]
+        if not geometry.values_in_keys:
+            arrays.append(layer_codec.values.decode(planes[num_key_planes:], starts_B))
+        return tuple(in_line(x_BKSD.to(dtype)) for x_BKSD in arrays)
 
     def round_trip(
         self, layer: int, codec: str, kv_BKSD: Piece, starts_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """k_KSD and v_KSD of blocks as they would be read after `encode`."""
-        encoded = _encoded(self._codecs.layers(codec)[layer], kv_BKSD, starts_B)
+    ) -> tuple[Tensor, ...]:
+        """What `decode` gives of blocks after `encode`."""
+        encoded = self._encoded(layer, codec, kv_BKSD, starts_B)
         return self.decode(layer, codec, encoded, starts_B)
+
+    def _encoded(
+        self, layer: int, codec: str, kv_BKSD: Piece, starts_B: Tensor
+    ) -> tuple[Tensor, ...]:
+        """All planes of some blocks, those of the keys first."""
+        arrays = stored_arrays(kv_BKSD, self._spec.layers[layer])
+        codecs = self._codecs.layers(codec)[layer]
+        # Where there are no values of their own, their codec is left over.
+        coded = zip(codecs, arrays, strict=False)
+        return tuple(plane for array, x in coded for plane in array.encode(x, starts_B))
 
     def _encoded_planes(self, layer: int, codec: str) -> tuple[int, list[Tensor]]:
         """Blocks of a page, and the planes, [pages, blocks, ...]."""
@@ -179,8 +207,10 @@ class KVStore:
         ]
 
     def gather(self, layer: int, runs: Sequence[slice]) -> EncodedKV:
-        """k_KSD and v_KSD of the tokens of the runs; views where they lie in one piece."""
-        pieces = self.pieces(layer, runs)
+        """k_KSD and v_KSD of the tokens of the runs, without values that are part of the keys;
+        views where they lie in one piece."""
+        geometry = self._spec.layers[layer]
+        pieces = [stored_arrays(piece, geometry) for piece in self.pieces(layer, runs)]
         if not pieces:
             return self.empty(layer, 0)
         return EncodedKV(
@@ -197,9 +227,12 @@ class KVStore:
         return EncodedKV(
             tuple(
                 plane.new_empty((plane.shape[1], num_tokens, plane.shape[3]))
-                for plane in self._planes[layer]
+                for plane in self._stored_planes(layer)
             )
         )
+
+    def _stored_planes(self, layer: int) -> tuple[Tensor, ...]:
+        return stored_arrays(self._planes[layer], self._spec.layers[layer])
 
     def _split(self, run: slice) -> list[tuple[slice, slice]]:
         """The run as parts of single pages and rows of whole ones."""
@@ -222,11 +255,3 @@ class KVStore:
 def in_line(x_PKSD: Tensor) -> Tensor:
     """x_KSD, the pages one after another: a view of one page, a copy of several."""
     return x_PKSD[0] if len(x_PKSD) == 1 else x_PKSD.transpose(0, 1).flatten(1, 2)
-
-
-def _encoded(codec: LayerCodec, kv_BKSD: Piece, starts_B: Tensor) -> tuple[Tensor, ...]:
-    """All planes of some blocks, those of the keys first."""
-    return (
-        *codec.keys.encode(kv_BKSD.k_PKSD, starts_B),
-        *codec.values.encode(kv_BKSD.v_PKSD, starts_B),
-    )

@@ -6,7 +6,7 @@ from typing import Final, Literal
 from kvcluster.codec.array import ArrayCodec
 from kvcluster.codec.calibration import Basis, adaptive_ranks
 from kvcluster.codec.latent import LatentKeys, LatentValues
-from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec
+from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec, refuse_values_in_keys
 from kvcluster.codec.plain_methods import PLAIN
 from kvcluster.policy import Arguments, Method, Parameter, PlugPoint
 
@@ -16,6 +16,9 @@ _Array = Literal["keys", "values"]
 
 
 def _layers(arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
+    refuse_values_in_keys(
+        model.spec, "what it caches is the model's own latent already: take another codec"
+    )
     keys = _arrays("keys", arguments, model)
     values = _arrays("values", arguments, model)
     return [LayerCodec(*arrays) for arrays in zip(keys, values, strict=True)]

@@ -18,6 +18,7 @@ class LayerCodec(NamedTuple):
 
     keys: ArrayCodec
     values: ArrayCodec
+    """Not asked for in a layer whose values are part of its keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,3 +47,9 @@ class CodecMethod:
         """The codec of each layer with every parameter at its default."""
         defaults = {parameter.name: parameter.default for parameter in self.method.parameters}
         return self.layers(defaults, model)
+
+
+def refuse_values_in_keys(spec: ModelSpec, reason: str) -> None:
+    """Raises: ValueError for a model with multi-head latent attention."""
+    if any(layer.values_in_keys for layer in spec.layers):
+        raise ValueError(f"the model has multi-head latent attention, and {reason}")

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec
+from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec, refuse_values_in_keys
 from kvcluster.codec.plain_methods import PLAIN
 from kvcluster.policy import Arguments, Parameter
 
@@ -31,7 +31,10 @@ def mixed(codec: CodecMethod) -> CodecMethod:
 
     def layers(arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
         mixture = base = codec.layers(arguments, model)
-        if "values" not in own:
+        if "values" not in own and arguments["values"] != SAME:
+            refuse_values_in_keys(
+                model.spec, "its values are part of its keys: write them alike, without `values`"
+            )
             values = _chosen(str(arguments["values"]), base, model)
             mixture = [LayerCodec(k.keys, v.values) for k, v in zip(base, values, strict=True)]
         windowed = _chosen(str(arguments["windowed"]), mixture, model)

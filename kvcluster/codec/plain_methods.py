@@ -5,11 +5,13 @@ from typing import Final
 
 import torch
 
+from kvcluster.codec.array import ArrayCodec
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
 from kvcluster.codec.rotated import Rotated
+from kvcluster.codec.sections import Sections, powers_of_two
 from kvcluster.policy import Arguments, Method, Parameter, PlugPoint
 from kvcluster.types import EXACT
 
@@ -71,10 +73,31 @@ def _integers(bits: int, *, group: int) -> CodecMethod:
 
 
 def _rotated(bits: int) -> CodecMethod:
-    codec = LayerCodec(Rotated(bits, centred=True), Rotated(bits, transposed=True))
-    return _plain(
-        f"rotated{bits}", f"Hadamard rotation and a codebook of {bits} bits", lambda _: codec
+    keys, values = Rotated(bits, centred=True), Rotated(bits, transposed=True)
+
+    def layers(_arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
+        return [
+            LayerCodec(
+                _by_powers_of_two(keys, layer.key_dim),
+                values if layer.values_in_keys else _by_powers_of_two(values, layer.value_dim),
+            )
+            for layer in model.spec.layers
+        ]
+
+    method = Method(
+        plug_point=PlugPoint.CODEC,
+        name=f"rotated{bits}",
+        meaning=f"Hadamard rotation and a codebook of {bits} bits",
     )
+    return CodecMethod(method, layers)
+
+
+def _by_powers_of_two(codec: Rotated, dim: int) -> ArrayCodec:
+    """The codec for heads of this dimension, which is any multiple of 8."""
+    if dim % 8:
+        raise ValueError(f"rotated codecs want a head dimension that is a multiple of 8, not {dim}")
+    dims = powers_of_two(dim)
+    return codec if len(dims) == 1 else Sections(codec, dims)
 
 
 FP8: Final = _plain("fp8", "e4m3 floats", lambda _: LayerCodec(Float8(), Float8(transposed=True)))

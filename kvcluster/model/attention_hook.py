@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from kvcluster.model.mla import latent_form
+
 IMPLEMENTATION: Final = "kvcluster"
 """Name of the attention implementation that a model must be set to before `forward`."""
 
@@ -44,7 +46,7 @@ class AttentionPass:
 
 
 def kvcluster_attention(
-    _module: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -54,16 +56,22 @@ def kvcluster_attention(
     s_aux: Tensor | None = None,
     **_rules: Any,
 ) -> tuple[Tensor, None]:
-    """Called by every attention layer with [1, heads, T, D] tensors; gives [1, T, H, D].
+    """Called by every attention layer with [1, heads, T, D] tensors; gives [1, T, H, D]. A layer of
+    `mla.keep_latents` brings queries that are still to be multiplied.
 
     Scale, window and soft-cap come with each call too, but were read once by `probe`: the
     attention knows them from the layer's geometry.
     """
     layer = kvcluster_pass.num_layers_done
     kvcluster_pass.num_layers_done = layer + 1
+    latent = latent_form(module)
+    if latent is not None:
+        query = latent.absorbed(query)
     out_THD = kvcluster_pass.attention.attend(
         layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), s_aux
     )
+    if latent is not None:
+        out_THD = latent.expanded(out_THD)
     # Some models take a view of the result that only contiguous memory allows.
     return out_THD.contiguous().unsqueeze(0), None
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from kvcluster.errors import ModelUnsupported
 from kvcluster.model.attention_hook import IMPLEMENTATION, forward
+from kvcluster.model.mla import keep_latents, latent_form
 from kvcluster.model.reference_attention import ReferenceAttention
 from kvcluster.model.source import first_line
 from kvcluster.types import LayerGeometry
@@ -71,7 +72,8 @@ class _Recording:
 def probe(module: PreTrainedModel) -> tuple[LayerGeometry, ...]:
     """Learn the layers of a model in call order, and check that serving them gives its answers.
 
-    Leaves the model set to `attention_hook.IMPLEMENTATION`.
+    Leaves the model set to `attention_hook.IMPLEMENTATION`, and its latent attention modules in
+    the form of `mla.keep_latents`, whose keys and values of a layer are one array.
     Raises: ModelUnsupported, in one sentence that says why; the model's attention implementation
     is then what it was.
     """
@@ -79,6 +81,7 @@ def probe(module: PreTrainedModel) -> tuple[LayerGeometry, ...]:
     before = module.config._attn_implementation
     is_served = False
     try:
+        keep_latents(module, IMPLEMENTATION, _RECORDING)
         layers = _compare_runs(module)
         module.set_attn_implementation(IMPLEMENTATION)
         is_served = True
@@ -170,7 +173,7 @@ def _record(module: PreTrainedModel, ids_T: Tensor) -> _Recording:
 
 
 def _recording_attention(
-    _module: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -191,6 +194,10 @@ def _recording_attention(
     scale = rules.get("scaling")
     softcap = rules.get("softcap")
     sinks_H = rules.get("s_aux")
+    own_dim = query.shape[3]
+    latent = latent_form(module)
+    if latent is not None:
+        query = latent.absorbed(query)
     recording = kvcluster_pass
     window = int(window) if window is not None else None
     kv_layer = recording.earlier_layer((key, value), window)
@@ -202,11 +209,12 @@ def _recording_attention(
             num_kv_heads=key.shape[1],
             key_dim=key.shape[3],
             value_dim=value.shape[3],
-            scale=float(scale if scale is not None else key.shape[3] ** -0.5),
+            scale=float(scale if scale is not None else own_dim**-0.5),
             window=window,
             softcap=float(softcap) if softcap is not None else None,
             has_sinks=sinks_H is not None,
             kv_layer=kv_layer,
+            values_in_keys=latent is not None,
         )
     )
     out_THD = recording.attention.attend(
@@ -216,6 +224,8 @@ def _recording_attention(
         value[0].transpose(0, 1),
         sinks_H,
     )
+    if latent is not None:
+        out_THD = latent.expanded(out_THD)
     return out_THD.contiguous().unsqueeze(0), None
 
 

@@ -30,6 +30,7 @@ from kvcluster.quality.strict import (
     KeysValues,
     LayerCodecs,
     StrictAttention,
+    stored_dims,
 )
 from kvcluster.quality.survivor_list import (
     SurvivorList,
@@ -45,7 +46,7 @@ from kvcluster.retention.full import FullRetention
 from kvcluster.retention.scored import Queries, ScoredRetention
 from kvcluster.retention.window import WindowRetention
 from kvcluster.selection.base import BlockSelection, KeySummaries, Rows, summaries
-from kvcluster.types import ModelSpec
+from kvcluster.types import LayerGeometry, ModelSpec
 
 _TILE_TOKENS: Final = 512
 """Queries that attend at one time at most, where retention is by position."""
@@ -132,9 +133,10 @@ class RetainedAttention:
         if isinstance(retention, WindowRetention):
             dropped = retention.dropped_blocks(num_tokens - 1)
         num_encoded = len(set(encoded) - set(dropped))
-        read = stored_as(written, codecs, encoded, size)
-        if self._spec.layers[layer].kv_layer is None:
-            self._count(written, codecs, num_encoded, retention.num_held(num_tokens), num_tokens)
+        geometry = self._spec.layers[layer]
+        read = stored_as(written, codecs, geometry, encoded, size)
+        if geometry.kv_layer is None:
+            self._count(written, codecs, geometry, num_encoded, retention.num_held(num_tokens))
         keys = summaries(read.k_KTD, size) if self._selection is not None else None
         tile = max(1, min(_TILE_TOKENS, _TILE_ELEMENTS // num_tokens) // size) * size
         partials = []
@@ -203,10 +205,10 @@ class RetainedAttention:
             if last < num_tokens:
                 before = kept
                 kept = cut(retention, kept, own, queries)
-                kept = sealed(kept, before, codecs, self._exact)
+                kept = sealed(kept, before, codecs, geometry, self._exact)
         num_held = retention.num_held(num_tokens)
         num_encoded = len(encoded_blocks(kept.positions_KJ.shape[1], self._exact))
-        self._count(written, codecs, num_encoded, num_held, num_tokens)
+        self._count(written, codecs, geometry, num_encoded, num_held)
         return partials
 
     def _attend_epoch(
@@ -271,14 +273,14 @@ class RetainedAttention:
         self,
         written: KeysValues,
         codecs: LayerCodecs,
+        geometry: LayerGeometry,
         num_encoded: int,
         num_held: int,
-        num_tokens: int,
     ) -> None:
         """Count a layer that holds so many tokens, so many blocks of them encoded."""
         size = self._exact.block_size
-        for x_KTD, codec in zip(written, codecs, strict=True):
-            num_heads, _, dim = x_KTD.shape
+        num_heads, num_tokens, _ = written.k_KTD.shape
+        for codec, dim in stored_dims(codecs, geometry):
             blocks = num_encoded if codec is not None else 0
             self._own += StoredBytes(
                 num_tokens=num_tokens,

@@ -18,7 +18,7 @@ from kvcluster.model.rotary import check_rotary, read_rotary
 from kvcluster.policy import Menu, parse_choice, parse_policy
 from kvcluster.quality.measure import CountingAttention, MeasuredPolicy
 from kvcluster.quality.retained import RetainedAttention
-from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention
+from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention, stored_dims
 from kvcluster.retention.offered import RETENTION_METHODS, recent_blocks
 from kvcluster.retention.window import WindowRetention
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Policy
@@ -120,6 +120,6 @@ def _written(codec: LayerCodec) -> LayerCodecs:
 
 
 def _check_blocks(codecs: LayerCodecs, geometry: LayerGeometry, block_size: int) -> None:
-    for codec, dim in zip(codecs, (geometry.key_dim, geometry.value_dim), strict=True):
+    for codec, dim in stored_dims(codecs, geometry):
         if codec is not None:
             codec.planes(BlockShape(geometry.num_kv_heads, block_size, dim))

@@ -39,6 +39,15 @@ class LayerCodecs(NamedTuple):
     values: ArrayCodec | None
 
 
+def stored_dims(
+    codecs: LayerCodecs, geometry: LayerGeometry
+) -> list[tuple[ArrayCodec | None, int]]:
+    """Codec and head dimension of the keys and, unless they are part of them, of the values."""
+    dims = (geometry.key_dim, geometry.value_dim)
+    stored = list(zip(codecs, dims, strict=True))
+    return stored[:1] if geometry.values_in_keys else stored
+
+
 CodecsOfLayer = Callable[[int], LayerCodecs | None]
 """The codecs of a layer, by its index in `ModelSpec.layers`. None: both exact."""
 
@@ -98,10 +107,11 @@ class StrictAttention:
         geometry = self._spec.layers[layer]
         codecs = self._codecs_of_layer(layer) or LayerCodecs(None, None)
         written = KeysValues(k_TKD.transpose(0, 1), v_TKD.transpose(0, 1))
-        read = KeysValues(
-            self._read(written.k_KTD, codecs.keys, geometry),
-            self._read(written.v_KTD, codecs.values, geometry),
-        )
+        k_KTD = self._read(written.k_KTD, codecs.keys, geometry)
+        if geometry.values_in_keys:
+            read = KeysValues(k_KTD, k_KTD[..., : geometry.value_dim])
+        else:
+            read = KeysValues(k_KTD, self._read(written.v_KTD, codecs.values, geometry))
         if codecs == LayerCodecs(None, None):
             partial = _attend_exact(q_THD, written, geometry)
         else:

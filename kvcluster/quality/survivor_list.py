@@ -18,7 +18,13 @@ from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec, BlockShape
 from kvcluster.codec.latent import LatentKeys
-from kvcluster.quality.strict import ExactTokens, KeysValues, LayerCodecs, restored
+from kvcluster.quality.strict import (
+    ExactTokens,
+    KeysValues,
+    LayerCodecs,
+    restored,
+    stored_dims,
+)
 from kvcluster.retention.base import Need
 from kvcluster.retention.scored import Candidates, Queries, ScoredRetention, survivors
 from kvcluster.types import LayerGeometry
@@ -67,13 +73,17 @@ def cut(
 
 
 def sealed(
-    kept: SurvivorList, before: SurvivorList, codecs: LayerCodecs, exact: ExactTokens
+    kept: SurvivorList,
+    before: SurvivorList,
+    codecs: LayerCodecs,
+    geometry: LayerGeometry,
+    exact: ExactTokens,
 ) -> SurvivorList:
     """The survivors as they are read once their blocks are encoded. `before` is the list that they
     replace."""
     size = exact.block_size
     encoded = encoded_blocks(kept.positions_KJ.shape[1], exact)
-    stored = stored_as(kept.kv, codecs, encoded, size)
+    stored = stored_as(kept.kv, codecs, geometry, encoded, size)
     if stored is kept.kv:
         return kept
     same_KJ1 = _in_same_block(before.positions_KJ, kept.positions_KJ, size)[..., None]
@@ -88,25 +98,30 @@ def encoded_blocks(num_survivors: int, exact: ExactTokens) -> range:
 
 
 def stored_as(
-    written: KeysValues, codecs: LayerCodecs, blocks: range, block_size: int
+    written: KeysValues,
+    codecs: LayerCodecs,
+    geometry: LayerGeometry,
+    blocks: range,
+    block_size: int,
 ) -> KeysValues:
     """What is read once these blocks are encoded; the very same object where none is.
 
     Raises: ValueError as `restored`."""
     if codecs == LayerCodecs(None, None) or not blocks:
         return written
-    return KeysValues(
-        *(
-            x_KTD if codec is None else restored(x_KTD, codec, blocks, block_size)
-            for x_KTD, codec in zip(written, codecs, strict=True)
-        )
-    )
+
+    def read(x_KTD: Tensor, codec: ArrayCodec | None) -> Tensor:
+        return x_KTD if codec is None else restored(x_KTD, codec, blocks, block_size)
+
+    k_KTD = read(written.k_KTD, codecs.keys)
+    if geometry.values_in_keys:
+        return KeysValues(k_KTD, k_KTD[..., : geometry.value_dim])
+    return KeysValues(k_KTD, read(written.v_KTD, codecs.values))
 
 
 def check_by_head(codecs: LayerCodecs, geometry: LayerGeometry, block_size: int) -> None:
     """Raises: ValueError for codecs that cannot hold another token in each head of a slot."""
-    dims = (geometry.key_dim, geometry.value_dim)
-    for codec, dim in zip(codecs, dims, strict=True):
+    for codec, dim in stored_dims(codecs, geometry):
         if codec is None:
             continue
         shape = BlockShape(geometry.num_kv_heads, block_size, dim)

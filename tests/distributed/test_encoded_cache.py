@@ -1,6 +1,7 @@
 """Sharded over any number of ranks, an encoded cache gives what its plain definition says."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,15 +9,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.window import WindowRetention
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import EVERY_CODEC, calibrated_codecs
+from tests.codec_models import EVERY_CODEC, PLAIN, calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
-from tests.scripted_model import ScriptedModel, geometry
+from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
 BLOCK_SIZE = 16
 MAX_TOKENS = 240
@@ -30,7 +32,23 @@ MODEL = ScriptedModel(
     geometry(window=24, kv_layer=1),
     max_tokens=MAX_TOKENS,
 )
-MODEL_CODECS = calibrated_codecs(MODEL.spec)
+LATENT_MODEL = ScriptedModel(
+    latent_geometry(), latent_geometry(window=24), geometry(), max_tokens=MAX_TOKENS
+)
+CODECS_OF_LATENTS = (EXACT, *PLAIN, "int4:key_group=16,scale_bits=8", "int3:windowed=exact")
+"""Those that such a model can have."""
+
+
+class Served(NamedTuple):
+    """What is served, and the codecs it has."""
+
+    model: ScriptedModel
+    codecs: ModelCodecs
+
+
+ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))
+LATENT = Served(LATENT_MODEL, plain_codecs(LATENT_MODEL.spec))
+"""Keys in which values are stored too."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +65,14 @@ class Serving:
     block_size: int = BLOCK_SIZE
 
 
-def defined(policy: Policy, num_tokens: int, serving: Serving) -> list[Tensor]:
+def defined(policy: Policy, num_tokens: int, serving: Serving, subject: Served) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
-    layers = () if policy.codec == EXACT else MODEL_CODECS.layers(policy.codec)
+    model = subject.model
+    layers = () if policy.codec == EXACT else subject.codecs.layers(policy.codec)
     block_size = serving.block_size
     recent = recent_blocks(policy.retention, block_size)
     attention = RetainedAttention(
-        MODEL.spec,
+        model.spec,
         FullRetention()
         if recent is None
         else WindowRetention(recent=recent * block_size, block_size=block_size),
@@ -62,17 +81,18 @@ def defined(policy: Policy, num_tokens: int, serving: Serving) -> list[Tensor]:
     )
     return [
         attention.attend(layer, *(x[:num_tokens] for x in qkv), None)
-        for layer, qkv in enumerate(MODEL.script)
+        for layer, qkv in enumerate(model.script)
     ]
 
 
-def served(policy: Policy, serving: Serving) -> list[Tensor]:
-    MODEL.recorded.clear()
+def served(policy: Policy, serving: Serving, subject: Served) -> list[Tensor]:
+    model = subject.model
+    model.recorded.clear()
     group = ReferenceGroup(
-        MODEL.loaded,
+        model.loaded,
         num_ranks=serving.num_ranks,
         block_size=serving.block_size,
-        codecs=MODEL_CODECS,
+        codecs=subject.codecs,
         exact_blocks=serving.exact_blocks,
     )
     group.start(7, [3] * sum(serving.chunks), policy)
@@ -83,15 +103,16 @@ def served(policy: Policy, serving: Serving) -> list[Tensor]:
         group.run({7: 1}, owners=[ranks[index % serving.num_ranks]])
     num_tokens = sum(serving.chunks) + serving.num_decoded
     return [
-        torch.stack([MODEL.recorded[layer, position] for position in range(num_tokens)])
-        for layer in range(len(MODEL.script))
+        torch.stack([model.recorded[layer, position] for position in range(num_tokens)])
+        for layer in range(len(model.script))
     ]
 
 
-def check(policy: Policy, serving: Serving) -> None:
-    ours = served(policy, serving)
+def check(policy: Policy, serving: Serving, subject: Served = ORDINARY) -> None:
+    ours = served(policy, serving, subject)
 
-    for ours_THD, defined_THD in zip(ours, defined(policy, len(ours[0]), serving), strict=True):
+    expected = defined(policy, len(ours[0]), serving, subject)
+    for ours_THD, defined_THD in zip(ours, expected, strict=True):
         # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
         torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
 
@@ -102,6 +123,14 @@ def test_every_codec_is_served_as_it_is_defined(codec: str, num_ranks: int) -> N
     serving = Serving(num_ranks=num_ranks, chunks=(64, 70, 16), num_decoded=20, exact_blocks=1)
 
     check(Policy(codec=codec), serving)
+
+
+@pytest.mark.parametrize("codec", CODECS_OF_LATENTS)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_every_codec_of_latents_is_served_as_it_is_defined(codec: str, num_ranks: int) -> None:
+    serving = Serving(num_ranks=num_ranks, chunks=(64, 70, 16), num_decoded=20, exact_blocks=1)
+
+    check(Policy(codec=codec), serving, LATENT)
 
 
 @pytest.mark.parametrize("recent_tokens", [16, 48])
@@ -150,3 +179,15 @@ def servings(draw: st.DrawFn) -> Serving:
 )
 def test_chunks_and_ranks_change_nothing(codec: str, retention: str, serving: Serving) -> None:
     check(Policy(codec=codec, retention=retention), serving)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    codec=st.sampled_from(CODECS_OF_LATENTS),
+    retention=st.sampled_from(["full", "full", "window:recent=32", "window:recent=64"]),
+    serving=servings(),
+)
+def test_chunks_and_ranks_change_nothing_in_latents(
+    codec: str, retention: str, serving: Serving
+) -> None:
+    check(Policy(codec=codec, retention=retention), serving, LATENT)

@@ -109,7 +109,9 @@ def test_sharded_logits_are_those_of_eager_attention(architecture: str, num_rank
 @pytest.mark.parametrize("chunk_tokens", [8, 40, 128])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("route", list(Route))
-@pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss", "llama"])
+@pytest.mark.parametrize(
+    "architecture", ["deepseek_v2", "deepseek_v3", "gemma2", "gpt_oss", "llama"]
+)
 def test_every_route_gives_the_same_logits(
     architecture: str, route: Route, num_ranks: int, chunk_tokens: int
 ) -> None:
