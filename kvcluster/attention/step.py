@@ -19,6 +19,8 @@ from kvcluster.attention.local import attend, attend_pieces
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
+from kvcluster.attention.selected import SelectedAttention
+from kvcluster.attention.selected_part import SelectedPart
 from kvcluster.cache.store import KVStore, Piece, Places, keys_and_values
 from kvcluster.codec.base import EncodedKV
 from kvcluster.types import EXACT, ModelSpec, Route
@@ -38,13 +40,21 @@ class StepAttention:
     """The parts of one step over one rank's store. Mutates the store: rows are written."""
 
     def __init__(
-        self, spec: ModelSpec, store: KVStore, ring: Ring, parts: Sequence[SequencePart]
+        self,
+        spec: ModelSpec,
+        store: KVStore,
+        ring: Ring,
+        parts: Sequence[SequencePart],
+        selected: Sequence[SelectedPart] = (),
     ) -> None:
+        """`selected`: what is more to know of the parts whose policy selects."""
         self._spec = spec
         self._store = store
         self._ring = ring
         self._parts = parts
         self._chunks = ChunkAttention(spec, store, ring)
+        self._selects = bool(selected)
+        self._selected = SelectedAttention(spec, store, ring, selected)
         self._encoded_parts = [part for part in parts if part.codec != EXACT]
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}
@@ -61,9 +71,10 @@ class StepAttention:
         if len(q_THD) and is_stored:
             places = self._row_places(self._groups[layer], k_TKD.device)
             self._store.write(layer, places, k_TKD, v_TKD)
+        self._selected.keep(layer)
         self._read_parts.clear()
-        partials = self._attend_history(layer, q_THD)
-        for part in self._parts:
+        partials = self._attend_history(layer, q_THD) | self._selected.attend(layer, q_THD)
+        for part in self._unselected(layer):
             if part.has_chunk:
                 inside = self._chunks.attend(layer, part, q_THD, k_TKD, v_TKD)
                 if inside is not None:
@@ -76,6 +87,12 @@ class StepAttention:
         if sinks_H is not None:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
+
+    def _unselected(self, layer: int) -> Sequence[SequencePart]:
+        """The parts whose rows read all that they may in the layer."""
+        if not self._selects:
+            return self._parts
+        return [part for part in self._parts if not self._selected.serves(layer, part)]
 
     def _encode_full(self, layer: int, part: SequencePart) -> None:
         """Blocks that are read exact no more go where encoded ones are."""
@@ -98,7 +115,7 @@ class StepAttention:
     def _attend_history(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Partials of this rank's rows over all history, by part."""
         partials = self._pass_queries(layer, q_THD)
-        for part in self._parts:
+        for part in self._unselected(layer):
             if not part.travels_by_query:
                 partial = self._pass_shards(layer, part, q_THD)
                 if partial is not None:
@@ -113,7 +130,7 @@ class StepAttention:
         ring = self._ring
         geometry = self._spec.layers[layer]
         heads, value_dim = geometry.num_query_heads, geometry.value_dim
-        questions = self._questions(self._groups[layer], geometry.window)
+        questions = self._questions(layer)
         queries = {
             rank: q_THD.new_empty((_num_rows(parts, rank), heads, geometry.key_dim))
             for rank, parts in questions.asking.items()
@@ -131,7 +148,7 @@ class StepAttention:
                 self._keys(layer, part)
         found = {
             part: [self._read_own(layer, part, q_THD[part.rows], ring.rank)]
-            for part in self._parts
+            for part in self._unselected(layer)
             if part.travels_by_query and part.num_rows[ring.rank]
         }
         travelling.wait()
@@ -146,14 +163,16 @@ class StepAttention:
                 found[part].append(partial)
         return {part: merge(*partials) for part, partials in found.items()}
 
-    def _questions(self, group: int, window: int | None) -> _Questions:
+    def _questions(self, layer: int) -> _Questions:
+        group, window = self._groups[layer], self._spec.layers[layer].window
         found = self._questions_by_group.get(group)
         if found is None:
+            unselected = self._unselected(layer)
 
             def between(rows: int, keys: int) -> list[SequencePart]:
                 return [
                     part
-                    for part in self._parts
+                    for part in unselected
                     if part.travels_by_query
                     and part.num_rows[rows]
                     and part.history(group, window).ranks[keys].num_tokens

@@ -112,6 +112,11 @@ class SequenceMap:
         first, last = self._entries(rank, start, end)
         return np.array(self._owned[rank].indices[first:last], dtype=np.int64) * self.block_size
 
+    def block_ids(self, rank: int, group: int, start: int, end: int) -> NDArray[np.int64]:
+        """The exact blocks of the same. Where one became encoded, its id is another's now."""
+        first, last = self._entries(rank, start, end)
+        return np.array(self._owned[rank].block_ids[group][first:last], dtype=np.int64)
+
     def encoded_ids(self, rank: int, group: int, start: int, end: int) -> NDArray[np.int64]:
         """The encoded blocks of the same."""
         first, last = self._entries(rank, start, end)

@@ -222,6 +222,18 @@ class KVStore:
             )
         )
 
+    def read_blocks(self, layer: int, block_ids_B: Tensor, heads: slice = slice(None)) -> Piece:
+        """Copies of exact blocks, k_BKSD and v_BKSD, of all KV heads or some."""
+        pages_B, blocks_B = block_ids_B // PAGE_BLOCKS, block_ids_B % PAGE_BLOCKS
+        return Piece(
+            *(
+                plane.view(*plane.shape[:2], PAGE_BLOCKS, self._block_size, plane.shape[3])[
+                    pages_B, heads, blocks_B
+                ]
+                for plane in self._planes[layer]
+            )
+        )
+
     def empty(self, layer: int, num_tokens: int) -> EncodedKV:
         """Room for `num_tokens` tokens of the layer that come from another rank."""
         return EncodedKV(
@@ -250,6 +262,12 @@ class KVStore:
                 parts.append((slice(page, page + 1), slice(offset, end - page * size)))
                 start = end
         return parts
+
+
+def in_blocks(x_KSD: Tensor, block_size: int) -> Tensor:
+    """x_BKSD of tokens in line that are whole blocks."""
+    num_heads, num_tokens, dim = x_KSD.shape
+    return x_KSD.reshape(num_heads, num_tokens // block_size, block_size, dim).transpose(0, 1)
 
 
 def in_line(x_PKSD: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcluster.attention.part import CacheRules, SequencePart
 from kvcluster.attention.ring import Ring
+from kvcluster.attention.selected_part import SelectedPart, Selecting
 from kvcluster.attention.step import StepAttention
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
@@ -32,6 +33,7 @@ from kvcluster.model.loader import LoadedModel
 from kvcluster.model.sampler import SequenceSampling, sample
 from kvcluster.model.scorer import score
 from kvcluster.retention.offered import recent_blocks
+from kvcluster.selection.registry import build_selection
 from kvcluster.types import Policy
 
 
@@ -70,6 +72,7 @@ class _Rows:
     state: "_SequenceState"
     step: SequenceStep
     part: SequencePart
+    selected: SelectedPart | None
 
     @property
     def sampling_rank(self) -> int | None:
@@ -116,6 +119,10 @@ class _SequenceState:
         self.table = table
         self.rules = CacheRules(
             policy.codec, exact_blocks, recent_blocks(policy.retention, table.block_size)
+        )
+        selection = build_selection(policy.selection, table.block_size)
+        self.selecting = (
+            None if selection is None else Selecting(selection, self.rules.recent_blocks)
         )
         self.sampling = sampling
         self.last_token: int | None = None
@@ -220,8 +227,17 @@ class StepRunner:
                 row_offset=offset,
             )
             offset += part.num_rows[self._ring.rank]
-            rows.append(_Rows(state, step, part))
+            rows.append(_Rows(state, step, part, self._selected(state, step, part)))
         return rows
+
+    def _selected(
+        self, state: _SequenceState, step: SequenceStep, part: SequencePart
+    ) -> SelectedPart | None:
+        if state.selecting is None:
+            return None
+        return SelectedPart(
+            part, state.table, state.selecting, step.num_prompt_tokens, self._model.device
+        )
 
     def _compute(self, rows: Sequence[_Rows]) -> RankResult:
         if self._share is not None:
@@ -231,7 +247,13 @@ class StepRunner:
                 if any(row.part.num_rows[rank] for row in rows)
             ]
             torch.set_num_threads(self._share.threads(self._ring.rank, busy))
-        attention = StepAttention(self._spec, self._store, self._ring, [row.part for row in rows])
+        attention = StepAttention(
+            self._spec,
+            self._store,
+            self._ring,
+            [row.part for row in rows],
+            [row.selected for row in rows if row.selected is not None],
+        )
         own_ids: list[Tensor] = []
         own_positions: list[Tensor] = []
         scored: list[_ScoredPiece] = []

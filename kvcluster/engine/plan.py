@@ -53,7 +53,8 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     appended: tuple[NewBlock, ...]
     """Table entries added before the step runs."""
     num_prompt_tokens: int
-    """Where the output begins, for penalties; meaningful once `samples` is true."""
+    """Where the output begins. While the prompt is on its way, a position at or after the part's
+    end: all of the part is prompt."""
     samples: bool
     """The last row's logits give the sequence's next token."""
     route: Route = Route.PASS_KV

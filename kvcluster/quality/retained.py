@@ -45,7 +45,7 @@ from kvcluster.retention.base import Need, RetentionPolicy
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.scored import Queries, ScoredRetention
 from kvcluster.retention.window import WindowRetention
-from kvcluster.selection.base import BlockSelection, KeySummaries, Rows, summaries
+from kvcluster.selection.base import BlockSelection, KeySummaries, Rows, reads, summaries
 from kvcluster.types import LayerGeometry, ModelSpec
 
 _TILE_TOKENS: Final = 512
@@ -77,8 +77,11 @@ class RetainedAttention:
         *,
         exact: ExactTokens,
         selection: BlockSelection | None = None,
+        num_prompt_tokens: int | None = None,
     ) -> None:
-        """Raises: ValueError for parts that cut blocks of different sizes, a retention that is
+        """Positions from `num_prompt_tokens` on are output, to a selection; None: none is.
+
+        Raises: ValueError for parts that cut blocks of different sizes, a retention that is
         neither by position nor by score, or a lag with one by score."""
         _check_parts(retention, exact, selection)
         self._spec = spec
@@ -86,6 +89,7 @@ class RetainedAttention:
         self._codecs_of_layer: CodecsOfLayer = codecs_of_layer or (lambda _layer: None)
         self._exact = exact
         self._selection = selection
+        self._num_prompt = num_prompt_tokens
         self._strict = StrictAttention(spec, self._codecs_of_layer, exact)
         self._own = StoredBytes()
         self._num_read = 0
@@ -137,7 +141,7 @@ class RetainedAttention:
         read = stored_as(written, codecs, geometry, encoded, size)
         if geometry.kv_layer is None:
             self._count(written, codecs, geometry, num_encoded, retention.num_held(num_tokens))
-        keys = summaries(read.k_KTD, size) if self._selection is not None else None
+        keys = self._summaries(written)
         tile = max(1, min(_TILE_TOKENS, _TILE_ELEMENTS // num_tokens) // size) * size
         partials = []
         for first in range(0, num_tokens, tile):
@@ -148,15 +152,25 @@ class RetainedAttention:
             partials.append(self._attend_blocks(layer, rows, columns, keys))
         return partials
 
+    def _summaries(self, kv: KeysValues) -> KeySummaries | None:
+        if self._selection is None:
+            return None
+        return summaries(kv.k_KTD, self._exact.block_size, self._selection.needs)
+
+    def _is_prompt(self, positions_T: Tensor) -> Tensor:
+        if self._num_prompt is None:
+            return torch.ones_like(positions_T, dtype=torch.bool)
+        return positions_T < self._num_prompt
+
     def _rows_by_position(self, q_THD: Tensor, first: int) -> Rows:
-        own_T = torch.arange(first, first + len(q_THD), device=q_THD.device)
-        own_T //= self._exact.block_size
+        positions_T = torch.arange(first, first + len(q_THD), device=q_THD.device)
+        own_T = positions_T // self._exact.block_size
         blocks_B = torch.arange(int(own_T[-1]) + 1, device=q_THD.device)
         readable_TB = blocks_B <= own_T[:, None]
         if isinstance(self._retention, WindowRetention):
             first_T1 = own_T[:, None] - self._retention.num_blocks + 1
             readable_TB &= (blocks_B == 0) | (blocks_B >= first_T1)
-        return Rows(q_THD, own_T, readable_TB)
+        return Rows(q_THD, own_T, readable_TB, self._is_prompt(positions_T))
 
     def _columns_by_position(
         self, rows: Rows, first: int, written: KeysValues, read: KeysValues
@@ -201,7 +215,7 @@ class RetainedAttention:
             last = min(first + retention.epoch_tokens, num_tokens)
             own = written.rows(first, last)
             queries = Queries(q_THD[first:last], first, geometry, sinks_H)
-            partials.append(self._attend_epoch(layer, queries.q_THD, kept.kv, own))
+            partials.append(self._attend_epoch(layer, queries, kept.kv, own))
             if last < num_tokens:
                 before = kept
                 kept = cut(retention, kept, own, queries)
@@ -212,18 +226,19 @@ class RetainedAttention:
         return partials
 
     def _attend_epoch(
-        self, layer: int, q_THD: Tensor, earlier: KeysValues, own: KeysValues
+        self, layer: int, queries: Queries, earlier: KeysValues, own: KeysValues
     ) -> Partial:
-        geometry, size = self._spec.layers[layer], self._exact.block_size
+        geometry, size, q_THD = queries.layer, self._exact.block_size, queries.q_THD
         num_rows, num_earlier = len(q_THD), earlier.k_KTD.shape[1]
         if self._selection is None:
             self._num_read += q_THD.shape[1] * (
                 num_rows * num_earlier + num_rows * (num_rows + 1) // 2
             )
             return merge(attend(q_THD, *earlier, geometry), attend_causal(q_THD, *own, geometry, 0))
-        keys = summaries(own.k_KTD, size)
-        if num_earlier:
-            keys = summaries(earlier.k_KTD, size).followed_by(keys)
+        keys = self._summaries(own)
+        before = self._summaries(earlier) if num_earlier else None
+        if keys is not None and before is not None:
+            keys = before.followed_by(keys)
         own_T = torch.arange(num_rows, device=q_THD.device)
         earlier_S = torch.arange(num_earlier, device=q_THD.device)
         num_blocks = -(-num_earlier // size)
@@ -236,8 +251,9 @@ class RetainedAttention:
             dim=1,
         )
         own_block_T = num_blocks + own_T // size
-        blocks_B = torch.arange(keys.low_KBD.shape[1], device=q_THD.device)
-        rows = Rows(q_THD, own_block_T, blocks_B <= own_block_T[:, None])
+        blocks_B = torch.arange(int(own_block_T[-1]) + 1, device=q_THD.device)
+        is_prompt_T = self._is_prompt(queries.first + own_T)
+        rows = Rows(q_THD, own_block_T, blocks_B <= own_block_T[:, None], is_prompt_T)
         columns = _Columns(earlier.followed_by(own), block_S, seen_TS)
         return self._attend_blocks(layer, rows, columns, keys)
 
@@ -251,7 +267,7 @@ class RetainedAttention:
             assert keys is not None, "a selection is given summaries"
             num_blocks = rows.readable_TB.shape[1]
             known = KeySummaries(*(plane[:, :num_blocks] for plane in keys))
-            reads_GTB = self._selection.reads(layer, geometry, rows, known)
+            reads_GTB = reads(self._selection, layer, geometry, rows, known)
         # Blocks that no row of the tile reads cost nothing.
         used_S = reads_GTB.flatten(0, 1).any(dim=0)[columns.block_S].nonzero()[:, 0]
         k_KSD, v_KSD = (x_KSD[:, used_S] for x_KSD in columns.kv)

@@ -1,11 +1,11 @@
-"""Selection `block_sparse`: a fixed pattern of blocks in prefill (Longformer, arXiv 2004.05150;
+"""Selection `block_sparse`: a fixed pattern of blocks (Longformer, arXiv 2004.05150;
 BigBird, arXiv 2007.14062; strides as in Sparse Transformers, arXiv 1904.10509).
 
 A query block reads the blocks right before it (`local`), the first ones (`sinks`, which the papers
 call global), every `stride`-th one counted back from itself, and some at random. Random blocks come
 from a hash of (seed, layer, query block, key block): every rank and every run picks the same.
 
-Shape letters: T query tokens, J query blocks, B blocks, G heads that choose (here always 1).
+Shape letters: J query blocks, B blocks, G heads that choose (here always 1).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from kvcluster.selection.base import KeySummaries, Rows, pick_best, query_blocks
+from kvcluster.selection.base import KeySummaries, Need, QueryBlocks, pick_best
 from kvcluster.types import LayerGeometry
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
@@ -26,6 +26,8 @@ class BlockSparse:
     """Counts are blocks."""
 
     name: ClassVar[str] = "block_sparse"
+    needs: ClassVar[Need] = Need.NOTHING
+    chooses_in_prompt: ClassVar[bool] = True
 
     local: int = 8
     """The query's own block and those right before it."""
@@ -54,18 +56,29 @@ class BlockSparse:
         if negative:
             raise ValueError(f"numbers of blocks are 0 or more, not {negative}")
 
-    def reads(
+    def num_choosing(self, geometry: LayerGeometry) -> int:  # noqa: ARG002
+        """See `BlockSelection`."""
+        return 1
+
+    def scores(
         self,
-        layer: int,
         geometry: LayerGeometry,  # noqa: ARG002
-        rows: Rows,
+        q_JHD: Tensor,  # noqa: ARG002
         keys: KeySummaries,  # noqa: ARG002
     ) -> Tensor:
         """See `BlockSelection`."""
-        num_blocks = rows.readable_TB.shape[1]
-        runs = query_blocks(rows.own_T)
-        reads_TB = self._pattern(layer, runs.own_J, num_blocks)[runs.place_T]
-        return (reads_TB & rows.readable_TB)[None]
+        raise AssertionError("a fixed pattern compares no blocks")
+
+    def choose(
+        self,
+        layer: int,
+        blocks: QueryBlocks,
+        readable_JB: Tensor,
+        score_GJB: Tensor,  # noqa: ARG002
+    ) -> Tensor:
+        """See `BlockSelection`."""
+        reads_JB = self._pattern(layer, blocks.own_J, readable_JB.shape[1])
+        return (reads_JB & readable_JB)[None]
 
     def blocks(self, layer: int, query_block: int) -> list[int]:
         """The blocks that a query block reads, ascending, its own included."""

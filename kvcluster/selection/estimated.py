@@ -1,12 +1,12 @@
-"""Selection `estimated`: each query head picks the blocks that look worth reading, in prefill
-(after the block-sparse heads of MInference, arXiv 2407.02490).
+"""Selection `estimated`: each query head picks the blocks that look worth reading (after the
+block-sparse heads of MInference, arXiv 2407.02490).
 
 The mean of a query block's queries stands for all of them. A key block's score is its product with
 the mean of the block's keys or, with `by="bound"`, the largest product that a key between the
-block's least and largest numbers could have. A query block is the rows of one block that are
-prefilled together, so prefill chunks must end with blocks; a decode row is a query block of one.
+block's least and largest numbers could have. A query block is the rows of the prompt in one block,
+so prefill chunks must begin with blocks; a row of the output is a query block of one.
 
-Shape letters: T query tokens, J query blocks, B blocks, H query heads, K KV heads, D head
+Shape letters: J query blocks, B blocks, G heads that choose (here the H query heads), D head
 dimension.
 """
 
@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvcluster.selection.base import KeySummaries, Rows, pick_best, query_blocks, upper_bounds
+from kvcluster.selection.base import KeySummaries, Need, QueryBlocks, pick_best, upper_bounds
 from kvcluster.types import LayerGeometry
 
 
@@ -27,6 +27,7 @@ class Estimated:
     """Reads a share of the blocks, rounded up; the first and latest ones are among them."""
 
     name: ClassVar[str] = "estimated"
+    chooses_in_prompt: ClassVar[bool] = True
 
     share: float
     """Of the blocks up to the query's own."""
@@ -50,34 +51,42 @@ class Estimated:
         if self.by not in ("mean", "bound"):
             raise ValueError(f"by must be mean or bound, not {self.by}")
 
-    def reads(
+    @property
+    def needs(self) -> Need:
+        """See `BlockSelection`."""
+        return Need.BOUNDS if self.by == "bound" else Need.MEANS
+
+    def num_choosing(self, geometry: LayerGeometry) -> int:
+        """See `BlockSelection`."""
+        return geometry.num_query_heads
+
+    def scores(
         self,
-        layer: int,  # noqa: ARG002
         geometry: LayerGeometry,  # noqa: ARG002
-        rows: Rows,
+        q_JHD: Tensor,
         keys: KeySummaries,
     ) -> Tensor:
         """See `BlockSelection`."""
-        runs = query_blocks(rows.own_T)
-        q_mean_JHD = torch.segment_reduce(
-            rows.q_THD.float().contiguous(), "mean", lengths=runs.num_rows_J, axis=0
-        )
-        readable_JB = rows.readable_TB[runs.num_rows_J.cumsum(0) - 1]
+        if self.by == "bound":
+            return upper_bounds(q_JHD, keys).float()
+        num_sharing = q_JHD.shape[1] // len(keys.mean_KBD)
+        mean_HBD = keys.mean_KBD.double().repeat_interleave(num_sharing, dim=0)
+        return torch.einsum("jhd,hbd->hjb", q_JHD, mean_HBD).float()
+
+    def choose(
+        self,
+        layer: int,  # noqa: ARG002
+        blocks: QueryBlocks,
+        readable_JB: Tensor,
+        score_GJB: Tensor,
+    ) -> Tensor:
+        """See `BlockSelection`."""
         blocks_B = torch.arange(readable_JB.shape[1], device=readable_JB.device)
-        always_JB = (blocks_B < self.sinks) | (blocks_B > runs.own_J[:, None] - self.local)
+        always_JB = (blocks_B < self.sinks) | (blocks_B > blocks.own_J[:, None] - self.local)
         always_JB &= readable_JB
         wanted_J = torch.tensor(
             [math.ceil(Fraction(repr(self.share)) * n) for n in readable_JB.sum(dim=1).tolist()],
             device=blocks_B.device,
         )
-        free_JB = readable_JB & ~always_JB
-        score_HJB = self._scores(q_mean_JHD, keys)
-        picked_HJB = pick_best(score_HJB, free_JB, wanted_J - always_JB.sum(dim=1))
-        return (picked_HJB | always_JB)[:, runs.place_T]
-
-    def _scores(self, q_JHD: Tensor, keys: KeySummaries) -> Tensor:
-        if self.by == "bound":
-            return upper_bounds(q_JHD, keys)
-        num_sharing = q_JHD.shape[1] // len(keys.mean_KBD)
-        mean_HBD = keys.mean_KBD.repeat_interleave(num_sharing, dim=0)
-        return torch.einsum("jhd,hbd->hjb", q_JHD, mean_HBD)
+        num_J = wanted_J - always_JB.sum(dim=1)
+        return pick_best(score_GJB, readable_JB & ~always_JB, num_J) | always_JB

@@ -7,7 +7,11 @@ A KV head reads what its query heads want together: a block's score is the large
 them, so a kernel reads shared blocks once. Beside the paper's, the first and the latest blocks are
 always read: bounds of blocks as large as ours rank them too low.
 
-Shape letters: T query tokens, B blocks, H query heads, K KV heads.
+Rows of the prompt read everything: the saving is that of decode, where reading the cache is the
+cost. So keys and values of a prompt are those that they would be without a selection.
+
+Shape letters: J query blocks, B blocks, G heads that choose (here the K KV heads), H query heads,
+D head dimension.
 """
 
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcluster.selection.base import KeySummaries, Rows, pick_best, upper_bounds
+from kvcluster.selection.base import KeySummaries, Need, QueryBlocks, pick_best, upper_bounds
 from kvcluster.types import LayerGeometry
 
 
@@ -25,6 +29,8 @@ class Quest:
     """Reads the first blocks, the latest ones, and the best of the others."""
 
     name: ClassVar[str] = "quest"
+    needs: ClassVar[Need] = Need.BOUNDS
+    chooses_in_prompt: ClassVar[bool] = False
 
     tokens: int
     """What a query reads at most: whole blocks, the first and the latest ones among them."""
@@ -47,20 +53,27 @@ class Quest:
                 f"blocks that are always read: give {least} or more, not {self.tokens}"
             )
 
-    def reads(
-        self,
-        layer: int,  # noqa: ARG002
-        geometry: LayerGeometry,
-        rows: Rows,
-        keys: KeySummaries,
-    ) -> Tensor:
+    def num_choosing(self, geometry: LayerGeometry) -> int:
+        """See `BlockSelection`."""
+        return geometry.num_kv_heads
+
+    def scores(self, geometry: LayerGeometry, q_JHD: Tensor, keys: KeySummaries) -> Tensor:
         """See `BlockSelection`."""
         # The sign of the scale is the model's affair; a soft-cap changes no order.
-        bound_HTB = upper_bounds(rows.q_THD.float() * geometry.scale, keys)
-        num_rows, num_blocks = rows.readable_TB.shape
-        score_KTB = bound_HTB.reshape(len(keys.low_KBD), -1, num_rows, num_blocks).amax(dim=1)
-        blocks_B = torch.arange(num_blocks, device=score_KTB.device)
-        always_TB = (blocks_B < self.sinks) | (blocks_B > rows.own_T[:, None] - self.local)
-        always_TB &= rows.readable_TB
-        num_T = self.tokens // self.block_size - always_TB.sum(dim=1)
-        return pick_best(score_KTB, rows.readable_TB & ~always_TB, num_T) | always_TB
+        bound_HJB = upper_bounds(q_JHD * geometry.scale, keys)
+        bound_KGJB = bound_HJB.reshape(len(keys.low_KBD), -1, *bound_HJB.shape[1:])
+        return bound_KGJB.amax(dim=1).float()
+
+    def choose(
+        self,
+        layer: int,  # noqa: ARG002
+        blocks: QueryBlocks,
+        readable_JB: Tensor,
+        score_GJB: Tensor,
+    ) -> Tensor:
+        """See `BlockSelection`."""
+        blocks_B = torch.arange(readable_JB.shape[1], device=readable_JB.device)
+        is_always_JB = (blocks_B < self.sinks) | (blocks_B > blocks.own_J[:, None] - self.local)
+        always_JB = readable_JB & (is_always_JB | blocks.is_prompt_J[:, None])
+        num_J = self.tokens // self.block_size - always_JB.sum(dim=1)
+        return pick_best(score_GJB, readable_JB & ~always_JB, num_J) | always_JB

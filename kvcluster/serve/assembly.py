@@ -18,6 +18,8 @@ from kvcluster.engine.text import Tokenizer
 from kvcluster.model.codecs import calibration_for, codec_layouts, measured_recipes
 from kvcluster.policy import Menu
 from kvcluster.retention.offered import RETENTION_METHODS, recent_blocks
+from kvcluster.selection.offered import SELECTION_METHODS
+from kvcluster.selection.registry import build_selection
 from kvcluster.types import DEFAULT_TENANT, EXACT, ModelSpec, Policy, TenantId
 
 
@@ -43,6 +45,7 @@ def engine_service(
     def refusal(policy: Policy) -> str | None:
         try:
             recent_blocks(policy.retention, config.cache.block_size)
+            build_selection(policy.selection, config.cache.block_size)
             if policy.codec != EXACT:
                 encoded_per_page(policy.codec)
         except ValueError as reason:
@@ -60,7 +63,7 @@ def engine_service(
             exact_recent=config.cache.exact_recent_blocks,
         ),
         choose_route=choose_route,
-        menu=Menu((*CODEC_METHODS, *RETENTION_METHODS)),
+        menu=Menu((*CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS)),
         refusal=refusal,
         recipes=measured_recipes(calibration),
         default_policy=config.default_policy,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -65,10 +66,16 @@ def run(
     *,
     exact: ExactTokens = EXACT,
     selection: BlockSelection | None = None,
+    num_prompt_tokens: int = 0,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     attention = RetainedAttention(
-        spec_of(layer), retention, lambda _layer: codecs, exact=exact, selection=selection
+        spec_of(layer),
+        retention,
+        lambda _layer: codecs,
+        exact=exact,
+        selection=selection,
+        num_prompt_tokens=num_prompt_tokens,
     )
     return attention.attend(0, *inputs, sinks_H)
 
@@ -203,10 +210,30 @@ def test_tokens_in_place_give_the_loop_over_queries_and_keys(
     layer = geometry()
     inputs, exact = random_inputs(layer, 45), ExactTokens(block_size=SIZE, lag=lag)
 
-    out_THD = run(layer, inputs, retention, codecs, exact=exact, selection=selection)
+    rules: dict[str, Any] = {"exact": exact, "selection": selection, "num_prompt_tokens": 22}
 
-    wanted_THD = blocks_by_position(layer, inputs, retention, codecs, selection, exact)
+    out_THD = run(layer, inputs, retention, codecs, **rules)
+
+    wanted_THD = blocks_by_position(layer, inputs, retention, codecs, **rules)
     torch.testing.assert_close(out_THD, wanted_THD, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("selection", SELECTIONS, ids=id_of)
+@pytest.mark.parametrize("retention", [FULL, WINDOW], ids=id_of)
+def test_what_comes_later_changes_nothing(
+    retention: RetentionPolicy, selection: BlockSelection, lag: int
+) -> None:
+    """Not even which form of a block's keys the selection looks at."""
+    layer, codecs = geometry(), LayerCodecs(Coarse(), Coarse())
+    inputs, exact = random_inputs(layer, 60), ExactTokens(block_size=SIZE, lag=lag)
+
+    whole_THD = run(layer, inputs, retention, codecs, exact=exact, selection=selection)
+
+    for num_tokens in range(44, 60):
+        first = Inputs(*(x[:num_tokens] for x in inputs))
+        first_THD = run(layer, first, retention, codecs, exact=exact, selection=selection)
+        torch.testing.assert_close(first_THD, whole_THD[:num_tokens], rtol=0, atol=ATOL)
 
 
 def test_a_selection_takes_survivors_and_the_open_epoch_as_one_list_of_blocks() -> None:
@@ -267,7 +294,11 @@ def test_a_window_drops_what_leaves_it_whoever_looks_at_it() -> None:
 def test_quest_finds_the_block_of_a_needle() -> None:
     layer, inputs = needle(120, 37)
     attention = RetainedAttention(
-        spec_of(layer), FULL, exact=EXACT, selection=Quest(tokens=16, block_size=SIZE)
+        spec_of(layer),
+        FULL,
+        exact=EXACT,
+        selection=Quest(tokens=16, block_size=SIZE),
+        num_prompt_tokens=0,
     )
 
     out_THD = attention.attend(0, *inputs, None)

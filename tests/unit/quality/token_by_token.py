@@ -12,7 +12,7 @@ from kvcluster.retention.attention_mass import UNIT
 from kvcluster.retention.base import RetentionPolicy
 from kvcluster.retention.scored import Candidates, Queries, ScoredRetention
 from kvcluster.retention.window import WindowRetention
-from kvcluster.selection.base import BlockSelection, Rows, summaries
+from kvcluster.selection.base import BlockSelection, Rows, reads, summaries
 from kvcluster.types import LayerGeometry
 from tests.unit.quality.toys import Same
 from tests.unit.retention.definitions import expected, mass
@@ -157,6 +157,7 @@ def blocks_by_position(
     codecs: LayerCodecs,
     selection: BlockSelection | None,
     exact: ExactTokens = EXACT,
+    num_prompt_tokens: int = 0,
 ) -> Tensor:
     """The definition for tokens that stay where they are, as a loop over queries and heads."""
     num_tokens, sharing = len(inputs.q_THD), layer.num_query_heads // layer.num_kv_heads
@@ -178,9 +179,10 @@ def blocks_by_position(
         readable_TB &= (blocks_B == 0) | (blocks_B > own_T[:, None] - retention.recent // SIZE)
     reads_GTB = readable_TB[None]
     if selection is not None:
-        k_KSD = torch.stack([torch.stack([t.k_D for t in tokens]) for tokens in read])
-        rows = Rows(inputs.q_THD, own_T, readable_TB)
-        reads_GTB = selection.reads(0, layer, rows, summaries(k_KSD, SIZE))
+        is_prompt_T = torch.arange(num_tokens) < num_prompt_tokens
+        rows = Rows(inputs.q_THD, own_T, readable_TB, is_prompt_T)
+        keys = summaries(inputs.k_TKD.transpose(0, 1), SIZE, selection.needs)
+        reads_GTB = reads(selection, 0, layer, rows, keys)
     out_THD = torch.zeros(num_tokens, layer.num_query_heads, layer.value_dim)
     for query in range(num_tokens):
         for head in range(layer.num_query_heads):

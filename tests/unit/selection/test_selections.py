@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvcluster.selection import base
 from kvcluster.selection.base import (
     BlockSelection,
-    KeySummaries,
+    Need,
     Rows,
     share_of_work,
     summaries,
@@ -49,14 +50,18 @@ def random_layer(num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     return q_THD, k_KSD
 
 
-def rows_from(q_THD: Tensor, first: int = 0) -> Rows:
-    own_T = torch.arange(first, len(q_THD)) // SIZE
+def rows_from(q_THD: Tensor, first: int = 0, num_prompt: int = 0) -> Rows:
+    positions_T = torch.arange(first, len(q_THD))
+    own_T = positions_T // SIZE
     blocks_B = torch.arange(int(own_T[-1]) + 1)
-    return Rows(q_THD[first:], own_T, blocks_B <= own_T[:, None])
+    return Rows(q_THD[first:], own_T, blocks_B <= own_T[:, None], positions_T < num_prompt)
 
 
-def reads(selection: BlockSelection, rows: Rows, k_KSD: Tensor, layer: int = 1) -> Tensor:
-    return selection.reads(layer, geometry(), rows, summaries(k_KSD, SIZE))
+def reads(
+    selection: BlockSelection, rows: Rows, k_KSD: Tensor, layer: int = 1, scale: float = 0.4
+) -> Tensor:
+    keys = summaries(k_KSD, SIZE, selection.needs)
+    return base.reads(selection, layer, geometry(scale), rows, keys)
 
 
 def read_blocks(reads_GTB: Tensor, head: int, row: int) -> set[int]:
@@ -70,10 +75,11 @@ def best(scores: dict[int, float], num: int) -> set[int]:
 
 
 def by_estimate(
-    selection: Estimated, q_THD: Tensor, k_KSD: Tensor, head: int, row: int
+    selection: Estimated, q_THD: Tensor, k_KSD: Tensor, head: int, row: int, num_prompt: int
 ) -> set[int]:
     own = row // SIZE
-    q_mean_D = q_THD[own * SIZE : (own + 1) * SIZE, head].mean(dim=0)
+    together = slice(own * SIZE, min(num_prompt, (own + 1) * SIZE))
+    q_mean_D = q_THD[together if row < num_prompt else slice(row, row + 1), head].mean(dim=0)
     k_SD = k_KSD[head // 2]
     always = {b for b in range(own + 1) if b < selection.sinks or b > own - selection.local}
     scores = {}
@@ -88,8 +94,12 @@ def by_estimate(
     return always | best(scores, wanted - len(always))
 
 
-def by_bound(selection: Quest, q_THD: Tensor, k_KSD: Tensor, head: int, row: int) -> set[int]:
+def by_bound(
+    selection: Quest, q_THD: Tensor, k_KSD: Tensor, head: int, row: int, num_prompt: int
+) -> set[int]:
     own, kv_head = row // SIZE, head // 2
+    if row < num_prompt:
+        return set(range(own + 1))
     always = {b for b in range(own + 1) if b < selection.sinks or b > own - selection.local}
     scores = {}
     for block in set(range(own + 1)) - always:
@@ -100,17 +110,20 @@ def by_bound(selection: Quest, q_THD: Tensor, k_KSD: Tensor, head: int, row: int
     return always | best(scores, selection.tokens // SIZE - len(always))
 
 
+@pytest.mark.parametrize("num_prompt", [0, 26, 61])
 @pytest.mark.parametrize("num_tokens", [1, 4, 30, 61])
 @pytest.mark.parametrize("selection", SELECTIONS[2:], ids=IDS[2:])
-def test_content_decides_as_the_definition_says(selection: BlockSelection, num_tokens: int) -> None:
+def test_content_decides_as_the_definition_says(
+    selection: BlockSelection, num_tokens: int, num_prompt: int
+) -> None:
     q_THD, k_KSD = random_layer(num_tokens, 7)
     definition: Any = by_bound if isinstance(selection, Quest) else by_estimate
 
-    reads_GTB = reads(selection, rows_from(q_THD), k_KSD)
+    reads_GTB = reads(selection, rows_from(q_THD, num_prompt=num_prompt), k_KSD)
 
     for head in range(4):
         for row in range(num_tokens):
-            expected = definition(selection, q_THD, k_KSD, head, row)
+            expected = definition(selection, q_THD, k_KSD, head, row, num_prompt)
             assert read_blocks(reads_GTB, head, row) == expected
 
 
@@ -145,7 +158,7 @@ def test_keys_of_the_own_block_do_not_matter(selection: BlockSelection) -> None:
     changed_KSD[:, 44:] = 1000
 
     found = [
-        selection.reads(1, geometry(), rows_from(q_THD), summaries(keys, SIZE))[:, 44:]
+        reads(selection, rows_from(q_THD, num_prompt=46), keys)[:, 44:]
         for keys in (k_KSD, changed_KSD)
     ]
 
@@ -230,24 +243,25 @@ def test_no_logit_is_above_its_blocks_bound(seed: int, num_keys: int, magnitude:
     q_THD, k_KSD = random_layer(num_keys, seed)
     k_KSD *= magnitude
 
-    bound_HTB = upper_bounds(q_THD, summaries(k_KSD, SIZE)).double()
+    bound_HTB = upper_bounds(q_THD, summaries(k_KSD, SIZE, Need.BOUNDS))
 
     logits_HTS = torch.einsum(
         "thd,hsd->hts", q_THD.double(), k_KSD.repeat_interleave(2, dim=0).double()
     )
     bound_HTS = bound_HTB.repeat_interleave(SIZE, dim=2)[..., :num_keys]
-    # 8 products and sums in float32, each within 2^-24 of numbers up to the sum of magnitudes.
+    # 8 products and sums in float64, each within 2^-53 of numbers up to the sum of magnitudes.
     size_HTS = torch.einsum(
         "thd,hsd->hts", q_THD.double().abs(), k_KSD.repeat_interleave(2, dim=0).double().abs()
     )
     largest_HTB = size_HTS.amax(dim=2, keepdim=True)
-    assert bool((logits_HTS <= bound_HTS + 16 * 2**-24 * largest_HTB).all())
+    assert bool((logits_HTS <= bound_HTS + 16 * 2**-53 * largest_HTB).all())
 
 
 def test_summaries_of_a_short_block_are_of_its_keys_alone() -> None:
     k_KSD = torch.tensor([[[1.0], [5.0], [3.0], [-2.0], [10.0], [4.0]]])
 
-    low_KBD, high_KBD, mean_KBD = summaries(k_KSD, 4)
+    low_KBD, high_KBD, _ = summaries(k_KSD, 4, Need.BOUNDS)
+    _, _, mean_KBD = summaries(k_KSD, 4, Need.MEANS)
 
     assert low_KBD.flatten().tolist() == [-2, 4]
     assert high_KBD.flatten().tolist() == [5, 10]
@@ -277,12 +291,11 @@ def test_quest_shares_a_kv_heads_blocks_among_its_query_heads() -> None:
 
 def test_quest_follows_the_sign_of_the_scale() -> None:
     q_THD, k_KSD = random_layer(40, 13)
-    keys: KeySummaries = summaries(k_KSD, SIZE)
     selection = Quest(tokens=16, block_size=SIZE)
 
-    turned = selection.reads(0, geometry(-0.4), rows_from(-q_THD), keys)
+    turned = reads(selection, rows_from(-q_THD), k_KSD, scale=-0.4)
 
-    assert torch.equal(turned, selection.reads(0, geometry(), rows_from(q_THD), keys))
+    assert torch.equal(turned, reads(selection, rows_from(q_THD), k_KSD))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,297 @@
+"""Attention of rows that choose which blocks they read, wherever the blocks lie.
+
+Queries travel, whatever route the plan names: what a row reads is known only where the row is, and
+is little. For each layer without a window of the model's own,
+
+1. rows go to all ranks that hold what some of them may read;
+2. each of these scores its own blocks and tells the others, so that all pick the same blocks, by
+   the same numbers;
+3. each attends over the picked blocks that it holds, and the partials go back to be merged.
+
+The rows of a chunk are written before they are read, so the chunk's own keys need no way of their
+own: a row reads its own block, and blocks that are exact to it, as they were written; other blocks
+of the chunk as they will be read.
+
+Shape letters: T rows, J query blocks, B blocks, S keys, H query heads, K KV heads, G heads that
+choose, D head dimension.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcluster.attention.local import attend, attend_causal
+from kvcluster.attention.part import SequencePart
+from kvcluster.attention.partial import Partial, concatenate, merge
+from kvcluster.attention.ring import Message, Ring
+from kvcluster.attention.selected_part import RankBlocks, SelectedPart, Tile
+from kvcluster.cache.store import KVStore, Piece, in_blocks, in_line, keys_and_values
+from kvcluster.selection.base import Need, pooled
+from kvcluster.types import ModelSpec
+
+
+class _Restored(NamedTuple):
+    """Blocks as the codec gives them back, of those that are read so."""
+
+    kv_BKSD: Piece
+    places_B: Tensor
+    """Where each block of this rank is in them; -1: not there."""
+
+
+class SelectedAttention:
+    """The selecting parts of one step over one rank's store. All ranks call it alike."""
+
+    def __init__(
+        self, spec: ModelSpec, store: KVStore, ring: Ring, parts: Sequence[SelectedPart]
+    ) -> None:
+        self._spec = spec
+        self._store = store
+        self._ring = ring
+        self._parts = parts
+        self._choosing = [part for part in parts if part.is_choosing]
+        self._blocks: dict[SelectedPart, RankBlocks] = {}
+
+    def serves(self, layer: int, part: SequencePart) -> bool:
+        """Whether rows of the part choose in the layer, and are attended here."""
+        if self._spec.layers[layer].window is not None:
+            return False
+        return any(chosen.part is part for chosen in self._choosing)
+
+    def keep(self, layer: int) -> None:
+        """Sum up the blocks that are full now. Called when the step's rows have been written."""
+        geometry = self._spec.layers[layer]
+        if geometry.window is not None or geometry.kv_layer is not None:
+            return
+        group = self._spec.group_of(self._spec.layers[layer])
+        for part in self._parts:
+            if part.selecting.selection.needs is Need.NOTHING:
+                continue
+            part.selecting.forget(layer, part.part.start // part.part.block_size)
+            blocks_B = part.filled_blocks()
+            if len(blocks_B):
+                k_BKSD, _ = self._store.read_blocks(layer, part.filled_ids(group))
+                part.selecting.add(layer, blocks_B, k_BKSD)
+
+    def attend(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
+        """Partials of this rank's rows over all that they read, by part."""
+        if self._spec.layers[layer].window is not None or not self._choosing:
+            return {}
+        queries = self._send_queries(q_THD, layer)
+        scores = self._exchange_scores(layer, queries)
+        answers = {
+            part: self._read(layer, part, q_rows, scores[part]) for part, q_rows in queries.items()
+        }
+        return self._collect(layer, answers, q_THD)
+
+    def _send_queries(self, q_THD: Tensor, layer: int) -> dict[SelectedPart, Tensor]:
+        """All rows of the parts of which this rank holds something, in order of position."""
+        here, geometry = self._ring.rank, self._spec.layers[layer]
+        sends: list[Message] = []
+        receives: list[Message] = []
+        rows: dict[SelectedPart, dict[int, Tensor]] = {}
+        for part in self._choosing:
+            own = q_THD[part.part.rows].contiguous()
+            if len(own):
+                sends += [(rank, own) for rank in part.holders if rank != here]
+            if here in part.holders:
+                rows[part] = {
+                    rank: own
+                    if rank == here
+                    else q_THD.new_empty((num_rows, geometry.num_query_heads, geometry.key_dim))
+                    for rank, num_rows in enumerate(part.part.num_rows)
+                    if num_rows
+                }
+                receives += [(rank, q_rows) for rank, q_rows in rows[part].items() if rank != here]
+        self._ring.exchange(sends, receives).wait()
+        return {part: _in_order(part, by_rank) for part, by_rank in rows.items()}
+
+    def _exchange_scores(
+        self, layer: int, queries: dict[SelectedPart, Tensor]
+    ) -> dict[SelectedPart, Tensor]:
+        """score_GJB of all blocks, whoever holds them; without blocks where none are compared."""
+        here, geometry = self._ring.rank, self._spec.layers[layer]
+        sends: list[Message] = []
+        receives: list[Message] = []
+        found: dict[SelectedPart, dict[int, Tensor]] = {}
+        for part, q_THD in queries.items():
+            selection, num_queries = part.selecting.selection, len(part.query_blocks.own_J)
+            if selection.needs is Need.NOTHING:
+                continue
+            shape = (selection.num_choosing(geometry), num_queries)
+            scores = {
+                rank: torch.empty(*shape, len(part.compared_blocks(rank)), device=q_THD.device)
+                for rank in part.holders
+            }
+            if scores[here].numel():
+                source = self._spec.kv_layer_of(layer)
+                keys = part.selecting.of(source, part.compared_blocks(here))
+                q_JHD = pooled(q_THD, part.query_blocks)
+                scores[here] = selection.scores(geometry, q_JHD, keys).contiguous()
+            sends += [(rank, scores[here]) for rank in part.holders if rank != here]
+            receives += [(rank, scores[rank]) for rank in part.holders if rank != here]
+            found[part] = scores
+        self._ring.exchange(sends, receives).wait()
+        return {part: self._joined(part, found.get(part, {}), queries[part]) for part in queries}
+
+    def _joined(self, part: SelectedPart, scores: dict[int, Tensor], like: Tensor) -> Tensor:
+        if not scores:
+            return torch.empty(1, len(part.query_blocks.own_J), 0, device=like.device)
+        shape = next(iter(scores.values())).shape[:2]
+        whole_GJB = torch.zeros(*shape, part.num_blocks, device=like.device)
+        for rank, score_GJB in scores.items():
+            whole_GJB[:, :, part.compared_blocks(rank)] = score_GJB
+        return whole_GJB
+
+    def _read(self, layer: int, part: SelectedPart, q_THD: Tensor, score_GJB: Tensor) -> Partial:
+        """All rows of the part over what they read here, in order of position."""
+        blocks = self._own_blocks(layer, part)
+        reads_GJB = part.selecting.selection.choose(
+            layer, part.query_blocks, part.readable_blocks, score_GJB
+        )[:, :, blocks.blocks_B]
+        restored = self._restore(layer, part, blocks, reads_GJB)
+        return concatenate(
+            [
+                self._attend_tile(layer, part, tile, q_THD[tile.rows], reads_GJB, restored)
+                for tile in part.tiles
+            ]
+        )
+
+    def _own_blocks(self, layer: int, part: SelectedPart) -> RankBlocks:
+        """The same in all layers without a window: they are one group."""
+        if part not in self._blocks:
+            group = self._spec.group_of(self._spec.layers[layer])
+            self._blocks[part] = part.own_blocks(group)
+        return self._blocks[part]
+
+    def _restore(
+        self, layer: int, part: SelectedPart, blocks: RankBlocks, reads_GJB: Tensor
+    ) -> _Restored | None:
+        """Decode what some row reads encoded; what is not encoded yet as it will be."""
+        is_read_JB = reads_GJB.any(dim=0)
+        is_read_B = torch.zeros_like(is_read_JB[0])
+        for tile in part.tiles:
+            is_read_B |= is_read_JB[tile.query_blocks].any(dim=0) & _is_far(part, blocks, tile)
+        if not bool(is_read_B.any()):
+            return None
+        is_encoded_B = blocks.encoded_ids_B >= 0
+        stored_B = (is_read_B & is_encoded_B).nonzero()[:, 0]
+        coming_B = (is_read_B & ~is_encoded_B).nonzero()[:, 0]
+        codec, size = part.part.codec, part.part.block_size
+        pieces = []
+        if len(stored_B):
+            planes = self._store.read_encoded(layer, codec, blocks.encoded_ids_B[stored_B])
+            starts_B = blocks.blocks_B[stored_B] * size
+            pieces.append(self._store.decode(layer, codec, planes, starts_B))
+        if len(coming_B):
+            written = self._store.read_blocks(layer, blocks.exact_ids_B[coming_B])
+            starts_B = blocks.blocks_B[coming_B] * size
+            pieces.append(self._store.round_trip(layer, codec, written, starts_B))
+        arrays = [in_blocks(torch.cat(planes, dim=1), size) for planes in zip(*pieces, strict=True)]
+        places_B = torch.full_like(blocks.blocks_B, -1)
+        read_B = torch.cat((stored_B, coming_B))
+        places_B[read_B] = torch.arange(len(read_B), device=read_B.device)
+        return _Restored(keys_and_values(arrays, self._spec.layers[layer]), places_B)
+
+    def _attend_tile(
+        self,
+        layer: int,
+        part: SelectedPart,
+        tile: Tile,
+        q_THD: Tensor,
+        reads_GJB: Tensor,
+        restored: _Restored | None,
+    ) -> Partial:
+        """Rows of one block over the blocks here that they read: earlier ones, and their own."""
+        geometry, blocks = self._spec.layers[layer], self._own_blocks(layer, part)
+        num_choosing = len(reads_GJB)
+        reads_GJB = reads_GJB[:, tile.query_blocks] & (blocks.blocks_B < tile.own)
+        num_rows_J = part.query_blocks.num_rows_J[tile.query_blocks]
+        is_far_B = _is_far(part, blocks, tile)
+        partials = []
+        for choosing, reads_JB in enumerate(reads_GJB):
+            q_heads = _share(choosing, num_choosing, geometry.num_query_heads)
+            kv_heads = _share(choosing, num_choosing, geometry.num_kv_heads)
+            is_read_B = reads_JB.any(dim=0)
+            far_B = (is_read_B & is_far_B).nonzero()[:, 0]
+            near_B = (is_read_B & ~is_far_B).nonzero()[:, 0]
+            pieces = [self._store.read_blocks(layer, blocks.exact_ids_B[near_B], kv_heads)]
+            if restored is not None and len(far_B):
+                places_B = restored.places_B[far_B]
+                pieces.insert(0, Piece(*(x[places_B][:, kv_heads] for x in restored.kv_BKSD)))
+            k_KSD, v_KSD = (in_line(torch.cat(planes)) for planes in zip(*pieces, strict=True))
+            reads_JB = reads_JB[:, torch.cat((far_B, near_B))]
+            mask_TS = None
+            if not bool(reads_JB.all()):
+                reads_TB = reads_JB.repeat_interleave(num_rows_J, dim=0)
+                mask_TS = reads_TB.repeat_interleave(part.part.block_size, dim=1)
+            partials.append(attend(q_THD[:, q_heads], k_KSD, v_KSD, geometry, mask_TS))
+        earlier = Partial(*(torch.cat(planes, dim=1) for planes in zip(*partials, strict=True)))
+        own = self._attend_own(layer, part, tile, q_THD)
+        return earlier if own is None else merge(earlier, own)
+
+    def _attend_own(
+        self, layer: int, part: SelectedPart, tile: Tile, q_THD: Tensor
+    ) -> Partial | None:
+        """Rows over their own block; None where another rank has it."""
+        blocks = self._own_blocks(layer, part)
+        place_B = (blocks.blocks_B == tile.own).nonzero()[:, 0]
+        if not len(place_B):
+            return None
+        first = part.part.start + tile.rows.start - tile.own * part.part.block_size
+        k_KSD, v_KSD = (
+            in_line(plane)[:, : first + len(q_THD)]
+            for plane in self._store.read_blocks(layer, blocks.exact_ids_B[place_B])
+        )
+        return attend_causal(q_THD, k_KSD, v_KSD, self._spec.layers[layer], first)
+
+    def _collect(
+        self, layer: int, answers: dict[SelectedPart, Partial], q_THD: Tensor
+    ) -> dict[SequencePart, Partial]:
+        """Send partials back to their rows, and merge those of this rank's rows."""
+        here, geometry = self._ring.rank, self._spec.layers[layer]
+        heads, value_dim = geometry.num_query_heads, geometry.value_dim
+        sends: list[Message] = []
+        receives: list[Message] = []
+        found: dict[SequencePart, list[Partial]] = {}
+        for part in self._choosing:
+            for rank, num_rows in enumerate(part.part.num_rows):
+                if not num_rows or here not in part.holders:
+                    continue
+                offsets_T = part.offsets(rank)
+                answer = Partial(*(plane[offsets_T] for plane in answers[part]))
+                if rank == here:
+                    found[part.part] = [answer]
+                else:
+                    sends += [(rank, plane) for plane in answer]
+            if part.part.num_rows[here]:
+                for rank in part.holders:
+                    if rank != here:
+                        room = Partial.room(part.part.num_rows[here], heads, value_dim, q_THD)
+                        receives += [(rank, plane) for plane in room]
+                        found[part.part].append(room)
+        self._ring.exchange(sends, receives).wait()
+        return {part: merge(*partials) for part, partials in found.items()}
+
+
+def _in_order(part: SelectedPart, by_rank: dict[int, Tensor]) -> Tensor:
+    """Rows of several ranks, in order of position."""
+    if len(by_rank) == 1:
+        return next(iter(by_rank.values()))
+    like = next(iter(by_rank.values()))
+    q_THD = like.new_empty((part.part.num_tokens, *like.shape[1:]))
+    for rank, q_rows in by_rank.items():
+        q_THD[part.offsets(rank)] = q_rows
+    return q_THD
+
+
+def _is_far(part: SelectedPart, blocks: RankBlocks, tile: Tile) -> Tensor:
+    """Which blocks the tile's rows read as the codec restores them, if they read them."""
+    return (blocks.blocks_B > 0) & (blocks.blocks_B < part.first_exact(tile.own))
+
+
+def _share(choosing: int, num_choosing: int, num_heads: int) -> slice:
+    """Heads that belong to one of those that choose: several, or the one that several share."""
+    first = choosing * num_heads // num_choosing
+    return slice(first, max(first + 1, (choosing + 1) * num_heads // num_choosing))
