@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.chunk import ChunkAttention, whole_blocks
+from kvcluster.attention.encoded import EncodedKeys, attend_encoded
 from kvcluster.attention.history import History, RankHistory
 from kvcluster.attention.local import attend, attend_pieces
 from kvcluster.attention.part import SequencePart
@@ -59,7 +60,7 @@ class StepAttention:
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}
         self._questions_by_group: dict[int, _Questions] = {}
-        self._read_parts: dict[SequencePart, list[Piece]] = {}
+        self._read_parts: dict[SequencePart, Piece] = {}
         """Of the layer in hand: the keys here, read once for all who ask."""
 
     def attend(
@@ -145,7 +146,8 @@ class StepAttention:
         }
         for parts in questions.asking.values():
             for part in parts:
-                self._keys(layer, part)
+                if part.has_chunk:
+                    self._keys(layer, part)
         found = {
             part: [self._read_own(layer, part, q_THD[part.rows], ring.rank)]
             for part in self._unselected(layer)
@@ -203,23 +205,31 @@ class StepAttention:
         """A rank's rows over the part's keys on this rank."""
         geometry = self._spec.layers[layer]
         history = part.history(self._groups[layer], geometry.window)
-        pieces = self._keys(layer, part)
         if not part.has_chunk:
-            return attend_pieces(q_THD, pieces, geometry)
+            return self._read_row(layer, part, q_THD)
+        k_KSD, v_KSD = self._keys(layer, part)
         mask_TS = part.mask(history, geometry.window, asker, self._ring.rank, q_THD.device)
-        return attend(q_THD, pieces[0].k_PKSD[0], pieces[0].v_PKSD[0], geometry, mask_TS)
+        return attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
 
-    def _keys(self, layer: int, part: SequencePart) -> list[Piece]:
-        """The keys of the part's history on this rank; for a chunk in one piece."""
+    def _read_row(self, layer: int, part: SequencePart, q_1HD: Tensor) -> Partial:
+        """The part's one row over its keys on this rank, which only one rank asks for."""
+        geometry = self._spec.layers[layer]
+        history = part.history(self._groups[layer], geometry.window)
+        exact = self._store.pieces(layer, history.runs)
+        partial = attend_pieces(q_1HD, exact, geometry)
+        held = history.ranks[self._ring.rank]
+        if not held.num_blocks:
+            return partial
+        keys = EncodedKeys(part.codec, history.encoded_ids_B, held.starts_B, held.num_skipped)
+        return merge(partial, attend_encoded(q_1HD, self._store, layer, keys, geometry))
+
+    def _keys(self, layer: int, part: SequencePart) -> Piece:
+        """The keys of a chunk's history on this rank: several ranks may ask for them."""
         found = self._read_parts.get(part)
         if found is None:
             history = part.history(self._groups[layer], self._spec.layers[layer].window)
-            if part.has_chunk or part.codec != EXACT:
-                shard = self._read_shard(layer, part, history)
-                k_KSD, v_KSD = self._restore(layer, part, shard, history.ranks[self._ring.rank])
-                found = [Piece(k_KSD[None], v_KSD[None])]
-            else:
-                found = self._store.pieces(layer, history.runs)
+            shard = self._read_shard(layer, part, history)
+            found = Piece(*self._restore(layer, part, shard, history.ranks[self._ring.rank]))
             self._read_parts[part] = found
         return found
 

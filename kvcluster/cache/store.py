@@ -9,7 +9,7 @@ Shape letters: T tokens written, P pages, S tokens read, K KV heads, D head dime
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ from kvcluster.cache.encoded_pages import group_layout, layers_of, planes_of, se
 from kvcluster.cache.pages import PageArena
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.base import EncodedKV
+from kvcluster.codec.method import LayerCodec
 from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
 from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
+
+_WORDS: Final = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 class Piece(NamedTuple):
@@ -48,6 +51,17 @@ class Places(NamedTuple):
 
     pages_T: Tensor
     offsets_T: Tensor
+
+
+class _LayerPages(NamedTuple):
+    """The encoded blocks of one layer in the pages of its group."""
+
+    blocks_per_page: int
+    planes: list[Tensor]
+    """[pages, blocks, ...]"""
+    words: list[Tensor]
+    """The same memory as [pages, blocks, words] of the widest integers that divide a block: blocks
+    are picked word by word."""
 
 
 class KVStore:
@@ -94,6 +108,15 @@ class KVStore:
             offset += k_bytes + v_bytes
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._block_size
+
+    def layer_codec(self, layer: int, codec: str) -> LayerCodec:
+        """How blocks of the codec are written in the layer."""
+        return self._codecs.layers(codec)[layer]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all pages, whether used or not."""
         return sum(arena.num_bytes for arena in self._arenas)
@@ -116,27 +139,38 @@ class KVStore:
     def blocks_per_page(self, group: int, codec: str) -> int:
         """Encoded blocks that one page of the group holds."""
         layer, _ = next(iter(layers_of(self._spec, group)))
-        return self._encoded_planes(layer, codec)[0]
+        return self._encoded_pages(layer, codec).blocks_per_page
 
     def encode(
         self, layer: int, codec: str, encoded_ids_B: Tensor, kv_BKSD: Piece, starts_B: Tensor
     ) -> None:
         """Keep whole blocks in the layer's encoded blocks."""
-        per_page, planes = self._encoded_planes(layer, codec)
-        pages_B, blocks_B = encoded_ids_B // per_page, encoded_ids_B % per_page
+        pages = self._encoded_pages(layer, codec)
+        pages_B, blocks_B = _in_pages(encoded_ids_B, pages.blocks_per_page)
         encoded = self._encoded(layer, codec, kv_BKSD, starts_B)
-        for plane, written in zip(planes, encoded, strict=True):
+        for plane, written in zip(pages.planes, encoded, strict=True):
             plane[pages_B, blocks_B] = written
 
     def read_encoded(self, layer: int, codec: str, encoded_ids_B: Tensor) -> list[Tensor]:
         """Copies of the planes of encoded blocks."""
-        per_page, planes = self._encoded_planes(layer, codec)
-        pages_B, blocks_B = encoded_ids_B // per_page, encoded_ids_B % per_page
-        return [plane[pages_B, blocks_B] for plane in planes]
+        pages = self._encoded_pages(layer, codec)
+        pages_B, blocks_B = _in_pages(encoded_ids_B, pages.blocks_per_page)
+        return [
+            words[pages_B, blocks_B].view(plane.dtype).view(-1, *plane.shape[2:])
+            for plane, words in zip(pages.planes, pages.words, strict=True)
+        ]
+
+    def read_arrays(
+        self, layer: int, codec: str, encoded_ids_B: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The same, those of the keys and those of the values."""
+        planes = self.read_encoded(layer, codec, encoded_ids_B)
+        split = self._num_key_planes(layer, codec)
+        return planes[:split], planes[split:]
 
     def empty_encoded(self, layer: int, codec: str, num_blocks: int) -> list[Tensor]:
         """Room for the planes of blocks that come from another rank."""
-        _, planes = self._encoded_planes(layer, codec)
+        planes = self._encoded_pages(layer, codec).planes
         return [plane.new_empty((num_blocks, *plane.shape[2:])) for plane in planes]
 
     def decode(
@@ -144,16 +178,11 @@ class KVStore:
     ) -> tuple[Tensor, ...]:
         """k_KSD and v_KSD of encoded blocks, one after another, in the dtype of exact ones; as
         `gather`, without values that are part of the keys."""
-        layer_codec = self._codecs.layers(codec)[layer]
-        geometry = self._spec.layers[layer]
-        num_key_planes = len(
-            layer_codec.keys.planes(
-                BlockShape(geometry.num_kv_heads, self._block_size, geometry.key_dim)
-            )
-        )
+        layer_codec = self.layer_codec(layer, codec)
+        num_key_planes = self._num_key_planes(layer, codec)
         dtype = self._planes[layer].k_PKSD.dtype
         arrays = [layer_codec.keys.decode(planes[:num_key_planes], starts_B)]
-        if not geometry.values_in_keys:
+        if not self._spec.layers[layer].values_in_keys:
             arrays.append(layer_codec.values.decode(planes[num_key_planes:], starts_B))
         return tuple(in_line(x_BKSD.to(dtype)) for x_BKSD in arrays)
 
@@ -169,32 +198,40 @@ class KVStore:
     ) -> tuple[Tensor, ...]:
         """All planes of some blocks, those of the keys first."""
         arrays = stored_arrays(kv_BKSD, self._spec.layers[layer])
-        codecs = self._codecs.layers(codec)[layer]
         # Where there are no values of their own, their codec is left over.
-        coded = zip(codecs, arrays, strict=False)
+        coded = zip(self.layer_codec(layer, codec), arrays, strict=False)
         return tuple(plane for array, x in coded for plane in array.encode(x, starts_B))
 
-    def _encoded_planes(self, layer: int, codec: str) -> tuple[int, list[Tensor]]:
-        """Blocks of a page, and the planes, [pages, blocks, ...]."""
+    def _num_key_planes(self, layer: int, codec: str) -> int:
+        geometry = self._spec.layers[layer]
+        shape = BlockShape(geometry.num_kv_heads, self._block_size, geometry.key_dim)
+        return len(self.layer_codec(layer, codec).keys.planes(shape))
+
+    def _encoded_pages(self, layer: int, codec: str) -> _LayerPages:
         group = self._spec.group_of(self._spec.layers[layer])
         return self._lay_out_once(group, codec)[self._spec.kv_layer_of(layer)]
 
-    def _lay_out(self, group: int, codec: str) -> dict[int, tuple[int, list[Tensor]]]:
+    def _lay_out(self, group: int, codec: str) -> dict[int, _LayerPages]:
         """The encoded pages of a group, by layer."""
         codecs = self._codecs.layers(codec)
         layout = group_layout(self._spec, group, codecs, self._block_size)
-        blocks = layout.blocks_per_page
+        blocks, arena = layout.blocks_per_page, self._arenas[group]
 
-        def planes_in_pages(layer: int, geometry: LayerGeometry) -> list[Tensor]:
-            planes = planes_of(codecs[layer], geometry, self._block_size)
-            return [
-                self._arenas[group].plane(offset, (blocks, *plane.shape), plane.dtype)
-                for offset, plane in zip(layout.offsets[layer], planes, strict=True)
-            ]
+        def pages_of(layer: int, geometry: LayerGeometry) -> _LayerPages:
+            planes, words = [], []
+            for offset, plane in zip(
+                layout.offsets[layer],
+                planes_of(codecs[layer], geometry, self._block_size),
+                strict=True,
+            ):
+                word = next(word for word in _WORDS if plane.num_bytes % word.itemsize == 0)
+                num_words = plane.num_bytes // word.itemsize
+                planes.append(arena.plane(offset, (blocks, *plane.shape), plane.dtype))
+                words.append(arena.plane(offset, (blocks, num_words), word))
+            return _LayerPages(blocks, planes, words)
 
         return {
-            layer: (blocks, planes_in_pages(layer, geometry))
-            for layer, geometry in layers_of(self._spec, group)
+            layer: pages_of(layer, geometry) for layer, geometry in layers_of(self._spec, group)
         }
 
     def pieces(self, layer: int, runs: Sequence[slice]) -> list[Piece]:
@@ -268,6 +305,11 @@ def in_blocks(x_KSD: Tensor, block_size: int) -> Tensor:
     """x_BKSD of tokens in line that are whole blocks."""
     num_heads, num_tokens, dim = x_KSD.shape
     return x_KSD.reshape(num_heads, num_tokens // block_size, block_size, dim).transpose(0, 1)
+
+
+def _in_pages(encoded_ids_B: Tensor, blocks_per_page: int) -> tuple[Tensor, Tensor]:
+    """Each block's page, and its place there."""
+    return encoded_ids_B // blocks_per_page, encoded_ids_B % blocks_per_page
 
 
 def in_line(x_PKSD: Tensor) -> Tensor:

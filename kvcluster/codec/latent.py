@@ -24,6 +24,7 @@ from kvcluster.codec.array import ArrayCodec, BlockShape, Plane
 from kvcluster.codec.calibration import Basis
 from kvcluster.codec.checks import shape_of_blocks
 from kvcluster.codec.exact_array import ExactArray
+from kvcluster.codec.inner import inner_values
 from kvcluster.codec.quantized import ChannelQuantizer
 from kvcluster.codec.rounding import MAX_HALF, power_of_two_at_least
 
@@ -93,13 +94,21 @@ class LatentValues:
         return self._stored.encode(latent_BSC[:, None], starts_B)
 
     def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        x_BSF = self._up.product(self.latents(planes, starts_B)) + self._basis.mean_F
+        latent_BSC = self._stored.decode(planes, starts_B)[:, 0]
+        x_BSF = self._up.product(latent_BSC) + self._basis.mean_F
         x_BSKD = x_BSF.reshape(*x_BSF.shape[:2], self.num_heads, self.dim)
         return x_BSKD.transpose(1, 2).contiguous()
 
-    def latents(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        """latent_BSC, float32: what is stored, without the way back."""
-        return self._stored.decode(planes, starts_B)[:, 0]
+    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+        """latent_B1SC, which all heads share: what is stored, without the way back."""
+        return inner_values(self._stored).inner(planes, starts_B)
+
+    def approximate(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+        """x_BKSD to the rounding of float32: `decode` whose last bits depend on the batch."""
+        latent_BSC = self.inner(planes, starts_B)[:, 0]
+        x_BSF = torch.addmm(self._basis.mean_F, latent_BSC.flatten(0, 1), self._basis.up_CF)
+        x_BSKD = x_BSF.reshape(*latent_BSC.shape[:2], self.num_heads, self.dim)
+        return x_BSKD.transpose(1, 2)
 
     def expand(self, out_THC: Tensor) -> Tensor:
         """out_THD of weighted sums of latents: each query head gets its KV head's channels.
@@ -156,6 +165,16 @@ class LatentKeys:
         if self._rotation is None:
             return x_BKSD
         return self._rotation.apply(x_BKSD, _positions(starts_B, x_BKSD.shape[2]))
+
+    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+        """The keys, to the rounding of float32."""
+        x_BKSD = self._unrotated.approximate(planes, starts_B)
+        if self._rotation is None:
+            return x_BKSD
+        return self._rotation.apply(x_BKSD, _positions(starts_B, x_BKSD.shape[2]))
+
+    def fold(self, q_THD: Tensor) -> Tensor:
+        return q_THD.float()
 
 
 def _bounded(x_BKSD: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 
 def unpack(planes: Sequence[Tensor], bits: int) -> Tensor:
-    """The uint8 codes that `pack` was given."""
+    """The uint8 codes that `pack` was given, contiguous; planes may have any layout."""
     low, *rest = planes
     codes = _unpack_field(low, _FIELDS[bits][0])
     shift = _FIELDS[bits][0]
     for plane, width in zip(rest, _FIELDS[bits][1:], strict=True):
-        codes = codes | (_unpack_field(plane, width) << shift)
+        codes |= _unpack_field(plane, width) << shift
         shift += width
     return codes
 
@@ -76,6 +76,8 @@ def _pack_field(field: Tensor, width: int) -> Tensor:
 
 def _unpack_field(plane: Tensor, width: int) -> Tensor:
     if width == 8:
-        return plane.view(torch.uint8) ^ 0x80
+        return plane.contiguous().view(torch.uint8) ^ 0x80
     mask = (1 << width) - 1
-    return torch.cat([(plane >> shift) & mask for shift in range(0, 8, width)], dim=-1)
+    last = 8 - width
+    fields = [(plane >> shift) & mask for shift in range(0, last, width)]
+    return torch.cat([*fields, plane >> last], dim=-1)

@@ -108,15 +108,33 @@ class _Quantizer:
         return (*pack(codes.flatten(2, 3), self.bits), *scale_planes)
 
     def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        num_codes = num_code_planes(self.bits)
-        codes, scale_planes = planes[:num_codes], planes[num_codes:]
-        stored = unpack(codes, self.bits)
-        shape = self._stored_shape(shape_of_stored(stored))
-        check_planes(planes, self.planes(shape), starts_B)
-        scale, zero = (grid[:, :, :, None] for grid in _read_scales(scale_planes))
-        group = stored.shape[2] // scale.shape[2]
-        codes_BKGNC = stored.float().reshape(*scale.shape[:3], group, scale.shape[4])
-        return self._swap((zero + scale * codes_BKGNC).flatten(2, 3)).contiguous()
+        return self._swap(self._read(planes, starts_B, (0, 1, 2, 3))).contiguous()
+
+    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+        """The same numbers; in memory a head's tokens follow one another over all blocks."""
+        axes = (1, 2, 0, 3) if self._transposed else (1, 0, 2, 3)
+        return self._swap(self._read(planes, starts_B, axes))
+
+    def fold(self, q_THD: Tensor) -> Tensor:
+        return q_THD.float()
+
+    def expand(self, out_THC: Tensor) -> Tensor:
+        return out_THC
+
+    def _read(self, planes: Sequence[Tensor], starts_B: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """Numbers on the stored axes, which lie in memory in the order `axes`."""
+        shape_of_stored(planes[0])
+        split = num_code_planes(self.bits)
+        codes = unpack([plane.permute(axes) for plane in planes[:split]], self.bits)
+        places = tuple(axes.index(axis) for axis in range(len(axes)))
+        stored = codes.float().permute(places)
+        check_planes(planes, self.planes(self._stored_shape(shape_of_stored(stored))), starts_B)
+        scale, zero = (grid[:, :, :, None] for grid in _read_scales(planes[split:]))
+        num_blocks, num_heads, num_grouped, num_contiguous = stored.shape
+        num_groups = scale.shape[2]
+        grouped = (num_blocks, num_heads, num_groups, num_grouped // num_groups, num_contiguous)
+        stored.view(grouped).mul_(scale).add_(zero)
+        return stored
 
     def _swap(self, x: Tensor) -> Tensor:
         """From tokens by channels to the stored axes, and back."""

@@ -13,6 +13,7 @@ Shape letters: B blocks, K KV heads, S tokens of a block, D head dimension.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -92,14 +93,40 @@ class Rotated:
         return (*packed, scale_BKS, *apart)
 
     def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        num_codes = num_code_planes(self.bits)
-        stored = unpack(planes[:num_codes], self.bits)
+        num_code = num_code_planes(self.bits)
+        stored = unpack(planes[:num_code], self.bits)
         codes = stored.transpose(2, 3) if self.transposed else stored
         check_planes(planes, self.planes(shape_of_stored(codes)), starts_B)
-        scale_BKS = planes[num_codes].float()
+        scale_BKS = planes[num_code].float()
         levels = codebook(self.bits, codes.device)
-        x = rotate_back(levels[codes.int()] * scale_BKS[..., None])
-        return x + planes[num_codes + 1].float()[:, :, None] if self.centred else x
+        x = rotate_back(levels[codes.int()].mul_(scale_BKS[..., None]))
+        return x.add_(planes[num_code + 1].float()[:, :, None]) if self.centred else x
+
+    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+        """R x: what is stored, without the rotation back."""
+        num_code = num_code_planes(self.bits)
+        axes, places = ((1, 2, 0, 3), (2, 0, 3, 1)) if self.transposed else ((1, 0, 2, 3),) * 2
+        codes = unpack([plane.permute(axes) for plane in planes[:num_code]], self.bits)
+        levels = codebook(self.bits, codes.device)
+        # In memory a head's tokens follow one another over all blocks.
+        z_BKSD = levels.index_select(0, codes.flatten().int()).view(codes.shape).permute(places)
+        check_planes(planes, self.planes(shape_of_stored(z_BKSD)), starts_B)
+        z_BKSD.mul_(planes[num_code].float()[..., None])
+        if self.centred:
+            z_BKSD.add_(self.fold(planes[num_code + 1])[:, :, None])
+        return z_BKSD
+
+    def fold(self, q_THD: Tensor) -> Tensor:
+        return q_THD.float() @ _rotation(q_THD.shape[-1], q_THD.device).T
+
+    def expand(self, out_THC: Tensor) -> Tensor:
+        return out_THC.float() @ _rotation(out_THC.shape[-1], out_THC.device)
+
+
+@lru_cache(maxsize=8)
+def _rotation(dim: int, device: torch.device) -> Tensor:
+    """The matrix R, a constant."""
+    return rotate(torch.eye(dim, device=device)).T.contiguous()
 
 
 def codebook(bits: int, device: torch.device) -> Tensor:
@@ -132,9 +159,15 @@ def signs(dim: int, device: torch.device) -> Tensor:
 def _hadamard(x: Tensor) -> Tensor:
     """Additions in a fixed order, where a matrix product's order depends on the batch."""
     dim = x.shape[-1]
+    last, following = x, torch.empty_like(x, memory_format=torch.contiguous_format)
+    spare = torch.empty_like(following)
     width = 1
     while width < dim:
-        low, high = x.reshape(*x.shape[:-1], dim // (2 * width), 2, width).unbind(-2)
-        x = torch.stack([low + high, low - high], dim=-2).flatten(-3)
+        pairs = (*x.shape[:-1], dim // (2 * width), 2, width)
+        low, high = last.reshape(pairs).unbind(-2)
+        low_sum, high_sum = following.view(pairs).unbind(-2)
+        torch.add(low, high, out=low_sum)
+        torch.sub(low, high, out=high_sum)
+        last, following, spare = following, spare, following
         width *= 2
-    return x
+    return last

@@ -248,7 +248,7 @@ def test_values_may_be_expanded_after_the_weighted_sum() -> None:
 
     v_KSD = codec.decode(planes, starts_of(x_BKSD))[0]
     own_THD = torch.einsum("ths,hsd->thd", weights_THS, v_KSD.repeat_interleave(2, dim=0))
-    latent_SC = codec.latents(planes, starts_of(x_BKSD))[0]
+    latent_SC = codec.inner(planes, starts_of(x_BKSD))[0, 0]
     out_THD = codec.expand(torch.einsum("ths,sc->thc", weights_THS, latent_SC))
 
     # Float32 sums of values around 5 in another order.
