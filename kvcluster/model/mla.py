@@ -11,11 +11,15 @@ nothing needs to be expanded (appendix C there: both matrices are absorbed). Wha
 one KV head with the key [c, r], whose first numbers c are its value; the query is multiplied before
 attention and the output after it.
 
-transformers keeps the expansion in a method of its own, `expand_kv`, alike in every model of this
-kind (5.17 and 5.23: axk1, deepseek_v2, deepseek_v3, glm4_moe_lite, kimi_linear, longcat_flash,
-minicpm3, mistral4, youtu and others). `keep_latents` puts a `LatentForm` in its place, in each
-module by itself; everything else, rotation included, stays the model's own code. A module whose
-`expand_kv` is missing or computes something else goes on as any other: its heads are expanded.
+transformers (5.17 and 5.23) keeps the expansion in a method of its own, `expand_kv`, alike in every
+model of this kind. Of these we serve axk1, deepseek_v2, deepseek_v3, glm4_moe_lite, longcat_flash,
+minicpm3 and youtu; the others are refused for what else they do (sparse or linear attention).
+`keep_latents` puts a `LatentForm` in the method's place, in each module by itself; everything else,
+rotation included, stays the model's own code. A module without that method, or in which it computes
+something else, is served as any other: its heads are cached expanded.
+
+Attention over latents multiplies longer vectors (DeepSeek-V3: 576 and 512 numbers instead of 192
+and 128), which costs a prefill 3.4 times the multiplications. Decoding is bound by the bytes read.
 
 Shape letters: T tokens, H query heads, C latent dimension, N dimension of a key without rotation,
 R rotated dimensions, V dimension of a value head.

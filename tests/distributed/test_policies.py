@@ -25,8 +25,8 @@ POLICIES = (EXACT, *PLAIN, "window:recent=48", "int4 + window:recent=64")
 
 
 @cache
-def model() -> LoadedModel:
-    module = tiny_models()["gemma2"]()
+def model(architecture: str = "gemma2") -> LoadedModel:
+    module = tiny_models()[architecture]()
     spec = ModelSpec(
         name="tiny",
         layers=probe(module),
@@ -138,3 +138,44 @@ async def test_a_codec_that_cannot_encode_the_blocks_is_refused() -> None:
     async with running_engine(model(), tiny_blocks) as (service, _):
         with pytest.raises(PolicyUnsupported, match="must be a multiple of 2, not 1"):
             await generate(service, "int4", seed=0)
+
+
+LATENT_POLICIES = (EXACT, "int8", "int4", "fp8", "rotated4", "int4 + window:recent=64")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+async def test_a_model_with_latent_attention_is_served_under_its_policies(num_ranks: int) -> None:
+    latent = model("deepseek_v2")
+    async with running_engine(latent, config(num_ranks)) as (service, _):
+        alone = [
+            await generate(service, policy, seed) for seed, policy in enumerate(LATENT_POLICIES)
+        ]
+        together = await asyncio.gather(
+            *(generate(service, policy, seed) for seed, policy in enumerate(LATENT_POLICIES))
+        )
+
+    assert [output for output, _ in together] == [output for output, _ in alone]
+    # The last token is never read: it takes no place.
+    num_tokens = PROMPT_TOKENS + OUTPUT_TOKENS - 1
+    # Of each token three layers keep a latent of 24 and a rotary key of 8 numbers of 4 bytes.
+    bytes_per_token = 3 * (24 + 8) * 4
+    assert {usage.kv_bytes_uncompressed for _, usage in alone} == {num_tokens * bytes_per_token}
+    used = dict(zip(LATENT_POLICIES, (usage.kv_bytes for _, usage in alone), strict=True))
+    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    assert used[EXACT] == num_blocks * BLOCK_SIZE * bytes_per_token
+    assert used[EXACT] > used["int8"] > used["int4"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ("latent:r=0.5", "the model's own latent already"),
+        ("int4:values=rotated3", "its values are part of its keys"),
+    ],
+)
+async def test_a_policy_that_latent_attention_cannot_have_is_refused(
+    policy: str, reason: str
+) -> None:
+    async with running_engine(model("deepseek_v2"), config(num_ranks=1)) as (service, _):
+        with pytest.raises(PolicyUnsupported, match=reason):
+            await generate(service, policy, seed=0)

@@ -167,3 +167,57 @@ def test_value_heads_may_be_narrower_than_key_heads() -> None:
     partial = attend_causal(q_THD, k_KSD, torch.ones(2, 10, 8), layer, first=2)
 
     torch.testing.assert_close(partial.out_THD, torch.ones(3, 4, 8))
+
+
+def latent_layer(num_query_heads: int = 6) -> LayerGeometry:
+    return LayerGeometry(
+        num_query_heads=num_query_heads,
+        num_kv_heads=1,
+        key_dim=24,
+        value_dim=16,
+        scale=0.2,
+        values_in_keys=True,
+    )
+
+
+@pytest.mark.parametrize("num_query_heads", [6, 40])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_values_that_are_part_of_keys_give_what_the_definition_gives(
+    num_tokens: int, num_query_heads: int
+) -> None:
+    layer = latent_layer(num_query_heads)
+    q_THD, k_KSD, _ = random_qkv(layer, num_tokens, 50)
+    k_KSD = k_KSD[:1]
+    v_KSD = k_KSD[..., : layer.value_dim]
+
+    fused = attend(q_THD, k_KSD, v_KSD, layer)
+
+    expected = attend_plain(q_THD, k_KSD, v_KSD, layer)
+    torch.testing.assert_close(fused.out_THD, expected.out_THD, rtol=0, atol=ATOL)
+    torch.testing.assert_close(fused.lse_TH, expected.lse_TH, rtol=0, atol=ATOL)
+
+
+def test_values_that_are_part_of_keys_are_read_page_by_page() -> None:
+    layer = latent_layer()
+    q_THD, k_KSD, _ = random_qkv(layer, 1, 48)
+    k_PKSD = k_KSD[:1].reshape(1, 3, 16, 24).transpose(0, 1)
+
+    paged = attend_pieces(q_THD, [Piece(k_PKSD, k_PKSD[..., :16])], layer)
+
+    expected = attend_plain(q_THD, k_KSD[:1], k_KSD[:1, :, :16], layer)
+    torch.testing.assert_close(paged.out_THD, expected.out_THD, rtol=0, atol=ATOL)
+    torch.testing.assert_close(paged.lse_TH, expected.lse_TH, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_a_chunk_of_latents_is_causal(first: int) -> None:
+    layer = latent_layer()
+    q_THD, k_KSD, _ = random_qkv(layer, 9, first + 9)
+    k_KSD = k_KSD[:1]
+    mask_TS = visible(torch.arange(first, first + 9), torch.arange(first + 9), None)
+
+    partial = attend_causal(q_THD, k_KSD, k_KSD[..., :16], layer, first)
+
+    expected = attend_plain(q_THD, k_KSD, k_KSD[..., :16], layer, mask_TS)
+    torch.testing.assert_close(partial.out_THD, expected.out_THD, rtol=0, atol=ATOL)
+    torch.testing.assert_close(partial.lse_TH, expected.lse_TH, rtol=0, atol=ATOL)

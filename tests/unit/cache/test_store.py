@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcluster.cache.store import KVStore, in_line
+from kvcluster.cache.store import KVStore, Piece, in_line
+from kvcluster.codec.array import BlockShape
 from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
-from tests.codec_models import plain_codecs
+from tests.codec_models import PLAIN, plain_codecs
+from tests.scripted_model import ScriptedModel, latent_geometry
 
 BLOCK_SIZE = 2
 PAGE_TOKENS = PAGE_BLOCKS * BLOCK_SIZE
@@ -131,3 +134,64 @@ def test_memory_is_committed_as_it_is_written() -> None:
 
     assert store.num_bytes > 500 * 2**20
     assert committed() - before < 50 * 2**20
+
+
+def store_of_latents(*, block_size: int = BLOCK_SIZE) -> KVStore:
+    spec = ScriptedModel(latent_geometry(), latent_geometry(), max_tokens=64).spec
+    return KVStore(
+        spec,
+        blocks_per_group=[NUM_BLOCKS],
+        block_size=block_size,
+        like=torch.empty(0),
+        codecs=plain_codecs(spec),
+    )
+
+
+def test_values_that_are_part_of_keys_take_no_bytes() -> None:
+    store = store_of_latents()
+
+    tensors = {
+        plane.untyped_storage().data_ptr(): plane.untyped_storage().nbytes()
+        for layer in (0, 1)
+        for plane in store.planes(layer)
+    }
+
+    # Of each token two layers keep a latent of 16 and a rotary key of 8 numbers of 4 bytes.
+    assert sum(tensors.values()) == store.num_bytes == NUM_SLOTS * (16 + 8) * 2 * 4
+
+
+def test_values_that_are_part_of_keys_are_read_from_them() -> None:
+    store = store_of_latents()
+    k_TKD = torch.randn(NUM_SLOTS, 1, 24, generator=torch.Generator().manual_seed(0))
+
+    store.write(1, store.places(torch.arange(NUM_SLOTS)), k_TKD, k_TKD[..., :16])
+
+    [piece] = store.pieces(1, [slice(0, NUM_SLOTS)])
+    assert torch.equal(in_line(piece.k_PKSD), k_TKD.transpose(0, 1))
+    assert torch.equal(in_line(piece.v_PKSD), k_TKD[..., :16].transpose(0, 1))
+    assert not any(plane.any() for plane in store.planes(0))
+
+
+def test_keys_with_their_values_travel_as_one_array() -> None:
+    store = store_of_latents()
+
+    assert [plane.shape for plane in store.gather(0, [slice(3, 40)]).planes] == [(1, 37, 24)]
+    assert [plane.shape for plane in store.gather(0, []).planes] == [(1, 0, 24)]
+    assert [plane.shape for plane in store.empty(0, 7).planes] == [(1, 7, 24)]
+
+
+@pytest.mark.parametrize("codec", PLAIN)
+def test_blocks_of_latents_take_the_planes_of_their_keys(codec: str) -> None:
+    store = store_of_latents(block_size=16)
+    k_BKSD = torch.randn(2, 1, 16, 24, generator=torch.Generator().manual_seed(0))
+    starts_B = torch.tensor([16, 32])
+    ids_B = torch.tensor([1, 0])
+
+    store.encode(0, codec, ids_B, Piece(k_BKSD, k_BKSD[..., :16]), starts_B)
+
+    planes = store.read_encoded(0, codec, ids_B)
+    [read_KSD] = store.decode(0, codec, planes, starts_B)
+    layer_codec = plain_codecs(ScriptedModel(latent_geometry(), max_tokens=1).spec).layers(codec)[0]
+    assert len(planes) == len(layer_codec.keys.planes(BlockShape(1, 16, 24)))
+    expected_BKSD = layer_codec.keys.decode(layer_codec.keys.encode(k_BKSD, starts_B), starts_B)
+    assert torch.equal(read_KSD, in_line(expected_BKSD))
