@@ -6,7 +6,7 @@ It deals blocks as it is told, runs a prompt in chunks and decodes greedily, on 
 import random
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,10 +35,12 @@ class _Sequence:
     sequence: int
     token_ids: list[int]
     num_prompt_tokens: int
+    num_given: int
+    """Tokens that are known from the start: the prompt, and output that is computed again."""
     codec: str
     recent_blocks: int | None
     num_computed: int = 0
-    num_blocks: int = 0
+    blocks: list[NewBlock] = field(default_factory=list)
 
 
 class ReferenceGroup:
@@ -107,12 +109,21 @@ class ReferenceGroup:
         self._sequences: dict[int, _Sequence] = {}
         self._started: list[SequenceStart] = []
 
-    def start(self, sequence: int, prompt: Sequence[int], policy: Policy = EXACT_POLICY) -> None:
+    def start(
+        self,
+        sequence: int,
+        prompt: Sequence[int],
+        policy: Policy = EXACT_POLICY,
+        *,
+        output: Sequence[int] = (),
+    ) -> None:
+        """`output`: what the sequence had sampled when it was preempted."""
         self._started.append(SequenceStart(sequence, SamplingParams(), policy))
         self._sequences[sequence] = _Sequence(
             sequence,
-            list(prompt),
+            [*prompt, *output],
             len(prompt),
+            len(prompt) + len(output),
             policy.codec,
             recent_blocks(policy.retention, self.block_size),
         )
@@ -120,6 +131,15 @@ class ReferenceGroup:
     def output(self, sequence: int) -> list[int]:
         state = self._sequences[sequence]
         return state.token_ids[state.num_prompt_tokens :]
+
+    def poison(self, sequence: int, blocks: Sequence[int]) -> None:
+        """Overwrite exact blocks of a sequence: reading one shows in every later number."""
+        for block in (self._sequences[sequence].blocks[index] for index in blocks):
+            for layer, geometry in enumerate(self.spec.layers):
+                page, place = divmod(block.block_ids[self.spec.group_of(geometry)], PAGE_BLOCKS)
+                tokens = slice(place * self.block_size, (place + 1) * self.block_size)
+                for plane in self._stores[block.rank].planes(layer):
+                    plane[page, :, tokens] = float("nan")
 
     def run(
         self, chunks: dict[int, int], *, owners: Sequence[int], route: Route = Route.PASS_KV
@@ -153,11 +173,11 @@ class ReferenceGroup:
     ) -> SequenceStep:
         start, end = state.num_computed, state.num_computed + size
         appended: list[NewBlock] = []
-        while state.num_blocks * self.block_size < end:
+        while len(state.blocks) * self.block_size < end:
             rank = owners[len(appended) % len(owners)]
             appended.append(self._new_block(state, rank))
-            state.num_blocks += 1
-        is_decode = start >= state.num_prompt_tokens
+            state.blocks.append(appended[-1])
+        is_decode = start >= state.num_given
         state.num_computed = end
         return SequenceStep(
             sequence=state.sequence,
@@ -166,12 +186,12 @@ class ReferenceGroup:
             token_ids=b"" if is_decode else array("I", state.token_ids[start:end]).tobytes(),
             appended=tuple(appended),
             num_prompt_tokens=state.num_prompt_tokens,
-            samples=end >= state.num_prompt_tokens,
+            samples=end >= state.num_given,
             route=route,
         )
 
     def _new_block(self, state: _Sequence, rank: int) -> NewBlock:
-        is_encoded = state.codec != EXACT and state.num_blocks > 0
+        is_encoded = state.codec != EXACT and len(state.blocks) > 0
         groups = range(len(self.spec.windows)) if is_encoded else ()
         return NewBlock(
             rank,

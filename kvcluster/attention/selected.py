@@ -121,12 +121,12 @@ class SelectedAttention:
                 continue
             shape = (selection.num_choosing(geometry), num_queries)
             scores = {
-                rank: torch.empty(*shape, len(part.compared_blocks(rank)), device=q_THD.device)
+                rank: torch.empty(*shape, len(part.compared_blocks[rank]), device=q_THD.device)
                 for rank in part.holders
             }
             if scores[here].numel():
                 source = self._spec.kv_layer_of(layer)
-                keys = part.selecting.of(source, part.compared_blocks(here))
+                keys = part.selecting.of(source, part.compared_blocks[here])
                 q_JHD = pooled(q_THD, part.query_blocks)
                 scores[here] = selection.scores(geometry, q_JHD, keys).contiguous()
             sends += [(rank, scores[here]) for rank in part.holders if rank != here]
@@ -141,7 +141,7 @@ class SelectedAttention:
         shape = next(iter(scores.values())).shape[:2]
         whole_GJB = torch.zeros(*shape, part.num_blocks, device=like.device)
         for rank, score_GJB in scores.items():
-            whole_GJB[:, :, part.compared_blocks(rank)] = score_GJB
+            whole_GJB[:, :, part.compared_blocks[rank]] = score_GJB
         return whole_GJB
 
     def _read(self, layer: int, part: SelectedPart, q_THD: Tensor, score_GJB: Tensor) -> Partial:
@@ -172,7 +172,7 @@ class SelectedAttention:
         is_read_JB = reads_GJB.any(dim=0)
         is_read_B = torch.zeros_like(is_read_JB[0])
         for tile in part.tiles:
-            is_read_B |= is_read_JB[tile.query_blocks].any(dim=0) & _is_far(part, blocks, tile)
+            is_read_B |= is_read_JB[tile.query_blocks].any(dim=0) & tile.is_far_B
         if not bool(is_read_B.any()):
             return None
         is_encoded_B = blocks.encoded_ids_B >= 0
@@ -205,27 +205,20 @@ class SelectedAttention:
     ) -> Partial:
         """Rows of one block over the blocks here that they read: earlier ones, and their own."""
         geometry, blocks = self._spec.layers[layer], self._own_blocks(layer, part)
-        num_choosing = len(reads_GJB)
-        reads_GJB = reads_GJB[:, tile.query_blocks] & (blocks.blocks_B < tile.own)
-        num_rows_J = part.query_blocks.num_rows_J[tile.query_blocks]
-        is_far_B = _is_far(part, blocks, tile)
+        reads_GJB = reads_GJB[:, tile.query_blocks]
+        is_read_GB = reads_GJB.any(dim=1)
         partials = []
-        for choosing, reads_JB in enumerate(reads_GJB):
-            q_heads = _share(choosing, num_choosing, geometry.num_query_heads)
-            kv_heads = _share(choosing, num_choosing, geometry.num_kv_heads)
-            is_read_B = reads_JB.any(dim=0)
-            far_B = (is_read_B & is_far_B).nonzero()[:, 0]
-            near_B = (is_read_B & ~is_far_B).nonzero()[:, 0]
+        for choosing, is_read_B in enumerate(is_read_GB):
+            q_heads = _share(choosing, len(reads_GJB), geometry.num_query_heads)
+            kv_heads = _share(choosing, len(reads_GJB), geometry.num_kv_heads)
+            far_B = (is_read_B & tile.is_far_B).nonzero()[:, 0]
+            near_B = (is_read_B & tile.is_near_B).nonzero()[:, 0]
             pieces = [self._store.read_blocks(layer, blocks.exact_ids_B[near_B], kv_heads)]
             if restored is not None and len(far_B):
                 places_B = restored.places_B[far_B]
-                pieces.insert(0, Piece(*(x[places_B][:, kv_heads] for x in restored.kv_BKSD)))
+                pieces.insert(0, Piece(*(x[places_B, kv_heads] for x in restored.kv_BKSD)))
             k_KSD, v_KSD = (in_line(torch.cat(planes)) for planes in zip(*pieces, strict=True))
-            reads_JB = reads_JB[:, torch.cat((far_B, near_B))]
-            mask_TS = None
-            if not bool(reads_JB.all()):
-                reads_TB = reads_JB.repeat_interleave(num_rows_J, dim=0)
-                mask_TS = reads_TB.repeat_interleave(part.part.block_size, dim=1)
+            mask_TS = _mask(part, tile, reads_GJB[choosing][:, torch.cat((far_B, near_B))])
             partials.append(attend(q_THD[:, q_heads], k_KSD, v_KSD, geometry, mask_TS))
         earlier = Partial(*(torch.cat(planes, dim=1) for planes in zip(*partials, strict=True)))
         own = self._attend_own(layer, part, tile, q_THD)
@@ -259,7 +252,7 @@ class SelectedAttention:
             for rank, num_rows in enumerate(part.part.num_rows):
                 if not num_rows or here not in part.holders:
                     continue
-                offsets_T = part.offsets(rank)
+                offsets_T = part.offsets[rank]
                 answer = Partial(*(plane[offsets_T] for plane in answers[part]))
                 if rank == here:
                     found[part.part] = [answer]
@@ -282,13 +275,16 @@ def _in_order(part: SelectedPart, by_rank: dict[int, Tensor]) -> Tensor:
     like = next(iter(by_rank.values()))
     q_THD = like.new_empty((part.part.num_tokens, *like.shape[1:]))
     for rank, q_rows in by_rank.items():
-        q_THD[part.offsets(rank)] = q_rows
+        q_THD[part.offsets[rank]] = q_rows
     return q_THD
 
 
-def _is_far(part: SelectedPart, blocks: RankBlocks, tile: Tile) -> Tensor:
-    """Which blocks the tile's rows read as the codec restores them, if they read them."""
-    return (blocks.blocks_B > 0) & (blocks.blocks_B < part.first_exact(tile.own))
+def _mask(part: SelectedPart, tile: Tile, reads_JB: Tensor) -> Tensor | None:
+    """mask_TS of a tile's rows over these blocks; None: each row reads each of them."""
+    if len(reads_JB) == 1 or bool(reads_JB.all()):
+        return None
+    reads_TB = reads_JB.repeat_interleave(part.query_blocks.num_rows_J[tile.query_blocks], dim=0)
+    return reads_TB.repeat_interleave(part.part.block_size, dim=1)
 
 
 def _share(choosing: int, num_choosing: int, num_heads: int) -> slice:

@@ -92,7 +92,7 @@ class RankBlocks(NamedTuple):
     exact_ids_B: Tensor
     """Where they are in full precision, as long as they are."""
     encoded_ids_B: Tensor
-    """Where those are that lie before `SelectedPart.encoded_below`; of the others nothing."""
+    """Where those are that were encoded before this step; -1: it was not."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,10 @@ class Tile:
     query_blocks: slice
     rows: slice
     """Of the part."""
+    is_near_B: Tensor
+    """Earlier blocks of this rank that the rows read as they were written, if they read them."""
+    is_far_B: Tensor
+    """Likewise as the codec restores them."""
 
 
 class SelectedPart:
@@ -149,12 +153,23 @@ class SelectedPart:
 
     @cached_property
     def tiles(self) -> list[Tile]:
+        blocks_B = self.blocks_here
         owns, counts = torch.unique_consecutive(self.query_blocks.own_J, return_counts=True)
         tiles = []
         first = row = 0
         for own, count in zip(owns.tolist(), counts.tolist(), strict=True):
             last_row = min(self.part.end, (own + 1) * self._size) - self.part.start
-            tiles.append(Tile(own, slice(first, first + count), slice(row, last_row)))
+            is_near_B = (blocks_B == 0) | (blocks_B >= self._first_exact(own))
+            is_earlier_B = blocks_B < own
+            tiles.append(
+                Tile(
+                    own,
+                    slice(first, first + count),
+                    slice(row, last_row),
+                    is_earlier_B & is_near_B,
+                    is_earlier_B & ~is_near_B,
+                )
+            )
             first, row = first + count, last_row
         return tiles
 
@@ -163,37 +178,44 @@ class SelectedPart:
         """The ranks that hold what some row may read, ascending. Those with rows are among them."""
         return tuple(rank for rank in range(self._table.num_ranks) if len(self._starts(rank)))
 
-    def offsets(self, rank: int) -> Tensor:
-        """Which rows of the part are a rank's."""
-        return self.part.positions(rank).to(self._device) - self.part.start
+    @cached_property
+    def offsets(self) -> tuple[Tensor, ...]:
+        """By rank: which rows of the part are its."""
+        return tuple(
+            self.part.positions(rank).to(self._device) - self.part.start
+            for rank in range(self._table.num_ranks)
+        )
 
-    def compared_blocks(self, rank: int) -> Tensor:
-        """Blocks of a rank that rows compare: whole ones that some row may read, ascending."""
-        starts_B = self._starts(rank)
-        return starts_B[starts_B + self._size <= self.part.end] // self._size
+    @cached_property
+    def compared_blocks(self) -> tuple[Tensor, ...]:
+        """By rank: the blocks that rows compare, whole ones that some row may read, ascending."""
+        size, end = self._size, self.part.end
+        starts = [self._starts(rank) for rank in range(self._table.num_ranks)]
+        return tuple(starts_B[starts_B + size <= end] // size for starts_B in starts)
 
-    @property
-    def encoded_below(self) -> int:
-        """The first block that was not encoded before this step, but for block 0."""
-        return 0 if self.part.codec == EXACT else self.first_exact(self.part.start // self._size)
+    @cached_property
+    def blocks_here(self) -> Tensor:
+        """blocks_B: those of this rank that some row may read, ascending."""
+        return self._starts(self.part.rank) // self._size
 
-    def first_exact(self, own_block: int) -> int:
+    def _first_exact(self, own_block: int) -> int:
         """The first block that rows of a block read exact, but for block 0."""
         if self.part.codec == EXACT:
             return 0
         return self.part.exact_start(own_block * self._size) // self._size
 
     def own_blocks(self, group: int) -> RankBlocks:
-        """Those of this rank."""
-        rank, encoded_end = self.part.rank, self.encoded_below * self._size
+        """Where `blocks_here` lie in a KV group."""
+        rank, encoded_below = self.part.rank, self._first_exact(self.part.start // self._size)
+        encoded_end = encoded_below * self._size
         exact_ids = [self._table.block_ids(rank, group, *span) for span in self._spans]
         encoded_ids = [
             self._table.encoded_ids(rank, group, max(self._size, start), min(end, encoded_end))
             for start, end in self._spans
         ]
-        blocks_B = self._starts(rank) // self._size
+        blocks_B = self.blocks_here
         encoded_ids_B = torch.full_like(blocks_B, -1)
-        is_encoded_B = (blocks_B > 0) & (blocks_B < self.encoded_below)
+        is_encoded_B = (blocks_B > 0) & (blocks_B < encoded_below)
         encoded_ids_B[is_encoded_B] = self._tensor(encoded_ids)
         return RankBlocks(blocks_B, self._tensor(exact_ids), encoded_ids_B)
 

@@ -19,11 +19,15 @@ from kvcluster.policy import Menu, parse_choice, parse_policy
 from kvcluster.quality.measure import CountingAttention, MeasuredPolicy
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention, stored_dims
+from kvcluster.retention.base import RetentionPolicy
+from kvcluster.retention.full import FullRetention
 from kvcluster.retention.offered import RETENTION_METHODS, recent_blocks
 from kvcluster.retention.window import WindowRetention
+from kvcluster.selection.offered import SELECTION_METHODS
+from kvcluster.selection.registry import build_selection
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Policy
 
-MENU: Final = Menu((*CODEC_METHODS, *RETENTION_METHODS))
+MENU: Final = Menu((*CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS))
 """What can be measured: what a cluster serves."""
 
 
@@ -101,15 +105,22 @@ def _attention(
         for codec, geometry in zip(layers, spec.layers, strict=True):
             _check_blocks(codec, geometry, exact.block_size)
     num_blocks = recent_blocks(policy.retention, exact.block_size)
-    if num_blocks is None:
+    selection = build_selection(policy.selection, exact.block_size)
+    retention: RetentionPolicy = FullRetention()
+    if num_blocks is not None:
+        recent = num_blocks * exact.block_size
+        retention = WindowRetention(recent=recent, block_size=exact.block_size)
+    elif selection is None:
         return partial(StrictAttention, codecs_of_layer=layers.__getitem__, exact=exact)
+    # A text has no output: a selection that leaves prompts alone is measured as if it were one.
+    is_output = selection is not None and not selection.chooses_in_prompt
     return partial(
         RetainedAttention,
-        retention=WindowRetention(
-            recent=num_blocks * exact.block_size, block_size=exact.block_size
-        ),
+        retention=retention,
         codecs_of_layer=layers.__getitem__,
         exact=exact,
+        selection=selection,
+        num_prompt_tokens=0 if is_output else None,
     )
 
 

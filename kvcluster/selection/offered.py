@@ -5,6 +5,7 @@ lists them.
 from typing import Final
 
 from kvcluster.policy import Method, Parameter, PlugPoint
+from kvcluster.types import Policy
 
 _SINKS: Final = Parameter(
     name="sinks", meaning="first blocks, which are always read", default=1, lowest=0
@@ -76,8 +77,21 @@ QUEST: Final = Method(
     ),
 )
 SELECTION_METHODS: Final = (
-    Method(plug_point=PlugPoint.SELECTION, name="all", meaning="all that is kept"),
+    Method(plug_point=PlugPoint.SELECTION, name=Policy().selection, meaning="all that is kept"),
     BLOCK_SPARSE,
     ESTIMATED,
     QUEST,
 )
+_IN_PLACE: Final = ("full", "window")
+"""Retentions under which a token stays in the block that it was written to."""
+
+
+def check_retention(policy: Policy) -> None:
+    """Raises: ValueError, saying what to give, for a selection beside a retention that moves
+    tokens: blocks of survivors are other ones after each epoch, and differ by head."""
+    retention = policy.retention.partition(":")[0]
+    if policy.selection != Policy().selection and retention not in _IN_PLACE:
+        raise ValueError(
+            f"{policy.selection} picks blocks that stay where they are, and {retention} moves "
+            f"tokens between blocks: combine it with {' or '.join(_IN_PLACE)}"
+        )

@@ -18,7 +18,7 @@ from kvcluster.engine.text import Tokenizer
 from kvcluster.model.codecs import calibration_for, codec_layouts, measured_recipes
 from kvcluster.policy import Menu
 from kvcluster.retention.offered import RETENTION_METHODS, recent_blocks
-from kvcluster.selection.offered import SELECTION_METHODS
+from kvcluster.selection.offered import SELECTION_METHODS, check_retention
 from kvcluster.selection.registry import build_selection
 from kvcluster.types import DEFAULT_TENANT, EXACT, ModelSpec, Policy, TenantId
 
@@ -46,6 +46,7 @@ def engine_service(
         try:
             recent_blocks(policy.retention, config.cache.block_size)
             build_selection(policy.selection, config.cache.block_size)
+            check_retention(policy)
             if policy.codec != EXACT:
                 encoded_per_page(policy.codec)
         except ValueError as reason:
