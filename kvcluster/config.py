@@ -96,10 +96,18 @@ class EngineConfig:
     history_route: str = "auto"
     """`auto` chooses by bytes on the wire; `pass_kv`, `pass_q` or `gather` forces one."""
 
+    max_pooling_loss: float = 0.01
+    """Largest increase of perplexity (0.01 is 1 %), measured in the calibration file, at which a
+    policy that pools KV heads is admitted."""
+
+    admit_unmeasured_pooling: bool = False
+    """Admit policies that pool KV heads though their cost was not measured; most models that were
+    not trained with pooled heads are ruined by them."""
+
     def __post_init__(self) -> None:
         _want_at_least(1, "engine", self, "prefill_chunk_tokens", "shard_min_tokens", "max_running")
         _want_at_least(1, "engine", self, "upload_window_chunks", "lookahead_steps", "max_retained")
-        _want_at_least(0, "engine", self, "max_waiting", "retention_s")
+        _want_at_least(0, "engine", self, "max_waiting", "retention_s", "max_pooling_loss")
         _want_above_zero("engine", self, "step_timeout_s")
         _want_one_of(
             ("auto", "pass_kv", "pass_q", "gather"), "engine.history_route", self.history_route

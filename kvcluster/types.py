@@ -127,6 +127,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     retention: str = "full"
     selection: str = "all"
 
+    @property
+    def storage(self) -> str:
+        """How blocks are written, which is what codecs are looked up by: the codec and, where heads
+        are pooled, the sharing. `EXACT` where the model's own K and V are kept."""
+        return str(Policy(sharing=self.sharing, codec=self.codec))
+
     def __str__(self) -> str:
         """Canonical: the codec, and what is not at its default."""
         default = Policy()

@@ -3,10 +3,17 @@
 import torch
 from torch import Tensor
 
-from kvcluster.codec.calibration import Calibration, LayerCalibration, fit_keys, fit_values
+from kvcluster.codec.calibration import (
+    Calibration,
+    LayerCalibration,
+    LayerPools,
+    fit_keys,
+    fit_values,
+)
 from kvcluster.codec.method import CodecModel
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.codec.moments import MomentSums
+from kvcluster.codec.pooled import fit_pools
 from kvcluster.codec.registry import CODECS
 from kvcluster.model.rotary import Pairing, Rotary
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec
@@ -27,6 +34,16 @@ EVERY_CODEC = (
     "int3:value_group=16,windowed=exact",
 )
 """Every method, and combinations of their parameters."""
+POOLED = (
+    "pooled + exact",
+    "pooled + int8",
+    "pooled:by=learned + int4",
+    "pooled:by=learned + exact",
+    "pooled + int3:value_group=16,windowed=exact",
+)
+"""Heads grouped, and the groups written by a codec."""
+EVERY_STORAGE = (*EVERY_CODEC, *POOLED)
+"""All that a `Policy.storage` can be."""
 
 
 def plain_codecs(spec: ModelSpec) -> ModelCodecs:
@@ -76,6 +93,10 @@ def _layer(layer: LayerGeometry, seed: int) -> LayerCalibration:
     return LayerCalibration(
         fit_keys(moments, rank=layer.num_kv_heads * layer.key_dim),
         fit_values(moments, rank=layer.num_kv_heads * layer.value_dim),
+        LayerPools(
+            fit_pools(moments.keys, layer.num_kv_heads),
+            fit_pools(moments.values, layer.num_kv_heads),
+        ),
     )
 
 

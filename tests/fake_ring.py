@@ -123,7 +123,7 @@ class FakeRing:
 
     def _append(self, step: SequenceStep, block: NewBlock) -> None:
         sequence = self.sequences[step.sequence]
-        codec, num_groups = sequence.policy.codec, len(self.spec.windows)
+        codec, num_groups = sequence.policy.storage, len(self.spec.windows)
         is_encoded = codec != EXACT and len(sequence.entries) > 0
         assert len(block.encoded_ids) == num_groups * is_encoded
         assert len(block.block_ids) == num_groups
@@ -215,7 +215,7 @@ class FakeRing:
     def _encode(self, step: SequenceStep) -> None:
         """Blocks that no later row reads exact leave their exact slots."""
         sequence = self.sequences[step.sequence]
-        if sequence.policy.codec == EXACT:
+        if sequence.policy.storage == EXACT:
             return
         last = (step.start + step.num_tokens) // self.block_size - self.exact_recent
         for entry in range(1, last):

@@ -124,7 +124,7 @@ class ReferenceGroup:
             [*prompt, *output],
             len(prompt),
             len(prompt) + len(output),
-            policy.codec,
+            policy.storage,
             recent_blocks(policy.retention, self.block_size),
         )
 

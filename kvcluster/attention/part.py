@@ -21,6 +21,7 @@ class CacheRules(NamedTuple):
     """How a sequence is kept: its policy, as attention needs it."""
 
     codec: str = EXACT
+    """`Policy.storage`: how blocks are written."""
     exact_blocks: int = 0
     """With a codec, a row in block j reads block 0 and the blocks from j - exact_blocks on exact,
     the others encoded."""

@@ -118,7 +118,7 @@ class _SequenceState:
     ) -> None:
         self.table = table
         self.rules = CacheRules(
-            policy.codec, exact_blocks, recent_blocks(policy.retention, table.block_size)
+            policy.storage, exact_blocks, recent_blocks(policy.retention, table.block_size)
         )
         selection = build_selection(policy.selection, table.block_size)
         self.selecting = (

@@ -12,7 +12,8 @@ eigenvectors of W^1/2 S W^1/2 (Eckart and Young 1936). Values: of what the layer
 state, with W_o^T W_o of a head's columns as its block.
 
 File: safetensors. For layer i and array keys or values the tensors `i.keys.mean` [F], `.down`
-[F, C], `.up` [C, F] (float32) and `.spectrum` [F] (float64), and one metadata entry, a JSON record
+[F, C], `.up` [C, F] (float32) and `.spectrum` [F] (float64), and `.pool_groups` [K, K] (int64) and
+`.pool_scales` [K, K] (float32), which are `HeadPools`; and one metadata entry, a JSON record
 (`_Header`) with a SHA-256 over itself and all tensors.
 
 Shape letters: F = KV heads * head dimension, C latent dimension, K KV heads, D head dimension,
@@ -34,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcluster.codec.moments import LayerMoments, Spread
+from kvcluster.codec.pooled import HeadPools
 from kvcluster.errors import CalibrationMismatch, ConfigError
 
 MIN_TOKENS_PER_DIRECTION: Final = 4
@@ -88,12 +90,22 @@ class Basis:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LayerPools:
+    """Which heads of one layer go together."""
+
+    keys: HeadPools
+    values: HeadPools
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerCalibration:
     """Bases of one layer."""
 
     keys: Basis
     """Of keys before rotation."""
     values: Basis
+    pools: LayerPools | None = None
+    """None: of a file from before there were any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -311,7 +323,13 @@ def _digest(header: _Header, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _named(layer: LayerCalibration) -> dict[str, Tensor]:
+    pools = layer.pools
+    arrays = () if pools is None else (("keys", pools.keys), ("values", pools.values))
     return {
+        f"{array}.{name}": tensor
+        for array, heads in arrays
+        for name, tensor in (("pool_groups", heads.groups_NK), ("pool_scales", heads.scales_NK))
+    } | {
         f"{array}.{name}": tensor
         for array, basis in (("keys", layer.keys), ("values", layer.values))
         for name, tensor in (
@@ -330,4 +348,12 @@ def _layer(tensors: Mapping[str, Tensor], index: int) -> LayerCalibration:
         )
         return Basis(mean_F=mean_F, down_FC=down_FC, up_CF=up_CF, spectrum_F=spectrum_F)
 
-    return LayerCalibration(basis("keys"), basis("values"))
+    def heads(array: str) -> HeadPools:
+        return HeadPools(
+            *(tensors[f"{index}.{array}.pool_{name}"] for name in ("groups", "scales"))
+        )
+
+    pools = None
+    if f"{index}.keys.pool_groups" in tensors:
+        pools = LayerPools(heads("keys"), heads("values"))
+    return LayerCalibration(basis("keys"), basis("values"), pools)

@@ -34,6 +34,18 @@ class CodecModel:
 
 
 @dataclass(frozen=True, slots=True)
+class SharingMethod:
+    """One way in which layers and heads read the same K and V, whatever codec writes them.
+
+    `layers` gives, from a codec for each layer, those that share. It raises ValueError, saying
+    why, for a model or codecs that cannot have these arguments.
+    """
+
+    method: Method
+    layers: Callable[[Sequence[LayerCodec], Arguments, CodecModel], Sequence[LayerCodec]]
+
+
+@dataclass(frozen=True, slots=True)
 class CodecMethod:
     """One family of codecs. `layers` gives a codec for each layer of a model.
 

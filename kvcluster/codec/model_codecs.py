@@ -7,8 +7,16 @@ from typing import Final
 import msgspec
 
 from kvcluster.codec.method import CodecModel, LayerCodec
-from kvcluster.codec.registry import CODEC_METHODS, CODECS
-from kvcluster.policy import parse_choice
+from kvcluster.codec.plain_methods import PLAIN
+from kvcluster.codec.registry import (
+    CODEC_METHODS,
+    CODECS,
+    SHARING_METHODS,
+    SHARINGS,
+    STORAGE_MENU,
+)
+from kvcluster.policy import parse_choice, parse_policy
+from kvcluster.types import EXACT, Policy
 
 MAX_KEPT: Final = 64
 """Codecs that are kept built: requests choose their parameters, so there is no end of them."""
@@ -25,18 +33,23 @@ class ModelCodecs:
         ]
         self._build_once = lru_cache(MAX_KEPT)(self._build)
 
-    def layers(self, codec: str) -> tuple[LayerCodec, ...]:
+    def layers(self, storage: str) -> tuple[LayerCodec, ...]:
         """The codec of each layer; a layer that reads the K and V of another has that one's.
-        `codec` is a choice in the policy language, not `exact`.
+        `storage` is a `Policy.storage`, not `exact`: a codec, and perhaps a way to share.
 
-        Raises: InvalidField for text that names no codec; ValueError, saying why, when the model
+        Raises: InvalidField for text that names none; ValueError, saying why, when the model
         cannot have it.
         """
-        return self._build_once(codec)
+        return self._build_once(storage)
 
-    def _build(self, codec: str) -> tuple[LayerCodec, ...]:
-        choice = parse_choice(codec, CODEC_METHODS)
-        layers = CODECS[choice.name].layers(choice.arguments, self._model)
+    def _build(self, storage: str) -> tuple[LayerCodec, ...]:
+        policy = parse_policy(storage, STORAGE_MENU)
+        choice = parse_choice(policy.codec, CODEC_METHODS)
+        codec = PLAIN[EXACT] if choice.name == EXACT else CODECS[choice.name]
+        layers = codec.layers(choice.arguments, self._model)
+        if policy.sharing != Policy().sharing:
+            sharing = parse_choice(policy.sharing, SHARING_METHODS)
+            layers = SHARINGS[sharing.name].layers(layers, sharing.arguments, self._model)
         return tuple(layers[place] for place in self._places)
 
 

@@ -102,8 +102,8 @@ def check_capacity(
     entries = entries_under(
         policy, spec.windows, num_tokens, block_size=cache.block_size, chunk_tokens=cache.block_size
     )
-    needed = partition.blocks_for(entries, policy.codec)
-    capacity = partition.capacity(policy.codec)
+    needed = partition.blocks_for(entries, policy.storage)
+    capacity = partition.capacity(policy.storage)
     short = next((group for group, count in enumerate(needed) if count > capacity[group]), None)
     if short is None:
         return

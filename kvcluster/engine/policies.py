@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvcluster.engine.api import GenerationRequest, PolicySource
 from kvcluster.engine.parts import EngineParts
+from kvcluster.engine.pooling import pooling_refusal
 from kvcluster.errors import ConfigError, InvalidField, PolicyUnsupported
 from kvcluster.policy import MeasuredRecipe, parse_bound, parse_policy, resolve
 from kvcluster.types import Policy
@@ -55,13 +56,17 @@ def _chosen(text: str, source: PolicySource, parts: EngineParts) -> ChosenPolicy
         named = resolve(bound, tuple(_servable(parts)))
         return ChosenPolicy(policy=parse_policy(named, parts.menu), source=source, bound=str(bound))
     policy = parse_policy(text, parts.menu)
-    refusal = parts.refusal(policy)
+    refusal = _refusal(policy, parts)
     if refusal is not None:
         raise PolicyUnsupported(
             f"policy: {policy} cannot be served with {parts.spec.name}: {refusal}",
             metadata={"policy": str(policy)},
         )
     return ChosenPolicy(policy=policy, source=source)
+
+
+def _refusal(policy: Policy, parts: EngineParts) -> str | None:
+    return parts.refusal(policy) or pooling_refusal(policy, parts)
 
 
 def _servable(parts: EngineParts) -> Iterator[MeasuredRecipe]:
@@ -71,7 +76,7 @@ def _servable(parts: EngineParts) -> Iterator[MeasuredRecipe]:
             policy = parse_policy(recipe.policy, parts.menu)
         except InvalidField:
             continue
-        if parts.refusal(policy) is None:
+        if _refusal(policy, parts) is None:
             yield recipe
 
 

@@ -214,8 +214,8 @@ class Scheduler:
             block_size=self._block_size,
             chunk_tokens=self._chunk_tokens,
         )
-        blocks = self._partition.blocks_for(entries, request.policy.codec)
-        if request.policy.codec != EXACT:
+        blocks = self._partition.blocks_for(entries, request.policy.storage)
+        if request.policy.storage != EXACT:
             # A chunk is exact until its step has run.
             in_chunk = -(-self._chunk_tokens // self._block_size)
             blocks = tuple(count + in_chunk for count in blocks)
@@ -225,7 +225,7 @@ class Scheduler:
     def _start(self, draft: _Draft, request: Request, budget: int) -> int:
         end = self._chunk_end(request, budget)
         recent = recent_blocks(request.policy.retention, self._block_size)
-        table = BlockTable(len(self._windows), request.policy.codec, recent_blocks=recent)
+        table = BlockTable(len(self._windows), request.policy.storage, recent_blocks=recent)
         appended = self._append_blocks(request, table, end)
         covered = min(end, len(table) * self._block_size)
         if not covered:
@@ -294,7 +294,7 @@ class Scheduler:
                 route=(
                     Route.PASS_Q
                     if is_decode
-                    else self._route(end - start, start, request.policy.codec)
+                    else self._route(end - start, start, request.policy.storage)
                 ),
                 scoring=scoring,
             )

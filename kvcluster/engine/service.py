@@ -190,7 +190,7 @@ class EngineService:
             total_s=total_s,
             kv_bytes=_weighted(
                 partition.blocks_for(
-                    self._entries(request, policy or Policy()), (policy or Policy()).codec
+                    self._entries(request, policy or Policy()), (policy or Policy()).storage
                 ),
                 block_bytes,
             ),

@@ -22,11 +22,13 @@ from kvcluster.codec.calibration import (
     MIN_TOKENS_PER_DIRECTION,
     Calibration,
     LayerCalibration,
+    LayerPools,
     fit_keys,
     fit_values,
     output_weights,
 )
 from kvcluster.codec.moments import LayerMoments, MomentSums, upper_bound, weighted_sum
+from kvcluster.codec.pooled import fit_pools
 from kvcluster.errors import ConfigError
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.rotary import Rotary, check_rotary, read_rotary
@@ -247,6 +249,10 @@ def fitted(
                 ),
                 values=fit_values(
                     mixed, rank=min(limit, len(mixed.values.mean_F)), output_KDD=output_KDD
+                ),
+                pools=LayerPools(
+                    fit_pools(mixed.keys, geometry.num_kv_heads),
+                    fit_pools(mixed.values, geometry.num_kv_heads),
                 ),
             )
         )

@@ -5,17 +5,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+import msgspec
+
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.calibration import Calibration
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.latent_method import LATENT
 from kvcluster.codec.method import CodecModel, LayerCodec
 from kvcluster.codec.model_codecs import ModelCodecs
-from kvcluster.codec.registry import CODEC_METHODS
+from kvcluster.codec.pooled_method import LEARNED
+from kvcluster.codec.registry import CODEC_METHODS, SHARING_METHODS
 from kvcluster.errors import ConfigError
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.rotary import check_rotary, read_rotary
-from kvcluster.policy import Menu, parse_choice, parse_policy
+from kvcluster.policy import Menu, PlugPoint, parse_choice, parse_policy
 from kvcluster.quality.measure import CountingAttention, MeasuredPolicy
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention, stored_dims
@@ -27,7 +30,7 @@ from kvcluster.selection.offered import SELECTION_METHODS
 from kvcluster.selection.registry import build_selection
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Policy
 
-MENU: Final = Menu((*CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS))
+MENU: Final = Menu((*SHARING_METHODS, *CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS))
 """What can be measured: what a cluster serves."""
 
 
@@ -45,7 +48,8 @@ class ServedPolicy:
 
 
 def codecs_of(model: LoadedModel, calibration: Calibration | None) -> ModelCodecs:
-    """Codecs that encode on the model's device.
+    """Codecs that encode on the model's device. What they store as floats they store as bfloat16,
+    so that bytes are those of a bfloat16 cache.
 
     Raises: ModelUnsupported where there is a calibration and the model's keys cannot be had as
     they were before rotation.
@@ -56,7 +60,10 @@ def codecs_of(model: LoadedModel, calibration: Calibration | None) -> ModelCodec
         check_rotary(model.module, rotations)
     return ModelCodecs(
         CodecModel(
-            spec=model.spec, device=model.device, calibration=calibration, rotations=rotations
+            spec=msgspec.structs.replace(model.spec, dtype="bfloat16"),
+            device=model.device,
+            calibration=calibration,
+            rotations=rotations,
         )
     )
 
@@ -87,10 +94,12 @@ def served_policies(
         except ValueError as error:
             raise ConfigError(f"policy {name}: {error}") from error
         codec = parse_choice(policy.codec, CODEC_METHODS).name
+        sharing = parse_choice(policy.sharing, MENU.at(PlugPoint.SHARING))
+        is_learned = sharing.arguments.get("by") == LEARNED
         found.append(
             ServedPolicy(
                 measured=MeasuredPolicy(name=name, attention=attention),
-                needs_calibration=codec == LATENT.method.name,
+                needs_calibration=is_learned or codec == LATENT.method.name,
             )
         )
     return found
@@ -100,8 +109,8 @@ def _attention(
     policy: Policy, codecs: ModelCodecs, spec: ModelSpec, exact: ExactTokens
 ) -> Callable[[ModelSpec], CountingAttention]:
     layers = [LayerCodecs(None, None)] * len(spec.layers)
-    if policy.codec != EXACT:
-        layers = [_written(layer) for layer in codecs.layers(policy.codec)]
+    if policy.storage != EXACT:
+        layers = [_written(layer) for layer in codecs.layers(policy.storage)]
         for codec, geometry in zip(layers, spec.layers, strict=True):
             _check_blocks(codec, geometry, exact.block_size)
     num_blocks = recent_blocks(policy.retention, exact.block_size)

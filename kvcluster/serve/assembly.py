@@ -8,7 +8,7 @@ from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.encoded_pages import blocks_per_page
 from kvcluster.cache.partition import Partition
 from kvcluster.codec.model_codecs import MAX_KEPT
-from kvcluster.codec.registry import CODEC_METHODS
+from kvcluster.codec.registry import CODEC_METHODS, SHARING_METHODS
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.driver import Executor, SystemClock, random_id
 from kvcluster.engine.engine import Engine
@@ -47,8 +47,8 @@ def engine_service(
             recent_blocks(policy.retention, config.cache.block_size)
             build_selection(policy.selection, config.cache.block_size)
             check_retention(policy)
-            if policy.codec != EXACT:
-                encoded_per_page(policy.codec)
+            if policy.storage != EXACT:
+                encoded_per_page(policy.storage)
         except ValueError as reason:
             return str(reason)
         return None
@@ -64,7 +64,7 @@ def engine_service(
             exact_recent=config.cache.exact_recent_blocks,
         ),
         choose_route=choose_route,
-        menu=Menu((*CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS)),
+        menu=Menu((*SHARING_METHODS, *CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS)),
         refusal=refusal,
         recipes=measured_recipes(calibration),
         default_policy=config.default_policy,

@@ -1,6 +1,6 @@
 """A file that a calibration wrote is served: its bases by name, its recipes by bound."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -49,7 +49,7 @@ def report(model: LoadedModel, path: Path) -> CalibrationReport:
         TEXTS,
         CalibrationSettings(
             out=path,
-            policies=("int8", "int4", "latent:r=0.5,bits=8"),
+            policies=("int8", "int4", "latent:r=0.5,bits=8", "pooled:by=learned + int8"),
             num_documents=0,
             block_size=CACHE.block_size,
             exact_recent_tokens=CACHE.exact_recent_tokens,
@@ -120,6 +120,18 @@ async def test_latents_are_served_from_the_file(
 
     assert len(latent.token_ids) == OUTPUT_TOKENS
     assert latent.kv_bytes < exact.kv_bytes
+
+
+async def test_learned_groups_are_served_from_the_file_within_the_operator_s_bound(
+    model: LoadedModel, path: Path, report: CalibrationReport
+) -> None:
+    any_loss = replace(config(path), engine=replace(config(path).engine, max_pooling_loss=1e6))
+    async with running_engine(model, any_loss) as (service, _):
+        pooled = await generate(service, "pooled:by=learned + int8")
+        plain = await generate(service, "int8")
+
+    assert [recipe.policy for recipe in report.recipes][-1] == "pooled:by=learned + int8"
+    assert pooled.kv_bytes < plain.kv_bytes
 
 
 async def test_a_file_of_another_model_is_refused(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,19 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcluster.codec.model_codecs import ModelCodecs
+from kvcluster.codec.registry import STORAGE_MENU
+from kvcluster.policy import parse_policy
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.window import WindowRetention
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import EVERY_CODEC, PLAIN, calibrated_codecs, plain_codecs
+from tests.codec_models import EVERY_STORAGE, PLAIN, calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
 BLOCK_SIZE = 16
 MAX_TOKENS = 240
-LOSSY = [codec for codec in EVERY_CODEC if codec != EXACT]
 MODEL = ScriptedModel(
     geometry(),
     geometry(window=24),
@@ -68,7 +70,7 @@ class Serving:
 def defined(policy: Policy, num_tokens: int, serving: Serving, subject: Served) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
     model = subject.model
-    layers = () if policy.codec == EXACT else subject.codecs.layers(policy.codec)
+    layers = () if policy.storage == EXACT else subject.codecs.layers(policy.storage)
     block_size = serving.block_size
     recent = recent_blocks(policy.retention, block_size)
     attention = RetainedAttention(
@@ -117,12 +119,12 @@ def check(policy: Policy, serving: Serving, subject: Served = ORDINARY) -> None:
         torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("codec", EVERY_CODEC)
+@pytest.mark.parametrize("storage", EVERY_STORAGE)
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_every_codec_is_served_as_it_is_defined(codec: str, num_ranks: int) -> None:
+def test_every_codec_is_served_as_it_is_defined(storage: str, num_ranks: int) -> None:
     serving = Serving(num_ranks=num_ranks, chunks=(64, 70, 16), num_decoded=20, exact_blocks=1)
 
-    check(Policy(codec=codec), serving)
+    check(parse_policy(storage, STORAGE_MENU), serving)
 
 
 @pytest.mark.parametrize("codec", CODECS_OF_LATENTS)
@@ -173,12 +175,13 @@ def servings(draw: st.DrawFn) -> Serving:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    codec=st.sampled_from(EVERY_CODEC),
+    storage=st.sampled_from(EVERY_STORAGE),
     retention=st.sampled_from(["full", "full", "window:recent=32", "window:recent=64"]),
     serving=servings(),
 )
-def test_chunks_and_ranks_change_nothing(codec: str, retention: str, serving: Serving) -> None:
-    check(Policy(codec=codec, retention=retention), serving)
+def test_chunks_and_ranks_change_nothing(storage: str, retention: str, serving: Serving) -> None:
+    kept = parse_policy(storage, STORAGE_MENU)
+    check(msgspec.structs.replace(kept, retention=retention), serving)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

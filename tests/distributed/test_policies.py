@@ -21,7 +21,14 @@ from tests.thread_executor import hear, running_engine
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 150
 OUTPUT_TOKENS = 24
-POLICIES = (EXACT, *PLAIN, "window:recent=48", "int4 + window:recent=64")
+POLICIES = (
+    EXACT,
+    *PLAIN,
+    "window:recent=48",
+    "int4 + window:recent=64",
+    "pooled",
+    "pooled + int4 + window:recent=64",
+)
 
 
 @cache
@@ -47,7 +54,9 @@ def config(num_ranks: int, exact_recent_tokens: int = 20) -> ClusterConfig:
         cache=CacheConfig(
             block_size=BLOCK_SIZE, capacity_tokens=4096, exact_recent_tokens=exact_recent_tokens
         ),
-        engine=EngineConfig(prefill_chunk_tokens=64, shard_min_tokens=32),
+        engine=EngineConfig(
+            prefill_chunk_tokens=64, shard_min_tokens=32, admit_unmeasured_pooling=True
+        ),
         ring=RingConfig(num_ranks=num_ranks),
     )
 
@@ -85,7 +94,7 @@ async def test_usage_and_estimate_fall_with_the_bits() -> None:
     async with running_engine(model(), cluster) as (service, _):
         used = {
             policy: (await generate(service, policy, seed=0))[1].kv_bytes
-            for policy in (EXACT, "int8", "int4", "int2")
+            for policy in (EXACT, "int8", "int4", "int2", "pooled", "pooled + int8")
         }
         estimated = {
             policy: (
@@ -99,6 +108,7 @@ async def test_usage_and_estimate_fall_with_the_bits() -> None:
         }
 
     assert used[EXACT] > used["int8"] > used["int4"] > used["int2"]
+    assert used[EXACT] > used["pooled"] > used["int8"] > used["pooled + int8"]
     # In whole pages, of which two codecs may need as many.
     assert estimated[EXACT] > estimated["int8"] > estimated["int4"] >= estimated["int2"]
 
@@ -130,12 +140,23 @@ async def test_a_window_that_is_no_whole_blocks_is_refused() -> None:
             await generate(service, "window:recent=40", seed=0)
 
 
+async def test_pooled_heads_are_refused_until_they_are_measured() -> None:
+    cluster = config(num_ranks=1)
+    careful = replace(cluster, engine=replace(cluster.engine, admit_unmeasured_pooling=False))
+
+    async with running_engine(model(), careful) as (service, _):
+        with pytest.raises(PolicyUnsupported, match="has not been measured"):
+            await generate(service, "pooled + int4", seed=0)
+
+
 async def test_a_codec_that_cannot_encode_the_blocks_is_refused() -> None:
     tiny_blocks = replace(
         config(num_ranks=1), cache=CacheConfig(block_size=1, capacity_tokens=1024)
     )
 
     async with running_engine(model(), tiny_blocks) as (service, _):
+        with pytest.raises(PolicyUnsupported, match="more than 2 KV heads"):
+            await generate(service, "pooled:heads=2", seed=0)
         with pytest.raises(PolicyUnsupported, match="must be a multiple of 2, not 1"):
             await generate(service, "int4", seed=0)
 

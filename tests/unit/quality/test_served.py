@@ -119,6 +119,30 @@ def test_latents_need_a_calibration_and_say_that_they_had_one(model: LoadedModel
     assert states(model, policy).isfinite().all()
 
 
+def test_pooled_heads_count_as_those_that_are_left(model: LoadedModel) -> None:
+    """Of two heads one; as bfloat16, though the model computes in float32."""
+    found = {}
+    for policy in served(model, "pooled", "pooled + int8", "int8"):
+        attention = policy.measured.attention(model.spec)
+        final_states(model, torch.arange(3, 153), attention)
+        found[policy.name] = attention.stored().payload_bits_per_element
+
+    assert found["pooled + exact"] == 8
+    assert found["pooled + int8"] == found["int8"] / 2
+
+
+def test_learned_groups_need_a_calibration_and_say_that_they_had_one(model: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match="by=learned needs a calibration file"):
+        served(model, "pooled:by=learned")
+
+    codecs = codecs_of(model, calibration_of(model.spec))
+    exact = ExactTokens(block_size=16)
+    averaged, learned = served_policies(["pooled", "pooled:by=learned"], codecs, model.spec, exact)
+    assert not averaged.needs_calibration
+    assert learned.needs_calibration
+    assert not torch.equal(states(model, learned), states(model, averaged))
+
+
 @pytest.mark.parametrize(
     ("text", "block_size", "reason"),
     [
