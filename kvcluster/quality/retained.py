@@ -42,8 +42,9 @@ from kvcluster.quality.survivor_list import (
     stored_as,
 )
 from kvcluster.retention.base import Need, RetentionPolicy
+from kvcluster.retention.candidates import Queries
 from kvcluster.retention.full import FullRetention
-from kvcluster.retention.scored import Queries, ScoredRetention
+from kvcluster.retention.scored import ScoredRetention
 from kvcluster.retention.window import WindowRetention
 from kvcluster.selection.base import BlockSelection, KeySummaries, Rows, reads, summaries
 from kvcluster.types import LayerGeometry, ModelSpec

@@ -25,8 +25,8 @@ from kvcluster.quality.strict import (
     restored,
     stored_dims,
 )
-from kvcluster.retention.base import Need
-from kvcluster.retention.scored import Candidates, Queries, ScoredRetention, survivors
+from kvcluster.retention.candidates import Candidates, Queries
+from kvcluster.retention.scored import ScoredRetention, survivors
 from kvcluster.types import LayerGeometry
 
 
@@ -49,8 +49,7 @@ def cut(
     retention: ScoredRetention, kept: SurvivorList, own: KeysValues, queries: Queries
 ) -> SurvivorList:
     """The survivors, not encoded anew, when the epoch of these keys and queries ends."""
-    last = queries.first + len(queries.q_THD)
-    own_S = torch.arange(queries.first, last, device=queries.q_THD.device)
+    own_S = torch.arange(queries.first, queries.last, device=queries.q_THD.device)
     own_KS = own_S.expand(len(kept.positions_KJ), -1)
     readable = kept.kv.followed_by(own)
     candidates = Candidates(
@@ -58,8 +57,7 @@ def cut(
         readable.k_KTD,
         torch.cat((kept.mass_KJ, torch.zeros_like(own_KS)), dim=1),
     )
-    needed = queries if retention.needs is Need.QUERIES else None
-    chosen = survivors(retention, candidates, needed, last)
+    chosen = survivors(retention, candidates, queries, queries.last)
     place_KJ = chosen.kept_KS.nonzero()[:, 1].reshape(len(own_KS), -1)
 
     def taken(x_KSD: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.ranks import Ranks
-from kvcluster.retention.scored import Candidates, Queries
 from kvcluster.retention.top_k import PADDING
 
 UNIT: Final = 2.0**-32

@@ -25,6 +25,16 @@ class Need(StrEnum):
     """Keys, queries of the epoch that ends, and their LSE over all keys of all ranks."""
 
 
+class Heads(StrEnum):
+    """Which KV heads of a layer keep the same tokens."""
+
+    OWN = "own"
+    """None: each keeps what it scores highest."""
+    SHARED = "shared"
+    """All: a token's score is the sum of what it is to each head. Codecs that write the heads of a
+    token together need that."""
+
+
 class RetentionPolicy(Protocol):
     """Decides which tokens no later query may read. Layers with a window of the model's own are
     left alone: they are bounded already."""
@@ -54,9 +64,10 @@ class Counts(NamedTuple):
 class Budgeted:
     """Base of the policies that keep a share of the tokens, the best by some score.
 
-    Every layer and KV head keeps as many tokens as every other, but its own ones. After an epoch
-    that ends at position n they are max(block_size, ceil(budget * n)), the first block among them,
-    and a share of `recent` of them are the latest ones.
+    Every layer and KV head keeps as many tokens as every other, but its own ones, unless the heads
+    of a layer share them. After an epoch that ends at position n they are
+    max(block_size, ceil(budget * n)), the first block among them, and a share of `recent` of them
+    are the latest ones.
     """
 
     budget: float
@@ -64,6 +75,7 @@ class Budgeted:
     recent: float = 0.5
     """Share of the kept tokens that are the latest ones, in [0, 1]. More of them lowers perplexity
     and loses more needles."""
+    heads: Heads = Heads.OWN
     block_size: int = 64
     epoch_tokens: int = 512
 
@@ -80,9 +92,18 @@ class Budgeted:
             )
         if self.block_size < 1 or self.epoch_tokens < 1 or self.epoch_tokens % self.block_size:
             raise ValueError(
-                f"epoch_tokens must be a multiple of block_size, which is {self.block_size}: give "
-                f"{self.block_size} or more, not {self.epoch_tokens}"
+                f"epoch must be a multiple of the block size, which is {self.block_size}: give "
+                f"{self.block_size} or a multiple of it, not {self.epoch_tokens}"
             )
+
+    @property
+    def carries_mass(self) -> bool:
+        """See `ScoredRetention`."""
+        return False
+
+    def first_observed(self, epoch_start: int) -> int:
+        """See `ScoredRetention`."""
+        return epoch_start + self.epoch_tokens
 
     def counts(self, num_tokens: int) -> Counts:
         """What stays when an epoch ends after `num_tokens` tokens."""
@@ -94,5 +115,9 @@ class Budgeted:
 
     def num_held(self, num_tokens: int) -> int:
         """See `RetentionPolicy`."""
-        epoch_start = (num_tokens - 1) // self.epoch_tokens * self.epoch_tokens
+        epoch_start = self.epoch_start(num_tokens - 1)
         return self.counts(epoch_start).kept + num_tokens - epoch_start
+
+    def epoch_start(self, position: int) -> int:
+        """Where the epoch of a position begins."""
+        return position // self.epoch_tokens * self.epoch_tokens

@@ -9,10 +9,11 @@ Sums go on from epoch to epoch for survivors, and end with a token.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcluster.retention.attention_mass import attention_mass
+from torch import Tensor
+
 from kvcluster.retention.base import Budgeted, Need
+from kvcluster.retention.candidates import Candidates
 from kvcluster.retention.ranks import Ranks
-from kvcluster.retention.scored import Candidates, Queries, Scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +23,21 @@ class HeavyHitters(Budgeted):
     name: ClassVar[str] = "heavy_hitters"
     needs: ClassVar[Need] = Need.QUERIES
 
-    def score(
-        self, candidates: Candidates, queries: Queries | None, num_tokens: int, ranks: Ranks
-    ) -> Scored:
+    @property
+    def carries_mass(self) -> bool:
         """See `ScoredRetention`."""
-        assert queries is not None, "the method's needs are queries"
-        mass_KS = candidates.mass_KS + attention_mass(candidates, queries, ranks)
+        return True
+
+    def first_observed(self, epoch_start: int) -> int:
+        """See `ScoredRetention`."""
+        return epoch_start
+
+    def score(
+        self,
+        candidates: Candidates,
+        num_tokens: int,
+        ranks: Ranks,  # noqa: ARG002
+    ) -> Tensor:
+        """See `ScoredRetention`."""
         # A survivor was seen by every query since its own.
-        num_seeing_KS = num_tokens - candidates.positions_KS
-        return Scored(mass_KS.double() / num_seeing_KS, mass_KS)
+        return candidates.mass_KS.double() / (num_tokens - candidates.positions_KS)

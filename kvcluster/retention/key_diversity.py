@@ -14,8 +14,8 @@ from typing import ClassVar, Final
 from torch import Tensor
 
 from kvcluster.retention.base import Budgeted, Need
+from kvcluster.retention.candidates import Candidates
 from kvcluster.retention.ranks import Ranks
-from kvcluster.retention.scored import Candidates, Queries, Scored
 from kvcluster.retention.top_k import PADDING
 
 _UNIT: Final = 2.0**-20
@@ -32,19 +32,19 @@ class KeyDiversity(Budgeted):
     def score(
         self,
         candidates: Candidates,
-        queries: Queries | None,  # noqa: ARG002
         num_tokens: int,  # noqa: ARG002
         ranks: Ranks,
-    ) -> Scored:
+    ) -> Tensor:
         """See `ScoredRetention`."""
         is_token_KS = candidates.positions_KS != PADDING
         unit_KSD = _unit_lengths(candidates.k_KSD) * is_token_KS[..., None]
         sum_KD = ranks.sum(unit_KSD.sum(dim=1))
         num_tokens_K = ranks.sum(is_token_KS.sum(dim=1))
         mean_KD = sum_KD.div(num_tokens_K[:, None], rounding_mode="floor")
-        # The length of the mean is the same for all tokens of a head, and changes no order.
         similarity_KS = (unit_KSD * mean_KD[:, None]).sum(dim=2)
-        return Scored(-similarity_KS.double(), candidates.mass_KS)
+        # Of whole numbers, so that ranks agree. It changes no order within a head.
+        length_K1 = mean_KD.square().sum(dim=1, keepdim=True).double().sqrt()
+        return -similarity_KS.double() / length_K1.clamp_min(1.0)
 
 
 def _unit_lengths(k_KSD: Tensor) -> Tensor:

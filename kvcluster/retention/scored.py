@@ -4,50 +4,24 @@ A rank gives the tokens that it holds. Scores are the same for any number of ran
 function of sums of whole numbers, which no order changes, and of the LSE over all ranks' keys, in
 float64. Among the tokens of all ranks the best are then chosen exactly.
 
-Shape letters: T query tokens, S tokens that may survive, H query heads, K KV heads, D head
-dimension.
+The mass that queries give to tokens is such a sum, so an epoch's queries may be observed a few at a
+time, as they come, and none of them has to be kept.
+
+Shape letters: S tokens that may survive, K KV heads.
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from kvcluster.retention.base import Counts, RetentionPolicy
+from kvcluster.retention.attention_mass import attention_mass
+from kvcluster.retention.base import Counts, Heads, RetentionPolicy
+from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.ranks import ALONE, Ranks
 from kvcluster.retention.top_k import top_k_global, top_k_sharded
-from kvcluster.types import LayerGeometry
-
-
-class Candidates(NamedTuple):
-    """Tokens of one layer among which survivors are chosen: earlier survivors and the epoch."""
-
-    positions_KS: Tensor
-    """int64; each head has tokens of its own, in any order. `top_k.PADDING`: no token here."""
-    k_KSD: Tensor
-    """As queries read them, rotary position included."""
-    mass_KS: Tensor
-    """int64: attention received up to the last epoch's end, in units of `attention_mass.UNIT`."""
-
-
-class Queries(NamedTuple):
-    """The queries of the epoch that ends, all of them on every rank."""
-
-    q_THD: Tensor
-    first: int
-    """Position of the first one; the others follow."""
-    layer: LayerGeometry
-    sinks_H: Tensor | None = None
-    """Learned logits in the softmax's denominator, where the model has them."""
-
-
-class Scored(NamedTuple):
-    """What a method makes of its candidates."""
-
-    scores_KS: Tensor
-    """float64; the highest survive. Anything where there is no token."""
-    mass_KS: Tensor
-    """`Candidates.mass_KS` for the next epoch's end."""
 
 
 class Survivors(NamedTuple):
@@ -55,7 +29,7 @@ class Survivors(NamedTuple):
 
     kept_KS: Tensor
     mass_KS: Tensor
-    """Of all candidates."""
+    """Of all candidates, as the next epoch begins with it."""
 
 
 class ScoredRetention(RetentionPolicy, Protocol):
@@ -67,40 +41,80 @@ class ScoredRetention(RetentionPolicy, Protocol):
     @property
     def epoch_tokens(self) -> int: ...
 
+    @property
+    def heads(self) -> Heads: ...
+
+    @property
+    def carries_mass(self) -> bool:
+        """Whether mass goes on from epoch to epoch; otherwise each epoch begins at zero."""
+        ...
+
+    def first_observed(self, epoch_start: int) -> int:
+        """Queries from this position to the end of their epoch give mass; the epoch's end where
+        none do."""
+        ...
+
     def counts(self, num_tokens: int) -> Counts:
         """What stays when an epoch ends after `num_tokens` tokens."""
         ...
 
-    def score(
-        self, candidates: Candidates, queries: Queries | None, num_tokens: int, ranks: Ranks
-    ) -> Scored:
-        """Score this rank's candidates as an epoch ends after `num_tokens` tokens.
+    def score(self, candidates: Candidates, num_tokens: int, ranks: Ranks) -> Tensor:
+        """scores_KS, float64, of this rank's candidates as an epoch ends after `num_tokens`
+        tokens; the highest survive. Anything where there is no token.
 
-        Depends on positions, keys, mass and queries, never on the order of the candidates or on
-        which rank holds them. `queries` are there if the method's `needs` are queries.
+        Depends on positions, keys and mass, never on the order of the candidates or on which rank
+        holds them. The mass is what all observed queries gave.
         """
         ...
+
+
+def observe(
+    method: ScoredRetention, candidates: Candidates, queries: Queries, ranks: Ranks = ALONE
+) -> Tensor:
+    """mass_KS of this rank's candidates after these queries of one epoch. All tokens that they may
+    see must be among the candidates of some rank."""
+    epoch_start = queries.first // method.epoch_tokens * method.epoch_tokens
+    observed = queries.since(method.first_observed(epoch_start))
+    if not len(observed.q_THD):
+        return candidates.mass_KS
+    return candidates.mass_KS + attention_mass(candidates, observed, ranks)
+
+
+def choose(
+    method: ScoredRetention, candidates: Candidates, num_tokens: int, ranks: Ranks = ALONE
+) -> Tensor:
+    """kept_KS: this rank's survivors as an epoch ends after `num_tokens` tokens.
+
+    Over all ranks each head keeps `method.counts(num_tokens).kept` tokens: the first block, the
+    latest ones, and of the others those with the highest score, lower positions first. Shared
+    heads keep the same ones: a token's score is then the sum over the heads.
+    """
+    counts = method.counts(num_tokens)
+    scores_KS = method.score(candidates, num_tokens, ranks)
+    if method.heads is Heads.SHARED:
+        # One by one: how torch orders a sum depends on the shape, and ranks must agree.
+        scores_KS = reduce(torch.add, scores_KS.unbind()).expand_as(scores_KS)
+    is_pinned_KS = candidates.positions_KS < method.block_size
+    is_pinned_KS |= candidates.positions_KS >= num_tokens - counts.recent
+    scores_KS = scores_KS.masked_fill(is_pinned_KS, math.inf)
+    if ranks is ALONE:
+        return top_k_global(scores_KS, candidates.positions_KS, counts.kept)
+    return top_k_sharded(scores_KS, candidates.positions_KS, counts.kept, ranks)
 
 
 def survivors(
     method: ScoredRetention,
     candidates: Candidates,
-    queries: Queries | None,
+    queries: Queries,
     num_tokens: int,
     ranks: Ranks = ALONE,
 ) -> Survivors:
-    """Choose this rank's survivors as an epoch ends after `num_tokens` tokens. Changes nothing.
+    """Observe all queries of an epoch and choose this rank's survivors as it ends. Changes nothing.
 
-    Over all ranks each head keeps `method.counts(num_tokens).kept` tokens: the first block, the
-    latest ones, and of the others those with the highest score, lower positions first.
+    `candidates.mass_KS` is what the epoch began with.
     """
-    counts = method.counts(num_tokens)
-    scored = method.score(candidates, queries, num_tokens, ranks)
-    is_pinned_KS = candidates.positions_KS < method.block_size
-    is_pinned_KS |= candidates.positions_KS >= num_tokens - counts.recent
-    scores_KS = scored.scores_KS.masked_fill(is_pinned_KS, math.inf)
-    if ranks is ALONE:
-        kept_KS = top_k_global(scores_KS, candidates.positions_KS, counts.kept)
-    else:
-        kept_KS = top_k_sharded(scores_KS, candidates.positions_KS, counts.kept, ranks)
-    return Survivors(kept_KS, scored.mass_KS)
+    if not method.carries_mass:
+        candidates = candidates._replace(mass_KS=torch.zeros_like(candidates.mass_KS))
+    ended = candidates._replace(mass_KS=observe(method, candidates, queries, ranks))
+    kept_KS = choose(method, ended, num_tokens, ranks)
+    return Survivors(kept_KS, ended.mass_KS if method.carries_mass else candidates.mass_KS)

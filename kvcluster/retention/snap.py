@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from kvcluster.retention.attention_mass import attention_mass
 from kvcluster.retention.base import Budgeted, Need
+from kvcluster.retention.candidates import Candidates
 from kvcluster.retention.ranks import Ranks
-from kvcluster.retention.scored import Candidates, Queries, Scored
 
 POOLED: Final = 7
 """Tokens over which a score spreads: a fact is worded in neighbouring tokens."""
@@ -41,22 +40,18 @@ class Snap(Budgeted):
                 f"not {self.queries}"
             )
 
+    def first_observed(self, epoch_start: int) -> int:
+        """See `ScoredRetention`."""
+        return epoch_start + self.epoch_tokens - self.queries
+
     def score(
         self,
         candidates: Candidates,
-        queries: Queries | None,
         num_tokens: int,  # noqa: ARG002
         ranks: Ranks,
-    ) -> Scored:
+    ) -> Tensor:
         """See `ScoredRetention`."""
-        assert queries is not None, "the method's needs are queries"
-        num_skipped = max(0, len(queries.q_THD) - self.queries)
-        latest = queries._replace(
-            q_THD=queries.q_THD[num_skipped:], first=queries.first + num_skipped
-        )
-        mass_KS = attention_mass(candidates, latest, ranks)
-        pooled_KS = _pooled(mass_KS.double(), candidates.positions_KS, ranks)
-        return Scored(pooled_KS, candidates.mass_KS)
+        return _pooled(candidates.mass_KS.double(), candidates.positions_KS, ranks)
 
 
 def _pooled(scores_KS: Tensor, positions_KS: Tensor, ranks: Ranks) -> Tensor:

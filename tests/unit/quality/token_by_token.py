@@ -10,7 +10,8 @@ from kvcluster.codec.array import ArrayCodec
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.attention_mass import UNIT
 from kvcluster.retention.base import RetentionPolicy
-from kvcluster.retention.scored import Candidates, Queries, ScoredRetention
+from kvcluster.retention.candidates import Candidates, Queries
+from kvcluster.retention.scored import ScoredRetention
 from kvcluster.retention.window import WindowRetention
 from kvcluster.selection.base import BlockSelection, Rows, reads, summaries
 from kvcluster.types import LayerGeometry

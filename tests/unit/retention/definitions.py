@@ -6,9 +6,11 @@ from collections.abc import Callable
 import torch
 
 from kvcluster.retention.attention_mass import UNIT
+from kvcluster.retention.base import Heads
+from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.heavy_hitters import HeavyHitters
 from kvcluster.retention.key_diversity import KeyDiversity
-from kvcluster.retention.scored import Candidates, Queries, ScoredRetention
+from kvcluster.retention.scored import ScoredRetention
 from kvcluster.retention.snap import Snap
 
 
@@ -96,9 +98,15 @@ def expected(
 ) -> list[set[int]]:
     """The positions that each KV head keeps, by the definition."""
     counts = method.counts(num_tokens)
+    scores_of = [
+        _DEFINITIONS[method.name](method, candidates, queries, kv_head, num_tokens)
+        for kv_head in range(len(candidates.positions_KS))
+    ]
+    if method.heads is Heads.SHARED:
+        together = {p: sum(scores[p] for scores in scores_of) for p in scores_of[0]}
+        scores_of = [together] * len(scores_of)
     kept = []
-    for kv_head, positions_S in enumerate(candidates.positions_KS.tolist()):
-        scores = _DEFINITIONS[method.name](method, candidates, queries, kv_head, num_tokens)
+    for scores, positions_S in zip(scores_of, candidates.positions_KS.tolist(), strict=True):
         pinned = set(range(method.block_size)) | set(range(num_tokens - counts.recent, num_tokens))
         others = sorted(set(positions_S) - pinned, key=lambda p: (-scores[p], p))
         kept.append(pinned | set(others[: counts.kept - len(pinned)]))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcluster.retention.scored import Candidates, Queries
+from kvcluster.retention.base import Heads
+from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.top_k import PADDING
 from kvcluster.types import LayerGeometry
 
@@ -32,26 +33,37 @@ def random_queries(layer: LayerGeometry, first: int, last: int, seed: int) -> Qu
     return Queries(q_THD, first, layer)
 
 
-def random_candidates(layer: LayerGeometry, num_tokens: int, num: int, seed: int) -> Candidates:
-    """The first block of 4, the last 4 tokens, and others of `num_tokens`, which differ by head."""
+def random_candidates(
+    layer: LayerGeometry, num_tokens: int, num: int, seed: int, heads: Heads = Heads.OWN
+) -> Candidates:
+    """The first block of 4, the last 4 tokens, and others of `num_tokens`, which differ by head
+    unless the heads share them."""
     generator = torch.Generator().manual_seed(seed)
 
     def positions() -> list[int]:
         between = torch.randperm(num_tokens - 8, generator=generator)[: num - 8] + 4
         return sorted([*range(4), *between.tolist(), *range(num_tokens - 4, num_tokens)])
 
+    listed = [positions() for _ in range(layer.num_kv_heads)]
+    if heads is Heads.SHARED:
+        listed = [listed[0]] * layer.num_kv_heads
     shape = (layer.num_kv_heads, num)
     return Candidates(
-        torch.tensor([positions() for _ in range(layer.num_kv_heads)]),
+        torch.tensor(listed),
         torch.randn(*shape, layer.key_dim, generator=generator),
         torch.randint(0, 1 << 34, shape, generator=generator),
     )
 
 
-def shards(candidates: Candidates, num_ranks: int, seed: int) -> list[tuple[Candidates, Tensor]]:
-    """The candidates dealt out to ranks, unevenly by head, each with its place on its rank."""
+def shards(
+    candidates: Candidates, num_ranks: int, seed: int, heads: Heads = Heads.OWN
+) -> list[tuple[Candidates, Tensor]]:
+    """The candidates dealt out to ranks, unevenly by head unless the heads share them, each with
+    its place on its rank."""
     generator = torch.Generator().manual_seed(seed)
     owner_KS = torch.randint(num_ranks, candidates.positions_KS.shape, generator=generator)
+    if heads is Heads.SHARED:
+        owner_KS = owner_KS[:1].expand_as(owner_KS)
     dealt = []
     for rank in range(num_ranks):
         is_own_KS = owner_KS == rank

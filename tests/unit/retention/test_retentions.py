@@ -115,7 +115,7 @@ def test_a_recent_share_that_is_no_share_is_refused(recent: float) -> None:
     "sizes", [{"epoch_tokens": 100}, {"epoch_tokens": 0}, {"block_size": 0}, {"block_size": 1024}]
 )
 def test_an_epoch_that_is_not_of_whole_blocks_is_refused(sizes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="epoch_tokens must be a multiple of block_size"):
+    with pytest.raises(ValueError, match="epoch must be a multiple of the block size"):
         HeavyHitters(budget=0.5, **sizes)
 
 

@@ -1,5 +1,8 @@
 """Each scored method keeps what its definition, token by token, keeps; on any number of ranks."""
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,11 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcluster.retention.attention_mass import UNIT, attention_mass
-from kvcluster.retention.base import Need
+from kvcluster.retention.base import Heads, Need
+from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.heavy_hitters import HeavyHitters
 from kvcluster.retention.key_diversity import KeyDiversity
 from kvcluster.retention.ranks import ALONE
-from kvcluster.retention.scored import Candidates, Queries, ScoredRetention, survivors
+from kvcluster.retention.scored import ScoredRetention, choose, observe, survivors
 from kvcluster.retention.snap import Snap
 from kvcluster.types import LayerGeometry
 from tests.thread_ring import run_ranks
@@ -24,7 +28,7 @@ from tests.unit.retention.layers import (
     shards,
 )
 
-SIZES = {"block_size": 4, "epoch_tokens": 16}
+SIZES: dict[str, Any] = {"block_size": 4, "epoch_tokens": 16}
 NUM_TOKENS = 48
 """Three epochs have passed; 40 candidates are left."""
 METHODS: list[ScoredRetention] = [
@@ -34,14 +38,19 @@ METHODS: list[ScoredRetention] = [
     Snap(budget=0.4, recent=0.9, queries=16, **SIZES),
     KeyDiversity(budget=0.5, **SIZES),
     KeyDiversity(budget=0.25, recent=0.2, **SIZES),
+    HeavyHitters(budget=0.4, heads=Heads.SHARED, **SIZES),
+    Snap(budget=0.4, queries=7, heads=Heads.SHARED, **SIZES),
+    KeyDiversity(budget=0.5, heads=Heads.SHARED, **SIZES),
 ]
 IDS = [f"{method.name}-{number}" for number, method in enumerate(METHODS)]
 
 
-def case(seed: int, layer: LayerGeometry | None = None) -> tuple[Candidates, Queries]:
+def case(
+    seed: int, layer: LayerGeometry | None = None, heads: Heads = Heads.OWN
+) -> tuple[Candidates, Queries]:
     layer = layer or geometry()
     # The epoch is whole; of what was before, some tokens are missing.
-    candidates = random_candidates(layer, NUM_TOKENS - 16, 24, seed)
+    candidates = random_candidates(layer, NUM_TOKENS - 16, 24, seed, heads=heads)
     generator = torch.Generator().manual_seed(seed + 1)
     own_KS = torch.arange(NUM_TOKENS - 16, NUM_TOKENS).expand(layer.num_kv_heads, -1)
     k_KSD = torch.randn(*own_KS.shape, layer.key_dim, generator=generator)
@@ -65,7 +74,7 @@ def survive(
 ) -> tuple[list[set[int]], dict[tuple[int, int], int]]:
     """Positions that survive by head, over all ranks, and the mass of each."""
     group = ThreadRanks.group(num_ranks)
-    dealt = shards(candidates, num_ranks, seed)
+    dealt = shards(candidates, num_ranks, seed, method.heads)
 
     def body(rank: int) -> tuple[Candidates, Tensor, Tensor]:
         own, _ = dealt[rank]
@@ -86,7 +95,7 @@ def survive(
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 @pytest.mark.parametrize("seed", range(5))
 def test_a_method_keeps_what_its_definition_keeps(method: ScoredRetention, seed: int) -> None:
-    candidates, queries = case(seed)
+    candidates, queries = case(seed, heads=method.heads)
 
     chosen = survivors(method, candidates, queries, NUM_TOKENS)
 
@@ -101,7 +110,7 @@ def test_a_method_keeps_what_its_definition_keeps(method: ScoredRetention, seed:
 def test_any_number_of_ranks_keeps_the_same_tokens_and_masses(
     method: ScoredRetention, num_ranks: int, seed: int
 ) -> None:
-    candidates, queries = case(seed)
+    candidates, queries = case(seed, heads=method.heads)
 
     kept, by_token = survive(method, candidates, queries, num_ranks, seed)
 
@@ -115,7 +124,7 @@ def test_any_number_of_ranks_keeps_the_same_tokens_and_masses(
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_the_order_of_the_candidates_does_not_matter(method: ScoredRetention) -> None:
-    candidates, queries = case(3)
+    candidates, queries = case(3, heads=method.heads)
     order_S = torch.randperm(
         candidates.positions_KS.shape[1], generator=torch.Generator().manual_seed(0)
     )
@@ -128,14 +137,30 @@ def test_the_order_of_the_candidates_does_not_matter(method: ScoredRetention) ->
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_a_method_says_what_it_needs(method: ScoredRetention) -> None:
-    candidates, queries = case(1)
-    needed = queries if method.needs is Need.QUERIES else None
+    candidates, queries = case(1, heads=method.heads)
 
-    chosen = survivors(method, candidates, needed, NUM_TOKENS)
+    mass_KS = observe(method, candidates, queries)
 
-    assert positions(candidates, chosen.kept_KS) == expected(
-        method, candidates, queries, NUM_TOKENS
-    )
+    assert torch.equal(mass_KS, candidates.mass_KS) == (method.needs is Need.KEYS)
+
+
+@settings(max_examples=10, deadline=None)
+@given(cuts=st.sets(st.integers(1, 15)), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_queries_may_be_observed_as_they_come(
+    method: ScoredRetention, cuts: set[int], seed: int
+) -> None:
+    candidates, queries = case(seed, heads=method.heads)
+    if not method.carries_mass:
+        candidates = candidates._replace(mass_KS=torch.zeros_like(candidates.mass_KS))
+    seen = candidates
+    for first, last in pairwise([0, *sorted(cuts), len(queries.q_THD)]):
+        few = queries._replace(q_THD=queries.q_THD[first:last], first=queries.first + first)
+        seen = seen._replace(mass_KS=observe(method, seen, few))
+
+    kept_KS = choose(method, seen, NUM_TOKENS)
+
+    assert torch.equal(kept_KS, survivors(method, candidates, queries, NUM_TOKENS).kept_KS)
 
 
 def test_softcaps_and_learned_sinks_count_in_the_mass() -> None:
