@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
+from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import (
@@ -32,7 +33,7 @@ from kvcluster.types import (
     SamplingParams,
     TenantId,
 )
-from tests.fake_ring import FakeRing
+from tests.fake_ring import FakeRing, Held
 
 VOCAB_SIZE = 128
 
@@ -204,13 +205,19 @@ class FakeCluster:
             table = running.table
             assert table is not None
             assert running.sequence is not None
-            entries = self.ring.sequences[running.sequence].entries
-            for group in range(len(self.spec.windows)):
-                for entry in range(table.released_below[group], len(table)):
-                    on_rank = {(held.codec, held.block_id) for held in entries[entry][group]}
-                    ids = (table.block_ids[group][entry], table.encoded_ids[group][entry])
-                    booked = zip((EXACT, table.codec), ids, strict=True)
-                    assert {held for held in booked if held[1] != NO_BLOCK} == on_rank
+            on_ranks = self.ring.sequences[running.sequence]
+            self._compare_tables(table, on_ranks.entries)
+            if running.survivors is not None:
+                # What no plan has told of yet comes last.
+                self._compare_tables(running.survivors.table, on_ranks.survivors)
+
+    def _compare_tables(self, table: BlockTable, entries: list[list[set[Held]]]) -> None:
+        for group in table.groups:
+            for entry in range(table.released_below[group], len(entries)):
+                on_rank = {(held.codec, held.block_id) for held in entries[entry][group]}
+                ids = (table.block_ids[group][entry], table.encoded_ids[group][entry])
+                booked = zip((EXACT, table.codec), ids, strict=True)
+                assert {held for held in booked if held[1] != NO_BLOCK} == on_rank
 
     def answer(self) -> None:
         """Tell the engine the oldest answer."""

@@ -4,7 +4,7 @@ hash of all tokens that a sequence holds. So equal tokens mean that equal tokens
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvcluster.engine.plan import (
@@ -16,8 +16,10 @@ from kvcluster.engine.plan import (
     StepPlan,
     StepResult,
 )
-from kvcluster.retention.offered import recent_blocks
-from kvcluster.types import EXACT, PAGE_BLOCKS, ModelSpec, Policy, SamplingParams
+from kvcluster.engine.survivor_table import group_by_score
+from kvcluster.retention.base import Budgeted
+from kvcluster.retention.offered import budgeted, recent_blocks
+from kvcluster.types import EXACT, NO_BLOCK, PAGE_BLOCKS, ModelSpec, Policy, SamplingParams
 
 
 def next_token(tokens: list[int], sampling: SamplingParams, vocab_size: int) -> int:
@@ -61,6 +63,8 @@ class FakeSequence:
     entries: list[list[set[Held]]] = field(default_factory=list)
     """`[entry][group]`: what the entry holds, exact or encoded or both for a while."""
     released_below: list[int] = field(default_factory=list)
+    survivors: list[list[set[Held]]] = field(default_factory=list)
+    """The same of the survivors' table, which holds something in one group only."""
 
 
 class FakeRing:
@@ -108,33 +112,62 @@ class FakeRing:
         for release in plan.released:
             self._release(release)
         for step in plan.sequences:
+            sequence = self.sequences[step.sequence]
             for block in step.appended:
-                self._append(step, block)
+                sequence.owners.append(block.rank)
+                self._append(step, block, sequence.entries, self._kept_exact(sequence))
+            for block in step.survivors:
+                kept = {group_by_score(self.spec.windows)}
+                others = set(range(len(self.spec.windows))) - kept
+                self._append(step, block, sequence.survivors, others, empty=others)
         assert len({step.sequence for step in plan.sequences}) == len(plan.sequences)
         sampled = [token for step in plan.sequences for token in self._run(step)]
         scored = [tokens for step in plan.sequences for tokens in self._score(step)]
         for step in plan.sequences:
             self._encode(step)
         for number in plan.ended:
-            for groups in self.sequences.pop(number).entries:
+            ended = self.sequences.pop(number)
+            for groups in (*ended.entries, *ended.survivors):
                 for holding in groups:
                     self._free(number, holding)
         return StepResult(plan.epoch, plan.step, tuple(sampled), tuple(scored))
 
-    def _append(self, step: SequenceStep, block: NewBlock) -> None:
-        sequence = self.sequences[step.sequence]
-        codec, num_groups = sequence.policy.storage, len(self.spec.windows)
-        is_encoded = codec != EXACT and len(sequence.entries) > 0
+    def _retention(self, sequence: FakeSequence) -> Budgeted | None:
+        """How the sequence keeps tokens by score; None: it does not."""
+        if group_by_score(self.spec.windows) is None:
+            return None
+        return budgeted(sequence.policy.retention, self.block_size)
+
+    def _kept_exact(self, sequence: FakeSequence) -> set[int]:
+        """Groups in which positions are never encoded."""
+        group = group_by_score(self.spec.windows)
+        return set() if self._retention(sequence) is None or group is None else {group}
+
+    def _append(
+        self,
+        step: SequenceStep,
+        block: NewBlock,
+        entries: list[list[set[Held]]],
+        kept_exact: Collection[int],
+        empty: Collection[int] = (),
+    ) -> None:
+        codec = self.sequences[step.sequence].policy.storage
+        num_groups = len(self.spec.windows)
+        is_encoded = codec != EXACT and len(entries) > 0
         assert len(block.encoded_ids) == num_groups * is_encoded
         assert len(block.block_ids) == num_groups
         holding: list[set[Held]] = [set() for _ in range(num_groups)]
-        for kind, ids in ((EXACT, block.block_ids), (codec, block.encoded_ids)):
+        for kind, ids, without in (
+            (EXACT, block.block_ids, empty),
+            (codec, block.encoded_ids, kept_exact),
+        ):
             for group, block_id in enumerate(ids):
-                held = Held(block.rank, group, kind, block_id)
-                self._take(step.sequence, held)
-                holding[group].add(held)
-        sequence.owners.append(block.rank)
-        sequence.entries.append(holding)
+                assert (block_id == NO_BLOCK) == (group in without)
+                if block_id != NO_BLOCK:
+                    held = Held(block.rank, group, kind, block_id)
+                    self._take(step.sequence, held)
+                    holding[group].add(held)
+        entries.append(holding)
 
     def _take(self, number: int, held: Held) -> None:
         assert held not in self._users, "a block has one user"
@@ -169,6 +202,7 @@ class FakeRing:
         blocks = -(-end // self.block_size)
         assert len(sequence.owners) == blocks, "a table covers what is computed and no more"
         assert step.samples or end % self.block_size == 0, "chunks end with a block or the tokens"
+        self._check_epoch(sequence, step)
         for group in range(len(self.spec.windows)):
             read = self._read_entries(sequence, group, step.start)
             assert all(sequence.entries[entry][group] for entry in read), "a block that is read"
@@ -201,12 +235,29 @@ class FakeRing:
         pieces = [(scoring.first, logprobs[:middle]), (scoring.first + middle, logprobs[middle:])]
         return [ScoredTokens(step.sequence, first, part) for first, part in pieces if part]
 
+    def _check_epoch(self, sequence: FakeSequence, step: SequenceStep) -> None:
+        """A chunk stays in its epoch, and survivors have just the blocks that they need."""
+        retention, end = self._retention(sequence), step.start + step.num_tokens
+        if retention is None:
+            assert not step.survivors
+            return
+        assert retention.epoch_start(step.start) == retention.epoch_start(end - 1)
+        held_from = retention.epoch_start(end)
+        assert not step.survivors or held_from == end, "survivors are chosen when an epoch ends"
+        needed = -(-retention.counts(held_from).kept // self.block_size)
+        assert len(sequence.survivors) == needed
+        group = group_by_score(self.spec.windows)
+        assert group is not None
+        assert all(holding[group] for holding in sequence.survivors), "survivors are read"
+
     def _read_entries(self, sequence: FakeSequence, group: int, start: int) -> list[int]:
         """Entries that the rows from `start` on read or write."""
         window, first = self.spec.windows[group], 0
         recent = recent_blocks(sequence.policy.retention, self.block_size)
         if window is not None:
             first = max(0, start - window + 1) // self.block_size
+        elif (retention := self._retention(sequence)) is not None:
+            first = retention.epoch_start(start) // self.block_size
         elif recent is not None:
             first = max(1, start // self.block_size - recent + 1)
             return [0, *range(first, len(sequence.entries))]
@@ -218,11 +269,21 @@ class FakeRing:
         if sequence.policy.storage == EXACT:
             return
         last = (step.start + step.num_tokens) // self.block_size - self.exact_recent
-        for entry in range(1, last):
-            for holding in sequence.entries[entry]:
-                exact = {held for held in holding if held.codec == EXACT}
-                holding -= exact
-                self._free(step.sequence, exact)
+        kept_exact = self._kept_exact(sequence)
+        full = [
+            holding
+            for entry in range(1, last)
+            for group, holding in enumerate(sequence.entries[entry])
+            if group not in kept_exact
+        ]
+        retention, end = self._retention(sequence), step.start + step.num_tokens
+        if retention is not None and end % retention.epoch_tokens == 0:
+            last = retention.counts(end).kept // self.block_size
+            full += [holding for groups in sequence.survivors[1:last] for holding in groups]
+        for holding in full:
+            exact = {held for held in holding if held.codec == EXACT}
+            holding -= exact
+            self._free(step.sequence, exact)
 
     def _release(self, release: Release) -> None:
         sequence = self.sequences[release.sequence]

@@ -3,13 +3,15 @@
 Entry i covers positions [i * block_size, (i + 1) * block_size). Ownership is data, not a formula.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from kvcluster.types import EXACT, NO_BLOCK, BlockId, Rank
 
 
 class TableEntry(NamedTuple):
-    """One entry: the rank, and one block id per KV group in that rank's pools."""
+    """One entry: the rank, and one block id per KV group in that rank's pools; NO_BLOCK in groups
+    where the entry holds none."""
 
     rank: Rank
     block_ids: tuple[BlockId, ...]
@@ -30,11 +32,21 @@ class BlockTable:
     """Entries in order of position. Only a `Partition` changes it, so counts stay right."""
 
     def __init__(
-        self, num_groups: int, codec: str = EXACT, *, recent_blocks: int | None = None
+        self,
+        num_groups: int,
+        codec: str = EXACT,
+        *,
+        recent_blocks: int | None = None,
+        groups: Collection[int] | None = None,
+        epoch_group: int | None = None,
     ) -> None:
-        """`recent_blocks`: entries that a query reads beside the first one; None: all."""
+        """`recent_blocks`: entries that a query reads beside the first one; None: all.
+        `groups`: those in which entries hold blocks; None: all. `epoch_group`: the one of them
+        that holds open epochs only, which are exact."""
         self.codec = codec
         self.recent_blocks = recent_blocks
+        self.groups = range(num_groups) if groups is None else groups
+        self.epoch_group = epoch_group
         self.owners: list[Rank] = []
         self.block_ids: list[list[BlockId]] = [[] for _ in range(num_groups)]
         """`[group][entry]`; NO_BLOCK where that group has no exact block for the entry."""
@@ -48,6 +60,10 @@ class BlockTable:
 
     def __len__(self) -> int:
         return len(self.owners)
+
+    def codec_in(self, group: int) -> str:
+        """How blocks of this group are encoded."""
+        return EXACT if group == self.epoch_group else self.codec
 
     def num_exact(self, group: int) -> int:
         """Exact blocks held in this group."""
@@ -66,8 +82,9 @@ class BlockTable:
         self.owners.append(entry.rank)
         for group, block_id in enumerate(entry.block_ids):
             self.block_ids[group].append(block_id)
-            self._last_ids[group][entry.rank] = block_id
-            self._num_exact[group] += 1
+            if block_id != NO_BLOCK:
+                self._last_ids[group][entry.rank] = block_id
+                self._num_exact[group] += 1
         for group, block_id in enumerate(entry.encoded_ids or none):
             self.encoded_ids[group].append(block_id)
             self._num_encoded[group] += block_id != NO_BLOCK

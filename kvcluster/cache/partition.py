@@ -77,9 +77,9 @@ class Partition:
 
     def can_append(self, table: BlockTable, rank: Rank) -> bool:
         """Whether `rank` could still take an entry of the table for this tenant."""
-        for group, pool in enumerate(self._pools[rank]):
-            needed = 1
-            is_encoded = table.codec != EXACT
+        for group in table.groups:
+            pool, needed = self._pools[rank][group], 1
+            is_encoded = table.codec_in(group) != EXACT
             if is_encoded and not self._encoded_pools(table.codec)[rank][group].has_partial:
                 if not pool.num_free_pages:
                     return False
@@ -93,20 +93,20 @@ class Partition:
         return sum(pool.num_free for pool in self._pools[rank])
 
     def append(self, table: BlockTable, rank: Rank) -> TableEntry | None:
-        """Take a block in every group of `rank` and add the entry to `table`.
+        """Take a block in every group of the table from `rank` and add the entry to `table`.
 
         In a table with a codec all entries but the first get an encoded block beside the exact one.
         None, and nothing taken, when any group has none left or the limit is reached.
         """
         is_encoded = table.codec != EXACT and len(table) > 0
-        taken: list[HeldBlock] = []
-        for group in range(self.num_groups):
-            encoded_id = NO_BLOCK
-            if is_encoded:
+        taken = [HeldBlock(rank, NO_BLOCK, NO_BLOCK)] * self.num_groups
+        for group in table.groups:
+            encoded_id, encodes = NO_BLOCK, is_encoded and table.codec_in(group) != EXACT
+            if encodes:
                 encoded_id = self._take_encoded(table.codec, rank, group)
             block_id = self._take_exact(table, rank, group)
-            taken.append(HeldBlock(rank, block_id, encoded_id))
-            if block_id == NO_BLOCK or (is_encoded and encoded_id == NO_BLOCK):
+            taken[group] = HeldBlock(rank, block_id, encoded_id)
+            if block_id == NO_BLOCK or (encodes and encoded_id == NO_BLOCK):
                 for group_taken, held in enumerate(taken):
                     self._release(table.codec, group_taken, held)
                 return None
@@ -126,7 +126,9 @@ class Partition:
 
     def release_exact(self, table: BlockTable, entry: int) -> None:
         """Free the exact blocks of an entry that is encoded now."""
-        for group in range(self.num_groups):
+        for group in table.groups:
+            if table.codec_in(group) == EXACT:
+                continue
             self._release(table.codec, group, table.remove_exact(group, entry))
 
     def release_all(self, table: BlockTable) -> None:
@@ -138,14 +140,20 @@ class Partition:
     def blocks_for(self, entries: Sequence[int], codec: str) -> tuple[int, ...]:
         """Exact blocks' worth of memory that so many entries (one number per group) take between
         steps, in whole pages where they are encoded."""
-        if codec == EXACT:
-            return tuple(entries)
         # The first one stays exact, the latest ones, and the one that is being filled.
         num_exact = 2 + self._exact_recent
         return tuple(
-            min(count, num_exact) + PAGE_BLOCKS * -(-max(0, count - 1) // per_page)
-            for count, per_page in zip(entries, self._encoded_per_page(codec), strict=True)
+            self.blocks_in(group, count, codec, num_exact=num_exact)
+            for group, count in enumerate(entries)
         )
+
+    def blocks_in(self, group: int, num_entries: int, codec: str, *, num_exact: int) -> int:
+        """The same of one group, where so many entries have exact blocks, the first among them."""
+        if codec == EXACT:
+            return num_entries
+        per_page = self._encoded_per_page(codec)[group]
+        num_pages = -(-max(0, num_entries - 1) // per_page)
+        return min(num_entries, num_exact) + PAGE_BLOCKS * num_pages
 
     def stored_share(self, codec: str) -> float:
         """What an encoded block takes of an exact one, on average over the groups."""
@@ -219,7 +227,8 @@ class Partition:
         pool = self._pools[rank][group]
         if self._within_limit(group, pool.num_free) < 1:
             return NO_BLOCK
-        if table.codec == EXACT and table.recent_blocks is None:
+        comes_and_goes = table.recent_blocks is not None or group == table.epoch_group
+        if table.codec == EXACT and not comes_and_goes:
             block_id = pool.allocate(after=table.last_id(rank, group))
         else:
             block_id = pool.allocate_lowest()

@@ -23,7 +23,8 @@ class NewBlock(msgspec.Struct, frozen=True, array_like=True):
 
     rank: int
     block_ids: tuple[int, ...]
-    """One id per KV group (`ModelSpec.windows`), in that rank's pools of exact blocks."""
+    """One id per KV group (`ModelSpec.windows`), in that rank's pools of exact blocks; NO_BLOCK in
+    groups where the entry has none."""
     encoded_ids: tuple[int, ...] = ()
     """Likewise, in its pools of the policy's codec, where the block goes when no row reads it exact
     any more: its exact block is free after that step. Empty: it stays exact."""
@@ -59,6 +60,9 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     """The last row's logits give the sequence's next token."""
     route: Route = Route.PASS_KV
     scoring: Scoring | None = None
+    survivors: tuple[NewBlock, ...] = ()
+    """Entries added before the step runs to the table of the sequence's survivors, which has blocks
+    in the KV group without a window only. The step ends an epoch."""
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True):

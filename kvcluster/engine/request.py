@@ -15,6 +15,7 @@ from enum import StrEnum
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.engine.api import GenerationRequest
 from kvcluster.engine.plan import Scoring
+from kvcluster.engine.survivor_table import SurvivorTable
 from kvcluster.types import GenerationId, Policy, SequenceId
 
 TOKEN_BYTES = 4
@@ -49,6 +50,8 @@ class Request:
         self.sequence: SequenceId | None = None
         """What the ranks call it; another one after each preemption."""
         self.table: BlockTable | None = None
+        self.survivors: SurvivorTable | None = None
+        """None where the policy keeps no tokens by score."""
         self.num_planned = 0
         """Positions below this are in plans made since the last start."""
         self.num_computed = 0
@@ -126,10 +129,25 @@ class Request:
             return None
         return Scoring(first, below, self.tokens[end] if end < below else 0)
 
-    def start(self, sequence: SequenceId, table: BlockTable) -> None:
+    @property
+    def tables(self) -> tuple[BlockTable, ...]:
+        """All that hold blocks of the request."""
+        beside = () if self.survivors is None else (self.survivors.table,)
+        return beside if self.table is None else (self.table, *beside)
+
+    def hold(self, table: BlockTable, survivors: SurvivorTable | None) -> None:
+        """Give the request tables to be filled, before it starts."""
+        self.table = table
+        self.survivors = survivors
+
+    def let_go(self) -> None:
+        """Forget the tables."""
+        self.table = None
+        self.survivors = None
+
+    def start(self, sequence: SequenceId) -> None:
         self.state = RequestState.RUNNING
         self.sequence = sequence
-        self.table = table
 
     def preempt(self) -> None:
         """Forget what is computed; known tokens stay, and those in flight still count."""
@@ -146,4 +164,4 @@ class Request:
 
     def _detach(self) -> None:
         self.sequence = None
-        self.table = None
+        self.let_go()

@@ -17,10 +17,12 @@ from typing import Protocol
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition, block_bytes_per_group
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.engine.footprint import entries_under
+from kvcluster.engine.footprint import blocks_under
 from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep, StepPlan
+from kvcluster.engine.releases import BlockReleases
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.sharding import zigzag
+from kvcluster.engine.survivor_table import survivor_table
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Rank, Route, SequenceId
 
@@ -93,7 +95,6 @@ class Scheduler:
         self._spec = spec
         self._windows = spec.windows
         self._block_size = cache.block_size
-        self._exact_recent = cache.exact_recent_blocks
         self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
         self._scored_tokens = max(_MAX_SCORED_LOGITS // spec.vocab_size, cache.block_size)
         self._config = engine
@@ -101,7 +102,13 @@ class Scheduler:
         self._choose_route = choose_route
         self._block_bytes = block_bytes_per_group(spec, cache.block_size)
         self._num_sequences = 0
-        self._leaving: list[tuple[SequenceId, BlockTable]] = []
+        self._releases = BlockReleases(
+            partition,
+            self._windows,
+            block_size=cache.block_size,
+            exact_recent=cache.exact_recent_blocks,
+        )
+        self._leaving: list[tuple[SequenceId, tuple[BlockTable, ...]]] = []
         self._released: list[Release] = []
 
     def add(self, request: Request) -> None:
@@ -163,6 +170,8 @@ class Scheduler:
         end = request.prefill_end(self._block_size)
         if request.spec.sampling.prompt_logprobs is not None:
             budget = min(budget, self._scored_tokens)
+        if request.survivors is not None:
+            end = request.survivors.chunk_end(request.num_planned, end)
         within = request.num_planned + budget
         if end > within:
             end = within // self._block_size * self._block_size
@@ -170,11 +179,8 @@ class Scheduler:
 
     def _extend(self, draft: _Draft, request: Request, end: int) -> int:
         """Plan a running request up to `end`, or as far as its blocks go; returns its tokens."""
-        table = request.table
-        assert table is not None, "a running request has a table"
         start = request.num_planned
-        appended = self._append_blocks(request, table, end)
-        covered = min(end, len(table) * self._block_size)
+        covered, appended = self._cover(request, end)
         if covered <= start:
             self._make_room(draft, request)
             return 0
@@ -207,14 +213,14 @@ class Scheduler:
     def _has_room(self, request: Request) -> bool:
         if not self.running:
             return True
-        entries = entries_under(
+        blocks = blocks_under(
             request.policy,
             self._windows,
             max(request.known_length, len(request.tokens)) + 1,
+            self._partition,
             block_size=self._block_size,
             chunk_tokens=self._chunk_tokens,
         )
-        blocks = self._partition.blocks_for(entries, request.policy.storage)
         if request.policy.storage != EXACT:
             # A chunk is exact until its step has run.
             in_chunk = -(-self._chunk_tokens // self._block_size)
@@ -223,23 +229,45 @@ class Scheduler:
         return self._partition.has_room([count + len(self.running) for count in blocks])
 
     def _start(self, draft: _Draft, request: Request, budget: int) -> int:
+        survivors = survivor_table(request.policy, self._windows, self._block_size)
+        table = BlockTable(
+            len(self._windows),
+            request.policy.storage,
+            recent_blocks=recent_blocks(request.policy.retention, self._block_size),
+            epoch_group=None if survivors is None else survivors.group,
+        )
+        request.hold(table, survivors)
         end = self._chunk_end(request, budget)
-        recent = recent_blocks(request.policy.retention, self._block_size)
-        table = BlockTable(len(self._windows), request.policy.storage, recent_blocks=recent)
-        appended = self._append_blocks(request, table, end)
-        covered = min(end, len(table) * self._block_size)
+        covered, appended = self._cover(request, end)
         if not covered:
+            for held in request.tables:
+                self._partition.release_all(held)
+            request.let_go()
             if end and not self.running and not self._leaving:
                 draft.refused.append(request)
             return 0
         self._num_sequences += 1
         sequence = SequenceId(self._num_sequences)
-        request.start(sequence, table)
+        request.start(sequence)
         self.waiting.remove(request)
         bisect.insort(self.running, request, key=_by_order)
         draft.started.append(SequenceStart(sequence, request.spec.sampling, request.policy))
         self._add_step(draft, request, covered, appended)
         return covered
+
+    def _cover(self, request: Request, end: int) -> tuple[int, list[NewBlock]]:
+        """Take the blocks that positions below `end` need; returns how far there are enough, and
+        the entries that were added for positions."""
+        assert request.table is not None, "a request that is planned has a table"
+        survivors = request.survivors
+        if survivors is not None and survivors.ends_epoch(end):
+            kept = survivors.num_survivors(end)
+            survivors.note(self._append_blocks(request, survivors.table, kept))
+            if len(survivors.table) * self._block_size < kept:
+                # The epoch's last block waits until the survivors have a place.
+                end = max(request.num_planned, end - self._block_size)
+        appended = self._append_blocks(request, request.table, end)
+        return min(end, len(request.table) * self._block_size), appended
 
     def _append_blocks(self, request: Request, table: BlockTable, end: int) -> list[NewBlock]:
         """Add the entries that positions below `end` need, as far as there are blocks."""
@@ -260,8 +288,8 @@ class Scheduler:
     def _owners(self, request: Request, table: BlockTable, count: int) -> Sequence[Rank]:
         if request.known_length >= self._config.shard_min_tokens:
             return zigzag(count, self._emptiest_first(table))
-        home = table.owners[-1] if table.owners else self._emptiest_first(table)[0]
-        return [home] * count
+        owners = [held.owners[-1] for held in (table, *request.tables) if held.owners]
+        return [owners[0] if owners else self._emptiest_first(table)[0]] * count
 
     def _emptiest_first(self, table: BlockTable) -> list[Rank]:
         partition = self._partition
@@ -278,7 +306,7 @@ class Scheduler:
         self, draft: _Draft, request: Request, end: int, appended: Sequence[NewBlock]
     ) -> None:
         start = request.num_planned
-        is_decode = request.has_sampled
+        is_decode, survivors = request.has_sampled, request.survivors
         samples = is_decode or (request.is_prompt_complete and end == len(request.tokens))
         scoring = request.scoring(end)
         assert request.sequence is not None, "a running request has a sequence"
@@ -291,10 +319,9 @@ class Scheduler:
                 appended=tuple(appended),
                 num_prompt_tokens=request.num_prompt_tokens,
                 samples=samples,
-                route=(
-                    Route.PASS_Q
-                    if is_decode
-                    else self._route(end - start, start, request.policy.storage)
+                route=Route.PASS_Q if is_decode else self._route(request, end - start),
+                survivors=(
+                    survivors.tell() if survivors is not None and survivors.ends_epoch(end) else ()
                 ),
                 scoring=scoring,
             )
@@ -308,26 +335,28 @@ class Scheduler:
             request.has_sampled = True
             request.num_pending += 1
 
-    def _route(self, num_new_tokens: int, num_history_tokens: int, codec: str) -> Route:
+    def _route(self, request: Request, num_new_tokens: int) -> Route:
         if self._config.history_route != "auto":
             return Route(self._config.history_route)
+        num_history_tokens, survivors = request.num_planned, request.survivors
+        if survivors is not None:
+            num_history_tokens = survivors.num_held(num_history_tokens)
         return self._choose_route(
             self._spec.layers,
             num_new_tokens=num_new_tokens,
             num_history_tokens=num_history_tokens,
             num_ranks=self._partition.num_ranks,
             element_bytes=self._spec.bytes_per_element,
-            stored_share=self._partition.stored_share(codec),
+            stored_share=self._partition.stored_share(request.policy.storage),
         )
 
     def _note_peak(self, request: Request) -> None:
         """Take note of what the request holds between steps."""
-        if request.table is None:
-            return
         held = sum(
             num_blocks * num_bytes
+            for table in request.tables
             for num_blocks, num_bytes in zip(
-                self._partition.held(request.table), self._block_bytes, strict=True
+                self._partition.held(table), self._block_bytes, strict=True
             )
         )
         request.peak_kv_bytes = max(request.peak_kv_bytes, round(held))
@@ -349,46 +378,16 @@ class Scheduler:
         self._released.clear()
         self._free_leaving()
         for part, request in zip(draft.parts, draft.requests, strict=True):
-            self._release_encoded(part, request)
-            self._release_unread(request)
+            self._released += self._releases.after_step(part, request)
             self._note_peak(request)
         return Schedule(step=PlannedStep(plan, tuple(draft.requests)), refused=refused)
 
-    def _release_encoded(self, part: SequenceStep, request: Request) -> None:
-        """Free the exact blocks that no later row reads: the ranks encode them in this step."""
-        table = request.table
-        if table is None or table.codec == EXACT:
-            return
-        first, last = (
-            position // self._block_size - self._exact_recent
-            for position in (part.start, part.start + part.num_tokens)
-        )
-        for entry in range(max(1, first), last):
-            self._partition.release_exact(table, entry)
-
-    def _release_unread(self, request: Request) -> None:
-        """Free what no later query of the request reads. The next plan tells the ranks, before
-        any step in which the blocks have another user."""
-        if request.table is None or request.sequence is None:
-            return
-        recent = request.table.recent_blocks
-        for group, window in enumerate(self._windows):
-            after = below = 0
-            if window is not None:
-                below = (request.num_planned - window + 1) // self._block_size
-            elif recent is not None:
-                # The first block holds the attention sinks.
-                after, below = 1, request.num_planned // self._block_size - recent + 1
-            if below > max(after, request.table.released_below[group]):
-                self._partition.release_below(request.table, group, below, after=after)
-                self._released.append(Release(request.sequence, group, below, after))
-
     def _leave(self, request: Request) -> None:
         assert request.sequence is not None, "a running request has a sequence"
-        assert request.table is not None, "a running request has a table"
-        self._leaving.append((request.sequence, request.table))
+        self._leaving.append((request.sequence, request.tables))
 
     def _free_leaving(self) -> None:
-        for _, table in self._leaving:
-            self._partition.release_all(table)
+        for _, tables in self._leaving:
+            for table in tables:
+                self._partition.release_all(table)
         self._leaving.clear()

@@ -5,6 +5,7 @@ engine counts by them.
 from typing import Final
 
 from kvcluster.policy import Method, Parameter, PlugPoint, parse_choice
+from kvcluster.retention.base import Budgeted, Heads
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.window import WindowRetention
 
@@ -21,9 +22,65 @@ WINDOW: Final = Method(
         ),
     ),
 )
+_BUDGETED: Final = (
+    Parameter(
+        name="budget",
+        meaning="share of the tokens that stays",
+        default=0.2,
+        lowest=0.0,
+        highest=1.0,
+        is_lowest_open=True,
+    ),
+    Parameter(
+        name="recent",
+        meaning="share of those that are the latest ones, whatever their score",
+        default=0.5,
+        lowest=0.0,
+        highest=1.0,
+    ),
+    Parameter(
+        name="heads",
+        meaning="each KV head keeps its own tokens, or all heads of a layer share them",
+        default=Heads.OWN.value,
+        choices=tuple(heads.value for heads in Heads),
+    ),
+    Parameter(
+        name="epoch",
+        meaning="tokens between two choices, a multiple of the block size",
+        default=512,
+        lowest=1,
+    ),
+)
+SCORED: Final = (
+    Method(
+        plug_point=PlugPoint.RETENTION,
+        name="heavy_hitters",
+        meaning="the tokens that all queries so far look at most",
+        parameters=_BUDGETED,
+    ),
+    Method(
+        plug_point=PlugPoint.RETENTION,
+        name="snap",
+        meaning="the tokens that the last queries look at, and what stands around them",
+        parameters=(
+            *_BUDGETED,
+            Parameter(
+                name="queries", meaning="last queries of an epoch that count", default=32, lowest=1
+            ),
+        ),
+    ),
+    Method(
+        plug_point=PlugPoint.RETENTION,
+        name="key_diversity",
+        meaning="the tokens whose keys are unlike the others",
+        parameters=_BUDGETED,
+    ),
+)
+"""Those that keep a share of the tokens, the best by some score."""
 RETENTION_METHODS: Final = (
     Method(plug_point=PlugPoint.RETENTION, name=FullRetention.name, meaning="every token"),
     WINDOW,
+    *SCORED,
 )
 
 
@@ -38,3 +95,21 @@ def recent_blocks(retention: str, block_size: int) -> int | None:
         return None
     window = WindowRetention(recent=int(choice.arguments["recent"]), block_size=block_size)
     return window.num_blocks
+
+
+def budgeted(retention: str, block_size: int) -> Budgeted | None:
+    """How many tokens a retention by score keeps, and when; None: it is none by score.
+
+    Raises: InvalidField for text that names no retention; ValueError for epochs that are not whole
+    blocks.
+    """
+    choice = parse_choice(retention, RETENTION_METHODS)
+    if choice.name not in {method.name for method in SCORED}:
+        return None
+    return Budgeted(
+        budget=float(choice.arguments["budget"]),
+        recent=float(choice.arguments["recent"]),
+        heads=Heads(str(choice.arguments["heads"])),
+        block_size=block_size,
+        epoch_tokens=int(choice.arguments["epoch"]),
+    )

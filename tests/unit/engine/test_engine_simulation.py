@@ -13,7 +13,7 @@ from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import Admitted, Finished, FinishReason
 from kvcluster.errors import AdmissionError, ContextTooLong, InvalidField
 from kvcluster.policy import Menu, Method, PlugPoint
-from kvcluster.retention.offered import WINDOW
+from kvcluster.retention.offered import RETENTION_METHODS
 from kvcluster.types import GenerationId, SamplingParams
 from tests.fake_engine import VOCAB_SIZE, FakeCluster, model_spec, packed, request, sampling
 from tests.fake_ring import expected_output
@@ -21,9 +21,22 @@ from tests.fake_ring import expected_output
 WINDOWS: Sequence[tuple[int | None, ...]] = ((None,), (None, 6), (9,), (3, None, 17))
 CODECS = {"half": 16, "fifth": 41}
 MENU = Menu(
-    (*(Method(plug_point=PlugPoint.CODEC, name=name, meaning="") for name in CODECS), WINDOW)
+    (
+        *(Method(plug_point=PlugPoint.CODEC, name=name, meaning="") for name in CODECS),
+        *RETENTION_METHODS,
+    )
 )
 """Blocks of a page by codec."""
+
+
+RETENTIONS = (
+    "window:recent={1}",
+    "window:recent={4}",
+    "heavy_hitters:budget=0.2,epoch={2}",
+    "snap:budget=0.7,epoch={8},queries=1",
+    "key_diversity:budget=1,epoch={1}",
+)
+"""{n}: n blocks."""
 
 
 class Sent:
@@ -98,7 +111,7 @@ class EngineSimulation(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 7]),
         deadline_s=st.sampled_from([None, None, None, None, 5.0, 20.0]),
         codec=st.sampled_from(["exact", "exact", *CODECS]),
-        recent_blocks=st.sampled_from([0, 0, 1, 4]),
+        retention=st.sampled_from(["full", "full", *RETENTIONS]),
         scores_prompt=st.booleans(),
     )
     def submit(
@@ -113,10 +126,10 @@ class EngineSimulation(RuleBasedStateMachine):
         priority: int,
         deadline_s: float | None,
         codec: str,
-        recent_blocks: int,
+        retention: str,
         scores_prompt: bool,
     ) -> None:
-        window = f" + window:recent={recent_blocks * self.block_size}" if recent_blocks else ""
+        policy = f"{codec} + {retention.format(*(n * self.block_size for n in range(9)))}"
         params = sampling(
             seed=seed,
             stop_token_ids=tuple(stop),
@@ -129,7 +142,7 @@ class EngineSimulation(RuleBasedStateMachine):
                     sampling=params,
                     input_tokens=len(prompt) if is_declared else None,
                     priority=priority,
-                    policy=codec + window,
+                    policy=policy,
                     deadline_s=deadline_s,
                     disconnect_grace_s=3_600.0,
                 )

@@ -41,7 +41,8 @@ def test_preemption_forgets_what_is_computed_but_no_token() -> None:
     running = made()
     running.append_prompt(packed([1, 2]))
     running.is_prompt_complete = True
-    running.start(SequenceId(1), BlockTable(1))
+    running.hold(BlockTable(1), None)
+    running.start(SequenceId(1))
     running.num_planned = running.num_computed = 2
     running.has_sampled = True
     running.append_output(9)
@@ -66,7 +67,8 @@ def test_higher_priority_comes_first_then_earlier_arrival() -> None:
 
 def test_no_token_is_planned_beyond_max_output_tokens() -> None:
     running = made(max_output_tokens=2)
-    running.start(SequenceId(1), BlockTable(1))
+    running.hold(BlockTable(1), None)
+    running.start(SequenceId(1))
     running.has_sampled = True
     running.num_output_tokens, running.num_pending = 0, 1
     assert running.can_decode

@@ -1,0 +1,71 @@
+"""What a sequence no longer needs once a step is planned: its blocks are free for the next plan."""
+
+from collections.abc import Sequence
+
+from kvcluster.cache.block_table import BlockTable
+from kvcluster.cache.partition import Partition
+from kvcluster.engine.plan import Release, SequenceStep
+from kvcluster.engine.request import Request
+from kvcluster.types import EXACT
+
+
+class BlockReleases:
+    """Frees, through the partition, what no row after a step reads."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        windows: Sequence[int | None],
+        *,
+        block_size: int,
+        exact_recent: int,
+    ) -> None:
+        self._partition = partition
+        self._windows = windows
+        self._block_size = block_size
+        self._exact_recent = exact_recent
+
+    def after_step(self, part: SequenceStep, request: Request) -> list[Release]:
+        """Free what the planned part leaves unread. The ranks must be told of the result before
+        any step in which the blocks have another user."""
+        table = request.table
+        if table is None or request.sequence is None:
+            return []
+        self._release_encoded(part, table)
+        self._release_encoded_survivors(part, request)
+        return self._release_unread(request, table, request.sequence)
+
+    def _release_encoded(self, part: SequenceStep, table: BlockTable) -> None:
+        """Free the exact blocks that no later row reads: the ranks encode them in this step."""
+        if table.codec == EXACT:
+            return
+        first, last = (
+            position // self._block_size - self._exact_recent
+            for position in (part.start, part.start + part.num_tokens)
+        )
+        for entry in range(max(1, first), last):
+            self._partition.release_exact(table, entry)
+
+    def _release_encoded_survivors(self, part: SequenceStep, request: Request) -> None:
+        survivors, end = request.survivors, part.start + part.num_tokens
+        if survivors is None or survivors.table.codec == EXACT or not survivors.ends_epoch(end):
+            return
+        for entry in survivors.filled_at(end):
+            self._partition.release_exact(survivors.table, entry)
+
+    def _release_unread(self, request: Request, table: BlockTable, sequence: int) -> list[Release]:
+        released: list[Release] = []
+        for group, window in enumerate(self._windows):
+            after = below = 0
+            if window is not None:
+                below = (request.num_planned - window + 1) // self._block_size
+            elif request.survivors is not None:
+                below = request.survivors.open_from(request.num_planned) // self._block_size
+            elif table.recent_blocks is not None:
+                # The first block holds the attention sinks.
+                after = 1
+                below = request.num_planned // self._block_size - table.recent_blocks + 1
+            if below > max(after, table.released_below[group]):
+                self._partition.release_below(table, group, below, after=after)
+                released.append(Release(sequence, group, below, after))
+        return released
