@@ -22,8 +22,9 @@ from kvcluster.engine.plan import (
     StepPlan,
 )
 from kvcluster.model.loader import LoadedModel
-from kvcluster.retention.offered import recent_blocks
-from kvcluster.types import EXACT, PAGE_BLOCKS, Policy, Route, SamplingParams
+from kvcluster.retention.base import Budgeted
+from kvcluster.retention.offered import budgeted, recent_blocks
+from kvcluster.types import EXACT, NO_BLOCK, PAGE_BLOCKS, Policy, Route, SamplingParams
 from tests.codec_models import plain_codecs
 from tests.thread_ring import ThreadRing, run_ranks
 
@@ -39,8 +40,10 @@ class _Sequence:
     """Tokens that are known from the start: the prompt, and output that is computed again."""
     codec: str
     recent_blocks: int | None
+    retention: Budgeted | None
     num_computed: int = 0
     blocks: list[NewBlock] = field(default_factory=list)
+    num_survivor_blocks: int = 0
 
 
 class ReferenceGroup:
@@ -126,6 +129,7 @@ class ReferenceGroup:
             len(prompt) + len(output),
             policy.storage,
             recent_blocks(policy.retention, self.block_size),
+            None if None not in self.spec.windows else budgeted(policy.retention, self.block_size),
         )
 
     def output(self, sequence: int) -> list[int]:
@@ -177,6 +181,7 @@ class ReferenceGroup:
             rank = owners[len(appended) % len(owners)]
             appended.append(self._new_block(state, rank))
             state.blocks.append(appended[-1])
+        survivors = self._new_survivor_blocks(state, end, owners)
         is_decode = start >= state.num_given
         state.num_computed = end
         return SequenceStep(
@@ -188,15 +193,43 @@ class ReferenceGroup:
             num_prompt_tokens=state.num_prompt_tokens,
             samples=end >= state.num_given,
             route=route,
+            survivors=survivors,
         )
+
+    def _new_survivor_blocks(
+        self, state: _Sequence, end: int, owners: Sequence[int]
+    ) -> tuple[NewBlock, ...]:
+        """What the survivors lack when the epoch ends there, dealt from the other end."""
+        if state.retention is None or end % state.retention.epoch_tokens:
+            return ()
+        appended: list[NewBlock] = []
+        group = self.spec.windows.index(None)
+        while state.num_survivor_blocks * self.block_size < state.retention.counts(end).kept:
+            rank = owners[-1 - len(appended) % len(owners)]
+            is_encoded = state.codec != EXACT and state.num_survivor_blocks > 0
+            exact_ids, encoded_ids = ([NO_BLOCK] * len(self.spec.windows) for _ in range(2))
+            exact_ids[group] = self._free[rank][group].pop()
+            if is_encoded:
+                encoded_ids[group] = self._encoded_id(rank, group, state.codec)
+            appended.append(
+                NewBlock(rank, tuple(exact_ids), tuple(encoded_ids) if is_encoded else ())
+            )
+            state.num_survivor_blocks += 1
+        return tuple(appended)
 
     def _new_block(self, state: _Sequence, rank: int) -> NewBlock:
         is_encoded = state.codec != EXACT and len(state.blocks) > 0
         groups = range(len(self.spec.windows)) if is_encoded else ()
+        keeps_exact = None
+        if state.retention is not None:
+            keeps_exact = self.spec.windows.index(None)
         return NewBlock(
             rank,
             tuple(free.pop() for free in self._free[rank]),
-            tuple(self._encoded_id(rank, group, state.codec) for group in groups),
+            tuple(
+                NO_BLOCK if group == keeps_exact else self._encoded_id(rank, group, state.codec)
+                for group in groups
+            ),
         )
 
     def _encoded_id(self, rank: int, group: int, codec: str) -> int:
@@ -212,9 +245,13 @@ class ReferenceGroup:
         releases: list[Release] = []
         for step in steps:
             recent = self._sequences[step.sequence].recent_blocks
+            retention = self._sequences[step.sequence].retention
             for group, window in enumerate(self.spec.windows):
                 if window is not None:
                     below = max(0, step.start - window + 1) // self.block_size
+                    releases.append(Release(step.sequence, group, below))
+                elif retention is not None:
+                    below = retention.epoch_start(step.start) // self.block_size
                     releases.append(Release(step.sequence, group, below))
                 elif recent is not None:
                     below = step.start // self.block_size - recent + 1

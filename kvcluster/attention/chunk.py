@@ -37,7 +37,7 @@ class ChunkAttention:
         encoded = range(
             max(part.block_size, near_start), part.exact_start(part.end - 1), part.block_size
         )
-        if part.codec != EXACT and encoded:
+        if part.codec_in(geometry.window) != EXACT and encoded:
             read = self._as_read(layer, part, near, encoded)
             return self._attend_by_blocks(layer, part, q_THD, near, read)
         if part.drops_inside(geometry.window):

@@ -28,6 +28,9 @@ class CacheRules(NamedTuple):
     recent_blocks: int | None = None
     """In layers without a window, a row in block j reads block 0 and the blocks after
     j - recent_blocks; None: all."""
+    epoch_tokens: int | None = None
+    """In layers without a window, a row reads the tokens of its own epoch, exact, and what survived
+    the ones before it (`survivors.SurvivorPart`); None: there are no epochs."""
 
 
 class FullBlocks(NamedTuple):
@@ -56,12 +59,13 @@ class SequencePart:
         row_offset: int,
         rules: CacheRules,
     ) -> None:
-        self._table = table
+        self.table = table
         self.rank = rank
         self.start = start
         self.num_tokens = num_tokens
         self.row_offset = row_offset
         self.end = start + num_tokens
+        self.rules = rules
         self.codec = rules.codec
         self.recent_blocks = rules.recent_blocks
         self._exact_blocks = rules.exact_blocks
@@ -93,18 +97,23 @@ class SequencePart:
 
     def positions(self, rank: int) -> Tensor:
         """Positions of a rank's rows, ascending."""
-        return torch.from_numpy(self._table.positions(rank, self.start, self.end))
+        return torch.from_numpy(self.table.positions(rank, self.start, self.end))
+
+    def codec_in(self, window: int | None) -> str:
+        """How history is stored in a layer with this window of its own."""
+        has_epochs = window is None and self.rules.epoch_tokens is not None
+        return EXACT if has_epochs else self.codec
 
     @property
     def block_size(self) -> int:
-        return self._table.block_size
+        return self.table.block_size
 
     def near_start(self, window: int | None) -> int:
         """Where the keys begin that the chunk's rows read by themselves, in a layer with this
         window: its own and, with a codec, earlier ones that some row reads exact."""
-        if self.codec == EXACT or not self.has_chunk:
+        if self.codec_in(window) == EXACT or not self.has_chunk:
             return self.start
-        size = self._table.block_size
+        size = self.table.block_size
         block = self.start // size - self._exact_blocks
         if window is not None:
             block = max(block, (self.start - window + 1) // size)
@@ -114,23 +123,23 @@ class SequencePart:
 
     def near_pieces(self, window: int | None) -> list[Piece]:
         """Owners of those keys, in order of position."""
-        return self._table.pieces(self.near_start(window), self.end)
+        return self.table.pieces(self.near_start(window), self.end)
 
     def num_near(self, window: int | None, rank: int) -> int:
         """How many of those keys are in the cache of a rank."""
-        return self._table.num_tokens(rank, self.near_start(window), self.start)
+        return self.table.num_tokens(rank, self.near_start(window), self.start)
 
     def near_runs(self, group: int, window: int | None) -> list[slice]:
         """Slots of those on this rank."""
-        return self._table.runs(self.rank, group, self.near_start(window), self.start)
+        return self.table.runs(self.rank, group, self.near_start(window), self.start)
 
     def exact_start(self, position: int) -> int:
         """First position that the row reads exact, but for the first block."""
-        return max(0, position // self._table.block_size - self._exact_blocks) * self.block_size
+        return max(0, position // self.table.block_size - self._exact_blocks) * self.block_size
 
     def slots(self, group: int) -> Tensor:
         """Slots of this rank's rows."""
-        runs = self._table.runs(self.rank, group, self.start, self.end)
+        runs = self.table.runs(self.rank, group, self.start, self.end)
         if not runs:
             return torch.empty(0, dtype=torch.long)
         return torch.cat([torch.arange(run.start, run.stop) for run in runs])
@@ -145,16 +154,16 @@ class SequencePart:
     def _find_full_blocks(self, group: int) -> FullBlocks | None:
         if self.codec == EXACT:
             return None
-        size = self._table.block_size
-        start = max(size, self.exact_start(self.start), self._table.released(group).stop * size)
+        size = self.table.block_size
+        start = max(size, self.exact_start(self.start), self.table.released(group).stop * size)
         end = self.exact_start(self.end)
-        starts = self._table.block_starts(self.rank, start, end)
+        starts = self.table.block_starts(self.rank, start, end)
         if not len(starts):
             return None
         return FullBlocks(
             torch.from_numpy(starts),
-            torch.from_numpy(self._table.encoded_ids(self.rank, group, start, end)),
-            self._table.runs(self.rank, group, start, end),
+            torch.from_numpy(self.table.encoded_ids(self.rank, group, start, end)),
+            self.table.runs(self.rank, group, start, end),
         )
 
     def history(self, group: int, window: int | None) -> History:
@@ -162,22 +171,26 @@ class SequencePart:
         found = self._histories.get((group, window))
         if found is None:
             found = history(
-                self._table,
+                self.table,
                 group,
                 self._history_spans(window),
-                encoded_below=0 if self.codec == EXACT else self.exact_start(self.start),
+                encoded_below=(
+                    0 if self.codec_in(window) == EXACT else self.exact_start(self.start)
+                ),
                 rank=self.rank,
             )
             self._histories[group, window] = found
         return found
 
     def _history_spans(self, window: int | None) -> tuple[range, ...]:
-        end, size = self.end, self._table.block_size
+        end, size = self.end, self.table.block_size
         if self.has_chunk:
             end = self.near_start(window)
         if window is not None:
             first = max(0, self.start - window + 1)
             return (range(first, max(first, end)),)
+        if self.rules.epoch_tokens is not None:
+            return (range(self.start // self.rules.epoch_tokens * self.rules.epoch_tokens, end),)
         if self.recent_blocks is not None:
             first_block = self.start // size - self.recent_blocks + 1
             if first_block > 1:
@@ -189,7 +202,7 @@ class SequencePart:
         in a layer with this window of its own."""
         if self.recent_blocks is None or window is not None:
             return False
-        size = self._table.block_size
+        size = self.table.block_size
         first_block, last_block = self.start // size, (self.end - 1) // size
         return last_block > first_block and last_block - self.recent_blocks + 1 > 1
 
@@ -207,7 +220,7 @@ class SequencePart:
             return None
         if (rows, keys) not in history.masks:
             q_positions = self.positions(rows)
-            k_positions = torch.from_numpy(history.positions(self._table, keys))
+            k_positions = torch.from_numpy(history.positions(self.table, keys))
             if drops:
                 assert self.recent_blocks is not None
                 mask_TS = visible_blocks(

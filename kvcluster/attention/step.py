@@ -22,6 +22,8 @@ from kvcluster.attention.partial import Partial, concatenate, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
 from kvcluster.attention.selected import SelectedAttention
 from kvcluster.attention.selected_part import SelectedPart
+from kvcluster.attention.survivor_choice import SurvivorChoice
+from kvcluster.attention.survivors import SurvivorPart
 from kvcluster.cache.store import KVStore, Piece, Places, keys_and_values
 from kvcluster.codec.base import EncodedKV
 from kvcluster.types import EXACT, ModelSpec, Route
@@ -47,15 +49,19 @@ class StepAttention:
         ring: Ring,
         parts: Sequence[SequencePart],
         selected: Sequence[SelectedPart] = (),
+        survivors: Sequence[SurvivorPart] = (),
     ) -> None:
-        """`selected`: what is more to know of the parts whose policy selects."""
+        """`selected`: what is more to know of the parts whose policy selects; `survivors`: of those
+        whose sequences keep tokens by score."""
         self._spec = spec
         self._store = store
         self._ring = ring
         self._parts = parts
+        self._survivors = survivors
         self._chunks = ChunkAttention(spec, store, ring)
         self._selects = bool(selected)
         self._selected = SelectedAttention(spec, store, ring, selected)
+        self._choice = SurvivorChoice(spec, store, ring)
         self._encoded_parts = [part for part in parts if part.codec != EXACT]
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}
@@ -82,6 +88,9 @@ class StepAttention:
                     partials[part] = merge(partials[part], inside) if part in partials else inside
         for part in self._encoded_parts if is_stored else ():
             self._encode_full(layer, part)
+        for kept in self._survivors_in(self._groups[layer]):
+            if kept.is_observed or kept.ends_epoch:
+                self._choice.after_rows(layer, kept, self._keys(layer, kept.reader), q_THD, sinks_H)
         if not partials:
             return q_THD
         whole = concatenate([partials[part] for part in self._parts if part in partials])
@@ -97,6 +106,8 @@ class StepAttention:
 
     def _encode_full(self, layer: int, part: SequencePart) -> None:
         """Blocks that are read exact no more go where encoded ones are."""
+        if part.codec_in(self._spec.layers[layer].window) == EXACT:
+            return
         full = part.full_blocks(self._groups[layer])
         if full is not None:
             exact = self._store.gather(layer, full.runs)
@@ -115,13 +126,29 @@ class StepAttention:
 
     def _attend_history(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Partials of this rank's rows over all history, by part."""
+        group = self._groups[layer]
         partials = self._pass_queries(layer, q_THD)
-        for part in self._unselected(layer):
+        for part in self._readers(layer):
             if not part.travels_by_query:
                 partial = self._pass_shards(layer, part, q_THD)
                 if partial is not None:
                     partials[part] = partial
+        for kept in self._survivors_in(group):
+            if kept.reader in partials:
+                survived = partials.pop(kept.reader)
+                partials[kept.part] = merge(partials[kept.part], survived)
         return partials
+
+    def _survivors_in(self, group: int) -> list[SurvivorPart]:
+        return [kept for kept in self._survivors if kept.survivors.group == group]
+
+    def _readers(self, layer: int) -> Sequence[SequencePart]:
+        """The parts that read all positions that they may, then those that read survivors too."""
+        unselected = self._unselected(layer)
+        if not self._survivors:
+            return unselected
+        kept = self._survivors_in(self._groups[layer])
+        return [*unselected, *(survivors.reader for survivors in kept if survivors.num_before)]
 
     def _pass_queries(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Queries travel: ask every rank that holds keys, answer every rank that asks.
@@ -150,7 +177,7 @@ class StepAttention:
                     self._keys(layer, part)
         found = {
             part: [self._read_own(layer, part, q_THD[part.rows], ring.rank)]
-            for part in self._unselected(layer)
+            for part in self._readers(layer)
             if part.travels_by_query and part.num_rows[ring.rank]
         }
         travelling.wait()
@@ -169,12 +196,12 @@ class StepAttention:
         group, window = self._groups[layer], self._spec.layers[layer].window
         found = self._questions_by_group.get(group)
         if found is None:
-            unselected = self._unselected(layer)
+            readers = self._readers(layer)
 
             def between(rows: int, keys: int) -> list[SequencePart]:
                 return [
                     part
-                    for part in unselected
+                    for part in readers
                     if part.travels_by_query
                     and part.num_rows[rows]
                     and part.history(group, window).ranks[keys].num_tokens
@@ -229,7 +256,7 @@ class StepAttention:
         if found is None:
             history = part.history(self._groups[layer], self._spec.layers[layer].window)
             shard = self._read_shard(layer, part, history)
-            found = Piece(*self._restore(layer, part, shard, history.ranks[self._ring.rank]))
+            found = self._restore(layer, part, shard, history.ranks[self._ring.rank])
             self._read_parts[part] = found
         return found
 
@@ -250,7 +277,7 @@ class StepAttention:
 
     def _restore(
         self, layer: int, part: SequencePart, shard: EncodedKV, held: RankHistory
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Piece:
         """k_KSD and v_KSD of a shard, in order of position."""
         geometry = self._spec.layers[layer]
         num_arrays = 1 if geometry.values_in_keys else 2

@@ -142,13 +142,23 @@ class KVStore:
         return self._encoded_pages(layer, codec).blocks_per_page
 
     def encode(
-        self, layer: int, codec: str, encoded_ids_B: Tensor, kv_BKSD: Piece, starts_B: Tensor
+        self,
+        layer: int,
+        codec: str,
+        encoded_ids_B: Tensor,
+        kv_BKSD: Piece,
+        starts_B: Tensor,
+        *,
+        same_BK: Tensor | None = None,
     ) -> None:
-        """Keep whole blocks in the layer's encoded blocks."""
+        """Keep whole blocks in the layer's encoded blocks. `same_BK`: heads that keep the bytes
+        which are there."""
         pages = self._encoded_pages(layer, codec)
         pages_B, blocks_B = _in_pages(encoded_ids_B, pages.blocks_per_page)
         encoded = self._encoded(layer, codec, kv_BKSD, starts_B)
         for plane, written in zip(pages.planes, encoded, strict=True):
+            if same_BK is not None:
+                written = _keep_heads(plane[pages_B, blocks_B], written, same_BK)
             plane[pages_B, blocks_B] = written
 
     def read_encoded(self, layer: int, codec: str, encoded_ids_B: Tensor) -> list[Tensor]:
@@ -315,3 +325,13 @@ def _in_pages(encoded_ids_B: Tensor, blocks_per_page: int) -> tuple[Tensor, Tens
 def in_line(x_PKSD: Tensor) -> Tensor:
     """x_KSD, the pages one after another: a view of one page, a copy of several."""
     return x_PKSD[0] if len(x_PKSD) == 1 else x_PKSD.transpose(0, 1).flatten(1, 2)
+
+
+def _keep_heads(before: Tensor, after: Tensor, same_BK: Tensor) -> Tensor:
+    """A plane of some blocks with the bytes of these heads as they were before. Planes that are not
+    of single heads are as before where all heads are the same."""
+    is_by_head = after.ndim > 1 and after.shape[1] == same_BK.shape[1]
+    same = same_BK if is_by_head else same_BK.all(dim=1)
+    kept = after.clone()
+    kept[same] = before[same]
+    return kept

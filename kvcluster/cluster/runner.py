@@ -17,6 +17,7 @@ from kvcluster.attention.part import CacheRules, SequencePart
 from kvcluster.attention.ring import Ring
 from kvcluster.attention.selected_part import SelectedPart, Selecting
 from kvcluster.attention.step import StepAttention
+from kvcluster.attention.survivors import SequenceSurvivors, SurvivorPart
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
 from kvcluster.engine.plan import (
@@ -33,6 +34,7 @@ from kvcluster.model.loader import LoadedModel
 from kvcluster.model.sampler import SequenceSampling, sample
 from kvcluster.model.scorer import score
 from kvcluster.retention.offered import recent_blocks
+from kvcluster.retention.registry import scored_retention
 from kvcluster.selection.registry import build_selection
 from kvcluster.types import Policy
 
@@ -111,14 +113,19 @@ class _SequenceState:
     def __init__(
         self,
         table: SequenceMap,
+        survivors: SequenceSurvivors | None,
         sampling: SequenceSampling,
         policy: Policy,
         *,
         exact_blocks: int,
     ) -> None:
         self.table = table
+        self.survivors = survivors
         self.rules = CacheRules(
-            policy.storage, exact_blocks, recent_blocks(policy.retention, table.block_size)
+            policy.storage,
+            exact_blocks,
+            recent_blocks(policy.retention, table.block_size),
+            None if survivors is None else survivors.method.epoch_tokens,
         )
         selection = build_selection(policy.selection, table.block_size)
         self.selecting = (
@@ -193,11 +200,8 @@ class StepRunner:
     def _apply(self, plan: StepPlan) -> None:
         for start in plan.started:
             self._sequences[start.sequence] = _SequenceState(
-                SequenceMap(
-                    block_size=self._block_size,
-                    num_ranks=self._ring.size,
-                    num_groups=len(self._spec.windows),
-                ),
+                self._empty_table(),
+                self._no_survivors(start.policy),
                 SequenceSampling(params=start.sampling, end_token_ids=self._spec.eos_token_ids),
                 start.policy,
                 exact_blocks=self._exact_blocks,
@@ -211,6 +215,25 @@ class StepRunner:
                 self._sequences[step.sequence].table.append(
                     block.rank, block.block_ids, block.encoded_ids
                 )
+
+            survivors = self._sequences[step.sequence].survivors
+            for block in step.survivors:
+                assert survivors is not None, "survivors of a sequence that keeps tokens by score"
+                survivors.table.append(block.rank, block.block_ids, block.encoded_ids)
+
+    def _empty_table(self) -> SequenceMap:
+        return SequenceMap(
+            block_size=self._block_size,
+            num_ranks=self._ring.size,
+            num_groups=len(self._spec.windows),
+        )
+
+    def _no_survivors(self, policy: Policy) -> SequenceSurvivors | None:
+        """None where the policy keeps no tokens by score, or the model has windows throughout."""
+        method = scored_retention(policy.retention, self._block_size)
+        if method is None or None not in self._spec.windows:
+            return None
+        return SequenceSurvivors(method, self._spec.windows.index(None), self._empty_table())
 
     def _lay_out(self, plan: StepPlan) -> list[_Rows]:
         rows = []
@@ -253,6 +276,11 @@ class StepRunner:
             self._ring,
             [row.part for row in rows],
             [row.selected for row in rows if row.selected is not None],
+            [
+                SurvivorPart(row.part, row.state.survivors)
+                for row in rows
+                if row.state.survivors is not None
+            ],
         )
         own_ids: list[Tensor] = []
         own_positions: list[Tensor] = []

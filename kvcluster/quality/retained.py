@@ -82,8 +82,9 @@ class RetainedAttention:
     ) -> None:
         """Positions from `num_prompt_tokens` on are output, to a selection; None: none is.
 
-        Raises: ValueError for parts that cut blocks of different sizes, a retention that is
-        neither by position nor by score, or a lag with one by score."""
+        Raises: ValueError for parts that cut blocks of different sizes, or a retention that is
+        neither by position nor by score. With one by score a lag concerns layers with a window
+        alone: in the others the open epoch is exact."""
         _check_parts(retention, exact, selection)
         self._spec = spec
         self._retention = retention
@@ -312,13 +313,7 @@ def _check_parts(
     retention: RetentionPolicy, exact: ExactTokens, selection: BlockSelection | None
 ) -> None:
     sizes = [exact.block_size]
-    if _is_scored(retention):
-        if exact.lag:
-            raise ValueError(
-                f"lag must be 0 with {retention.name}, whose open epoch is exact, not {exact.lag}"
-            )
-        sizes.append(retention.block_size)
-    elif isinstance(retention, WindowRetention):
+    if _is_scored(retention) or isinstance(retention, WindowRetention):
         sizes.append(retention.block_size)
     elif not isinstance(retention, FullRetention):
         raise ValueError(f"retention {retention.name} is neither by position nor by score")

@@ -42,7 +42,8 @@ def attention_mass(candidates: Candidates, queries: Queries, ranks: Ranks) -> Te
         _, num_rows, num_keys = logits_HTS.shape
         share_HTS = torch.exp(logits_HTS - lse_HT[:, first : first + num_rows, None])
         units_HTS = (share_HTS / UNIT).round().long()
-        mass_KS += units_HTS.reshape(len(mass_KS), -1, num_keys).sum(dim=1)
+        sharing = len(units_HTS) // len(mass_KS)
+        mass_KS += units_HTS.reshape(len(mass_KS), sharing * num_rows, num_keys).sum(dim=1)
         first += num_rows
     return mass_KS
 
@@ -51,14 +52,17 @@ def _logits(candidates: Candidates, queries: Queries) -> Iterator[Tensor]:
     """logits_HTS in float64 of some queries at a time; -inf where a query cannot see a token."""
     num_kv_heads, num_keys = candidates.positions_KS.shape
     num_tokens, num_heads, dim = queries.q_THD.shape
-    layer = queries.layer
+    layer, sharing = queries.layer, num_heads // num_kv_heads
     k_KDS = candidates.k_KSD.double().transpose(1, 2)
     tile = max(1, _TILE_ELEMENTS // max(1, num_heads * num_keys))
     for first in range(0, num_tokens, tile):
         q_tile = queries.q_THD[first : first + tile].double()
         num_rows = len(q_tile)
-        q_KRD = q_tile.transpose(0, 1).reshape(num_kv_heads, -1, dim)
-        logits_KGTS = (q_KRD @ k_KDS * layer.scale).reshape(num_kv_heads, -1, num_rows, num_keys)
+        # Sizes are spelt out: a rank may hold no token, and then none can be inferred.
+        q_KRD = q_tile.transpose(0, 1).reshape(num_kv_heads, sharing * num_rows, dim)
+        logits_KGTS = (q_KRD @ k_KDS * layer.scale).reshape(
+            num_kv_heads, sharing, num_rows, num_keys
+        )
         if layer.softcap is not None:
             logits_KGTS = layer.softcap * torch.tanh(logits_KGTS / layer.softcap)
         positions_T1 = torch.arange(num_rows, device=q_tile.device)[:, None] + queries.first + first

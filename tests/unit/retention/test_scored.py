@@ -123,6 +123,22 @@ def test_any_number_of_ranks_keeps_the_same_tokens_and_masses(
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_a_rank_may_hold_no_token(method: ScoredRetention) -> None:
+    candidates, queries = case(6, heads=method.heads)
+    group = ThreadRanks.group(2)
+    empty = Candidates(*(plane[:, :0] for plane in candidates))
+
+    def body(rank: int) -> Tensor:
+        own = empty if rank else candidates
+        return survivors(method, own, queries, NUM_TOKENS, group[rank]).kept_KS
+
+    kept_KS, none_KS = run_ranks(2, body)
+
+    assert positions(candidates, kept_KS) == expected(method, candidates, queries, NUM_TOKENS)
+    assert none_KS.shape == (2, 0)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_the_order_of_the_candidates_does_not_matter(method: ScoredRetention) -> None:
     candidates, queries = case(3, heads=method.heads)
     order_S = torch.randperm(

@@ -1,0 +1,166 @@
+"""Sharded over any number of ranks, tokens are kept by score as the plain definition says."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcluster.quality.retained import RetainedAttention
+from kvcluster.quality.strict import ExactTokens, LayerCodecs
+from kvcluster.retention.registry import scored_retention
+from kvcluster.types import EXACT, Policy, Route
+from tests.codec_models import calibrated_codecs
+from tests.reference_group import ReferenceGroup
+from tests.scripted_model import ScriptedModel, geometry
+
+MAX_TOKENS = 240
+MODEL = ScriptedModel(
+    geometry(),
+    geometry(window=24),
+    geometry(softcap=5.0),
+    max_tokens=MAX_TOKENS,
+)
+MODEL_CODECS = calibrated_codecs(MODEL.spec)
+METHODS = (
+    "heavy_hitters:budget=0.4,epoch=32",
+    "snap:budget=0.5,recent=0.2,epoch=64,queries=20",
+    "key_diversity:budget=0.3,epoch=32",
+)
+CODECS = (EXACT, "fp8", "int4", "int4:values=rotated3", "int3:value_group=16,windowed=exact")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a sequence is cut and spread."""
+
+    num_ranks: int
+    num_prompt_tokens: int
+    chunk: int
+    num_decoded: int
+    route: Route = Route.PASS_KV
+    turn: int = 0
+    """Which rank comes first."""
+    exact_blocks: int = 0
+    block_size: int = 16
+
+
+def defined(policy: Policy, num_tokens: int, serving: Serving) -> list[Tensor]:
+    """out_THD of each layer, in one pass over the whole sequence."""
+    layers = () if policy.codec == EXACT else MODEL_CODECS.layers(policy.codec)
+    retention = scored_retention(policy.retention, serving.block_size)
+    assert retention is not None
+    attention = RetainedAttention(
+        MODEL.spec,
+        retention,
+        lambda layer: LayerCodecs(*layers[layer]) if layers else None,
+        exact=ExactTokens(block_size=serving.block_size, lag=serving.exact_blocks),
+    )
+    return [
+        attention.attend(layer, *(x[:num_tokens] for x in qkv), None)
+        for layer, qkv in enumerate(MODEL.script)
+    ]
+
+
+def chunks(epoch_tokens: int, serving: Serving) -> Sequence[int]:
+    """Sizes of the prompt's chunks, none of which goes on into the next epoch."""
+    sizes: list[int] = []
+    while (start := sum(sizes)) < serving.num_prompt_tokens:
+        ends = (start + serving.chunk, (start // epoch_tokens + 1) * epoch_tokens)
+        sizes.append(min(*ends, serving.num_prompt_tokens) - start)
+    return sizes
+
+
+def served(policy: Policy, serving: Serving) -> list[Tensor]:
+    MODEL.recorded.clear()
+    group = ReferenceGroup(
+        MODEL.loaded,
+        num_ranks=serving.num_ranks,
+        block_size=serving.block_size,
+        codecs=MODEL_CODECS,
+        exact_blocks=serving.exact_blocks,
+    )
+    group.start(7, [3] * serving.num_prompt_tokens, policy)
+    retention = scored_retention(policy.retention, serving.block_size)
+    assert retention is not None
+    ranks = [(serving.turn + rank) % serving.num_ranks for rank in range(serving.num_ranks)]
+    for size in chunks(retention.epoch_tokens, serving):
+        group.run({7: size}, owners=[*ranks, *reversed(ranks)], route=serving.route)
+    for index in range(serving.num_decoded):
+        group.run({7: 1}, owners=[ranks[index % serving.num_ranks]])
+    num_tokens = serving.num_prompt_tokens + serving.num_decoded
+    return [
+        torch.stack([MODEL.recorded[layer, position] for position in range(num_tokens)])
+        for layer in range(len(MODEL.script))
+    ]
+
+
+def check(policy: Policy, serving: Serving) -> None:
+    ours = served(policy, serving)
+
+    for ours_THD, defined_THD in zip(ours, defined(policy, len(ours[0]), serving), strict=True):
+        # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
+        torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("retention", METHODS)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_every_method_is_served_as_it_is_defined(
+    num_ranks: int, retention: str, codec: str
+) -> None:
+    serving = Serving(num_ranks, num_prompt_tokens=150, chunk=48, num_decoded=30, exact_blocks=1)
+
+    check(Policy(codec=codec, retention=retention), serving)
+
+
+@pytest.mark.parametrize("codec", [EXACT, "int4"])
+@pytest.mark.parametrize("route", list(Route))
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_route_carries_survivors(num_ranks: int, route: Route, codec: str) -> None:
+    serving = Serving(num_ranks, num_prompt_tokens=170, chunk=40, num_decoded=3, route=route)
+
+    check(Policy(codec=codec, retention=METHODS[0]), serving)
+
+
+@st.composite
+def servings(draw: st.DrawFn) -> Serving:
+    return Serving(
+        num_ranks=draw(st.integers(1, 4)),
+        num_prompt_tokens=draw(st.integers(1, 200)),
+        chunk=draw(st.integers(1, 70)),
+        num_decoded=draw(st.integers(0, 34)),
+        route=draw(st.sampled_from(list(Route))),
+        turn=draw(st.integers(0, 3)),
+        exact_blocks=draw(st.sampled_from([0, 1, 3])),
+        block_size=draw(st.sampled_from([8, 16, 32])),
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    codec=st.sampled_from(CODECS),
+    method=st.sampled_from(["heavy_hitters", "snap", "key_diversity"]),
+    budget=st.sampled_from([0.05, 0.3, 0.6, 1.0]),
+    recent=st.sampled_from([0.0, 0.5, 1.0]),
+    heads=st.sampled_from(["own", "shared"]),
+    epoch_blocks=st.integers(1, 4),
+    serving=servings(),
+)
+def test_chunks_and_ranks_change_nothing(
+    codec: str,
+    method: str,
+    budget: float,
+    recent: float,
+    heads: str,
+    epoch_blocks: int,
+    serving: Serving,
+) -> None:
+    epoch = epoch_blocks * serving.block_size
+    arguments = f"budget={budget},recent={recent},heads={heads},epoch={epoch}"
+    if method == "snap":
+        arguments += f",queries={epoch // 2}"
+    check(Policy(codec=codec, retention=f"{method}:{arguments}"), serving)
