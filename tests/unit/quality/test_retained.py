@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from msgspec import structs
 from torch import Tensor
 
 from kvcluster.codec.calibration import Basis
@@ -439,26 +438,3 @@ def test_parts_that_do_not_fit_together_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         RetainedAttention(spec_of(geometry()), retention, exact=exact, selection=selection)
-
-
-@pytest.mark.parametrize("retention", [WINDOW, *SCORED], ids=id_of)
-def test_values_that_are_part_of_keys_are_read_from_the_kept_keys(
-    retention: RetentionPolicy,
-) -> None:
-    wide = LayerGeometry(num_query_heads=4, num_kv_heads=1, key_dim=8, value_dim=8, scale=0.4)
-    layer = structs.replace(wide, value_dim=5, values_in_keys=True)
-    generator = torch.Generator().manual_seed(0)
-    q_THD = torch.randn(61, 4, 8, generator=generator)
-    k_TKD = torch.randn(61, 1, 8, generator=generator)
-    codec = Coarse()
-
-    attention = RetainedAttention(
-        spec_of(layer), retention, lambda _layer: LayerCodecs(codec, None), exact=EXACT
-    )
-    out_THD = attention.attend(0, q_THD, k_TKD, k_TKD[..., :5], None)
-
-    whole_THD = run(wide, (q_THD, k_TKD, k_TKD), retention, LayerCodecs(codec, codec))
-    torch.testing.assert_close(out_THD, whole_THD[..., :5], rtol=0, atol=ATOL)
-    stored = attention.stored()
-    assert stored.exact_elements + stored.encoded_elements + stored.dropped_elements == 61 * 8
-    assert stored.encoded_elements > 0

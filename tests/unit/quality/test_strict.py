@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from msgspec import structs
 from torch import Tensor
 
 from kvcluster.attention.local import attend_plain, visible
@@ -297,37 +296,3 @@ def test_a_far_block_is_read_as_the_codec_restores_it() -> None:
     expected_KD = (far_KD + v_TKD[4:].sum(dim=0)) / 8
     torch.testing.assert_close(out_THD[7, ::2], expected_KD, rtol=0, atol=ATOL)
     assert math.isclose(float(out_THD[0, 0, 0]), float(v_TKD[0, 0, 0]), abs_tol=ATOL)
-
-
-@pytest.mark.parametrize("codec", [None, Coarse()])
-@pytest.mark.parametrize("window", [None, 10])
-def test_values_that_are_part_of_keys_are_read_from_the_stored_keys(
-    window: int | None, codec: ArrayCodec | None
-) -> None:
-    wide = LayerGeometry(
-        num_query_heads=4, num_kv_heads=1, key_dim=8, value_dim=8, scale=0.4, window=window
-    )
-    layer = structs.replace(wide, value_dim=5, values_in_keys=True)
-    q_THD, k_TKD, _ = random_qkv(wide, 37)
-    exact = ExactTokens(block_size=4, lag=1)
-
-    # The codec of the values is never asked: it would write other planes than it declares.
-    codecs = LayerCodecs(codec, Undeclared())
-    out_THD = run(layer, (q_THD, k_TKD, k_TKD[..., :5]), codecs, exact)
-
-    whole_THD = token_by_token(wide, (q_THD, k_TKD, k_TKD), LayerCodecs(codec, codec), exact)
-    torch.testing.assert_close(out_THD, whole_THD[..., :5], rtol=0, atol=ATOL)
-
-
-def test_values_that_are_part_of_keys_are_counted_with_them() -> None:
-    layer = structs.replace(geometry(), num_kv_heads=1, value_dim=5, values_in_keys=True)
-    q_THD, k_TKD, _ = random_qkv(layer, 37)
-    attention = StrictAttention(
-        spec_of(layer), lambda _layer: LayerCodecs(Coarse(), Coarse()), ExactTokens(block_size=4)
-    )
-
-    attention.attend(0, q_THD, k_TKD, k_TKD[..., :5], None)
-
-    stored = attention.stored()
-    assert stored.exact_elements + stored.encoded_elements == 37 * 8
-    assert stored.encoded_elements == stored.encoded_bytes == 8 * 4 * 8
