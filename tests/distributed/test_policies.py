@@ -28,6 +28,9 @@ POLICIES = (
     "int4 + window:recent=64",
     "pooled",
     "pooled + int4 + window:recent=64",
+    "quest:tokens=64",
+    "int4 + estimated:share=40%",
+    "block_sparse:local=2,random=1 + window:recent=64",
 )
 
 
@@ -147,6 +150,13 @@ async def test_pooled_heads_are_refused_until_they_are_measured() -> None:
     async with running_engine(model(), careful) as (service, _):
         with pytest.raises(PolicyUnsupported, match="has not been measured"):
             await generate(service, "pooled + int4", seed=0)
+
+
+@pytest.mark.parametrize("tokens", [40, 32])
+async def test_a_selection_that_is_no_whole_blocks_or_too_few_is_refused(tokens: int) -> None:
+    async with running_engine(model(), config(num_ranks=1)) as (service, _):
+        with pytest.raises(PolicyUnsupported, match=f"give 48 or more, not {tokens}"):
+            await generate(service, f"quest:tokens={tokens}", seed=0)
 
 
 async def test_a_codec_that_cannot_encode_the_blocks_is_refused() -> None:

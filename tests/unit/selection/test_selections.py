@@ -203,6 +203,7 @@ def test_block_sparse_lists_the_blocks_that_rows_read() -> None:
         assert sorted(read_blocks(reads_GTB, 0, row)) == selection.blocks(3, row // SIZE)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**64 - 1), layer=st.integers(0, 200), block=st.integers(0, 300))
 def test_random_blocks_are_as_many_as_asked_and_new(seed: int, layer: int, block: int) -> None:
     without = BlockSparse(local=2, sinks=1, block_size=SIZE).blocks(layer, block)
