@@ -23,6 +23,7 @@ from torch import Tensor
 from kvcluster.attention.local import attend, attend_causal
 from kvcluster.attention.partial import Partial, merge, merge_sinks
 from kvcluster.codec.array import BlockShape
+from kvcluster.codec.heads import check_single_heads
 from kvcluster.quality.stored import StoredBytes
 from kvcluster.quality.strict import (
     CodecsOfLayer,
@@ -35,13 +36,12 @@ from kvcluster.quality.strict import (
 from kvcluster.quality.survivor_list import (
     SurvivorList,
     block_bytes,
-    check_by_head,
     cut,
     encoded_blocks,
     sealed,
     stored_as,
 )
-from kvcluster.retention.base import Need, RetentionPolicy
+from kvcluster.retention.base import Heads, Need, RetentionPolicy
 from kvcluster.retention.candidates import Queries
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.scored import ScoredRetention
@@ -209,7 +209,8 @@ class RetainedAttention:
                 f"retention {retention.name} chooses tokens layer by layer, and layer {layer} "
                 "shares its keys and values with another"
             )
-        check_by_head(codecs, geometry, self._exact.block_size)
+        if retention.heads is Heads.OWN:
+            check_single_heads(*codecs, geometry, self._exact.block_size)
         num_tokens = len(q_THD)
         kept = SurvivorList.empty(written)
         partials = []

@@ -10,6 +10,7 @@ import msgspec
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.calibration import Calibration
 from kvcluster.codec.exact_array import ExactArray
+from kvcluster.codec.heads import check_single_heads
 from kvcluster.codec.latent_method import LATENT
 from kvcluster.codec.method import CodecModel, LayerCodec
 from kvcluster.codec.model_codecs import ModelCodecs
@@ -22,9 +23,10 @@ from kvcluster.policy import Menu, PlugPoint, parse_choice, parse_policy
 from kvcluster.quality.measure import CountingAttention, MeasuredPolicy
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention, stored_dims
-from kvcluster.retention.base import RetentionPolicy
+from kvcluster.retention.base import Heads, RetentionPolicy
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.offered import RETENTION_METHODS, recent_blocks
+from kvcluster.retention.registry import scored_retention
 from kvcluster.retention.window import WindowRetention
 from kvcluster.selection.offered import SELECTION_METHODS
 from kvcluster.selection.registry import build_selection
@@ -113,6 +115,15 @@ def _attention(
         layers = [_written(layer) for layer in codecs.layers(policy.storage)]
         for codec, geometry in zip(layers, spec.layers, strict=True):
             _check_blocks(codec, geometry, exact.block_size)
+    by_score = scored_retention(policy.retention, exact.block_size)
+    if by_score is not None:
+        if by_score.heads is Heads.OWN:
+            for codec, geometry in zip(layers, spec.layers, strict=True):
+                if geometry.window is None:
+                    check_single_heads(*codec, geometry, exact.block_size)
+        return partial(
+            RetainedAttention, retention=by_score, codecs_of_layer=layers.__getitem__, exact=exact
+        )
     num_blocks = recent_blocks(policy.retention, exact.block_size)
     selection = build_selection(policy.selection, exact.block_size)
     retention: RetentionPolicy = FullRetention()

@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec, BlockShape
-from kvcluster.codec.latent import LatentKeys
-from kvcluster.quality.strict import (
-    ExactTokens,
-    KeysValues,
-    LayerCodecs,
-    restored,
-    stored_dims,
-)
+from kvcluster.quality.strict import ExactTokens, KeysValues, LayerCodecs, restored
 from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.scored import ScoredRetention, survivors
 from kvcluster.types import LayerGeometry
@@ -115,21 +108,6 @@ def stored_as(
     if geometry.values_in_keys:
         return KeysValues(k_KTD, k_KTD[..., : geometry.value_dim])
     return KeysValues(k_KTD, read(written.v_KTD, codecs.values))
-
-
-def check_by_head(codecs: LayerCodecs, geometry: LayerGeometry, block_size: int) -> None:
-    """Raises: ValueError for codecs that cannot hold another token in each head of a slot."""
-    for codec, dim in stored_dims(codecs, geometry):
-        if codec is None:
-            continue
-        shape = BlockShape(geometry.num_kv_heads, block_size, dim)
-        mixes_heads = any(plane.shape[0] != shape.num_heads for plane in codec.planes(shape))
-        if mixes_heads or isinstance(codec, LatentKeys):
-            raise ValueError(
-                f"{type(codec).__name__} writes the heads of a token together or turns keys by "
-                "position, and survivors by score differ by head: take a codec of single heads, or "
-                "retention full or window"
-            )
 
 
 def block_bytes(codec: ArrayCodec | None, shape: BlockShape) -> int:

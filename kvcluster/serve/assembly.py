@@ -1,13 +1,9 @@
 """Puts an engine together: what it owns, what it knows of the model, and its ring group."""
 
-from functools import lru_cache
-
 from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.capacity import blocks_per_group
-from kvcluster.cache.encoded_pages import blocks_per_page
 from kvcluster.cache.partition import Partition
-from kvcluster.codec.model_codecs import MAX_KEPT
 from kvcluster.codec.registry import CODEC_METHODS, SHARING_METHODS
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.driver import Executor, SystemClock, random_id
@@ -17,10 +13,10 @@ from kvcluster.engine.service import EngineService
 from kvcluster.engine.text import Tokenizer
 from kvcluster.model.codecs import calibration_for, codec_layouts, measured_recipes
 from kvcluster.policy import Menu
-from kvcluster.retention.offered import RETENTION_METHODS, recent_blocks
-from kvcluster.selection.offered import SELECTION_METHODS, check_retention
-from kvcluster.selection.registry import build_selection
-from kvcluster.types import DEFAULT_TENANT, EXACT, ModelSpec, Policy, TenantId
+from kvcluster.retention.offered import RETENTION_METHODS
+from kvcluster.selection.offered import SELECTION_METHODS
+from kvcluster.serve.refusals import PolicyChecks
+from kvcluster.types import DEFAULT_TENANT, ModelSpec, TenantId
 
 
 def engine_service(
@@ -37,22 +33,7 @@ def engine_service(
     pools = [[BlockPool(count) for count in num_blocks] for _ in range(config.ring.num_ranks)]
     calibration = calibration_for(spec, config.calibration) if config.calibration else None
     layouts = codec_layouts(spec, calibration)
-
-    @lru_cache(MAX_KEPT)
-    def encoded_per_page(codec: str) -> tuple[int, ...]:
-        return blocks_per_page(spec, layouts.layers(codec), config.cache.block_size)
-
-    def refusal(policy: Policy) -> str | None:
-        try:
-            recent_blocks(policy.retention, config.cache.block_size)
-            build_selection(policy.selection, config.cache.block_size)
-            check_retention(policy)
-            if policy.storage != EXACT:
-                encoded_per_page(policy.storage)
-        except ValueError as reason:
-            return str(reason)
-        return None
-
+    checks = PolicyChecks(spec, config.cache.block_size, layouts)
     parts = EngineParts(
         spec=spec,
         cache=config.cache,
@@ -60,12 +41,12 @@ def engine_service(
         partition=Partition(
             pools,
             tenant=DEFAULT_TENANT,
-            encoded_per_page=encoded_per_page,
+            encoded_per_page=checks.encoded_per_page,
             exact_recent=config.cache.exact_recent_blocks,
         ),
         choose_route=choose_route,
         menu=Menu((*SHARING_METHODS, *CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS)),
-        refusal=refusal,
+        refusal=checks.refusal,
         recipes=measured_recipes(calibration),
         default_policy=config.default_policy,
         tenant_policies={

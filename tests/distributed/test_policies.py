@@ -10,7 +10,7 @@ import torch
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
 from kvcluster.engine.api import Finished, GenerationRequest, Output, Usage
 from kvcluster.engine.service import EngineService
-from kvcluster.errors import PolicyUnsupported
+from kvcluster.errors import InvalidField, KvClusterError, PolicyUnsupported
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.probe import probe
 from kvcluster.types import EXACT, ModelSpec
@@ -21,13 +21,20 @@ from tests.thread_executor import hear, running_engine
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 150
 OUTPUT_TOKENS = 24
+BY_SCORE = (
+    "heavy_hitters:budget=0.3,epoch=32",
+    "int4 + snap:budget=0.4,epoch=64,queries=8,heads=shared",
+    "int4:values=rotated3 + key_diversity:budget=0.25,epoch=48",
+)
 POLICIES = (
     EXACT,
     *PLAIN,
     "window:recent=48",
     "int4 + window:recent=64",
+    *BY_SCORE,
     "pooled",
     "pooled + int4 + window:recent=64",
+    "pooled + heavy_hitters:budget=0.3,epoch=32,heads=shared",
     "quest:tokens=64",
     "int4 + estimated:share=40%",
     "block_sparse:local=2,random=1 + window:recent=64",
@@ -157,6 +164,45 @@ async def test_a_selection_that_is_no_whole_blocks_or_too_few_is_refused(tokens:
     async with running_engine(model(), config(num_ranks=1)) as (service, _):
         with pytest.raises(PolicyUnsupported, match=f"give 48 or more, not {tokens}"):
             await generate(service, f"quest:tokens={tokens}", seed=0)
+
+
+async def test_usage_and_estimate_fall_with_the_budget() -> None:
+    async with running_engine(model(), config(num_ranks=3)) as (service, _):
+        used, estimated = [], []
+        for budget in (1, 0.5, 0.2):
+            policy = f"heavy_hitters:budget={budget},epoch=32"
+            used.append((await generate(service, policy, seed=0))[1].kv_bytes)
+            asked = GenerationRequest(
+                model="tiny",
+                max_output_tokens=OUTPUT_TOKENS,
+                input_tokens=PROMPT_TOKENS,
+                policy=policy,
+            )
+            estimated.append((await service.estimate(asked)).kv_bytes)
+
+    assert used[0] > used[1] > used[2]
+    assert all(one <= most for one, most in zip(used, estimated, strict=True))
+    assert estimated[0] > estimated[1] > estimated[2]
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "reason"),
+    [
+        ("heavy_hitters:budget=0", InvalidField, "must be over 0 and at most 1"),
+        ("heavy_hitters:budget=1.5", InvalidField, "must be over 0 and at most 1"),
+        ("snap:recent=-0.1", InvalidField, "must be at least 0 and at most 1"),
+        ("heavy_hitters:epoch=40", PolicyUnsupported, "give 16 or a multiple of it, not 40"),
+        ("snap:epoch=32,queries=33", PolicyUnsupported, "queries must be 1 to 32"),
+        ("key_diversity:heads=some", InvalidField, "must be one of own, shared"),
+        ("int4 + snap:budget=0.2,budget=0.3", InvalidField, "budget"),
+    ],
+)
+async def test_what_cannot_be_kept_by_score_is_refused(
+    policy: str, error: type[KvClusterError], reason: str
+) -> None:
+    async with running_engine(model(), config(num_ranks=1)) as (service, _):
+        with pytest.raises(error, match=reason):
+            await generate(service, policy, seed=0)
 
 
 async def test_a_codec_that_cannot_encode_the_blocks_is_refused() -> None:

@@ -1,7 +1,5 @@
 """Through the sharded path, a model that retrieves by construction finds what its queries pick."""
 
-from pathlib import Path
-
 import pytest
 
 from kvcluster.model.loader import LoadedModel, load_model

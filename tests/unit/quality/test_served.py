@@ -157,7 +157,7 @@ def test_what_the_model_or_the_blocks_cannot_have_is_refused(
         served(model, "exact", text, block_size=block_size)
 
 
-@pytest.mark.parametrize("text", ["int5", "int4 + int8", "auto: ppl<=1%", "heavy_hitters"])
+@pytest.mark.parametrize("text", ["int5", "int4 + int8", "auto: ppl<=1%", "full + snap"])
 def test_text_that_names_no_single_policy_is_refused(model: LoadedModel, text: str) -> None:
     with pytest.raises(InvalidField):
         served(model, text)

@@ -1,0 +1,28 @@
+"""Which codecs can hold another token in each head of a slot."""
+
+from kvcluster.codec.array import ArrayCodec, BlockShape
+from kvcluster.codec.latent import LatentKeys
+from kvcluster.types import LayerGeometry
+
+
+def check_single_heads(
+    keys: ArrayCodec | None, values: ArrayCodec | None, geometry: LayerGeometry, block_size: int
+) -> None:
+    """Check that a layer's codecs (None: exact) write each head by itself, whatever its position.
+
+    Raises: ValueError that says what to ask for instead.
+    """
+    stored = [(keys, geometry.key_dim)]
+    if not geometry.values_in_keys:
+        stored.append((values, geometry.value_dim))
+    for codec, dim in stored:
+        if codec is None:
+            continue
+        shape = BlockShape(geometry.num_kv_heads, block_size, dim)
+        mixes_heads = any(plane.shape[0] != shape.num_heads for plane in codec.planes(shape))
+        if mixes_heads or isinstance(codec, LatentKeys):
+            raise ValueError(
+                f"{type(codec).__name__} writes the heads of a token together, and with heads=own "
+                "each head keeps tokens of its own: ask for heads=shared, or for a codec of single "
+                "heads"
+            )

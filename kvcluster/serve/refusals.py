@@ -1,0 +1,60 @@
+"""Which policies a model cannot have, and why."""
+
+from functools import lru_cache
+
+from kvcluster.cache.encoded_pages import blocks_per_page
+from kvcluster.codec.heads import check_single_heads
+from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
+from kvcluster.retention.base import Heads
+from kvcluster.retention.offered import recent_blocks
+from kvcluster.retention.registry import scored_retention
+from kvcluster.selection.offered import check_retention
+from kvcluster.selection.registry import build_selection
+from kvcluster.types import EXACT, ModelSpec, Policy
+
+
+class PolicyChecks:
+    """What the parts of a policy say of one model and block size."""
+
+    def __init__(self, spec: ModelSpec, block_size: int, layouts: ModelCodecs) -> None:
+        self._spec = spec
+        self._block_size = block_size
+        self._layouts = layouts
+        self._count_once = lru_cache(MAX_KEPT)(self._count_blocks)
+
+    def encoded_per_page(self, storage: str) -> tuple[int, ...]:
+        """Encoded blocks of a page, by KV group. Raises: ValueError for blocks that cannot be
+        encoded so."""
+        return self._count_once(storage)
+
+    def refusal(self, policy: Policy) -> str | None:
+        """Why the model cannot have the policy; None: it can."""
+        try:
+            recent_blocks(policy.retention, self._block_size)
+            build_selection(policy.selection, self._block_size)
+            check_retention(policy)
+            if policy.storage != EXACT:
+                self.encoded_per_page(policy.storage)
+            self._check_survivors(policy)
+        except ValueError as reason:
+            return str(reason)
+        return None
+
+    def _count_blocks(self, storage: str) -> tuple[int, ...]:
+        return blocks_per_page(self._spec, self._layouts.layers(storage), self._block_size)
+
+    def _check_survivors(self, policy: Policy) -> None:
+        method = scored_retention(policy.retention, self._block_size)
+        if method is None:
+            return
+        if len(self._spec.storing_layers) < len(self._spec.layers):
+            raise ValueError(
+                "layers of this model share keys and values, and each keeps tokens by its own "
+                "scores: ask for retention full or window"
+            )
+        if policy.storage == EXACT or method.heads is not Heads.OWN:
+            return
+        codecs = self._layouts.layers(policy.storage)
+        for codec, geometry in zip(codecs, self._spec.layers, strict=True):
+            if geometry.window is None:
+                check_single_heads(*codec, geometry, self._block_size)
