@@ -25,8 +25,9 @@ DEFAULT_RECIPES: Final = (
     "latent:r=0.375,bits=4,values=rotated3,ranks=adaptive",
     "latent:bits=4,values=rotated3,ranks=adaptive",
     "latent:bits=4,values=rotated2,ranks=adaptive",
+    "pooled:by=learned + exact",
 )
-"""From no loss to the smallest cache. Which of them a model bears is what differs between models:
+"""From no loss to the smallest cache, and pooled heads, so that what they cost is known. Which of them a model bears is what differs between models:
 some lose nothing with rotated keys, others need a scale for each channel."""
 
 
