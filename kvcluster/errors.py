@@ -2,7 +2,8 @@
 
     KvClusterError
     ├── ConfigError               a setting is wrong
-    │   └── CalibrationMismatch   the calibration file is damaged or not this model's
+    │   ├── CalibrationMismatch   the calibration file is damaged or not this model's
+    │   └── SavedCacheMismatch    the saved cache is damaged or cannot be read here
     ├── ModelError
     │   ├── ModelNotFound         no model of that name is served or on disk
     │   └── ModelUnsupported      its attention cannot be sharded correctly: refused at load
@@ -86,6 +87,11 @@ class ConfigError(KvClusterError):
 class CalibrationMismatch(ConfigError):
     """The calibration file is damaged, or was made for another model or version. Calibrate again,
     or name the right file."""
+
+
+class SavedCacheMismatch(ConfigError):
+    """The saved cache is damaged, or its bytes mean something else here: another model, dtype,
+    codec or block size. Compute the context again, or load it where it was saved."""
 
 
 class ModelError(KvClusterError):

@@ -108,6 +108,11 @@ class KVStore:
             offset += k_bytes + v_bytes
 
     @property
+    def spec(self) -> ModelSpec:
+        """The model whose layers are stored."""
+        return self._spec
+
+    @property
     def block_size(self) -> int:
         """Tokens of a block."""
         return self._block_size
@@ -153,12 +158,22 @@ class KVStore:
     ) -> None:
         """Keep whole blocks in the layer's encoded blocks. `same_BK`: heads that keep the bytes
         which are there."""
+        encoded = self._encoded(layer, codec, kv_BKSD, starts_B)
+        if same_BK is not None:
+            before = self.read_encoded(layer, codec, encoded_ids_B)
+            encoded = tuple(
+                _keep_heads(old, written, same_BK)
+                for old, written in zip(before, encoded, strict=True)
+            )
+        self.write_encoded(layer, codec, encoded_ids_B, encoded)
+
+    def write_encoded(
+        self, layer: int, codec: str, encoded_ids_B: Tensor, planes: Sequence[Tensor]
+    ) -> None:
+        """Keep blocks that were encoded elsewhere, as `read_encoded` gave them."""
         pages = self._encoded_pages(layer, codec)
         pages_B, blocks_B = _in_pages(encoded_ids_B, pages.blocks_per_page)
-        encoded = self._encoded(layer, codec, kv_BKSD, starts_B)
-        for plane, written in zip(pages.planes, encoded, strict=True):
-            if same_BK is not None:
-                written = _keep_heads(plane[pages_B, blocks_B], written, same_BK)
+        for plane, written in zip(pages.planes, planes, strict=True):
             plane[pages_B, blocks_B] = written
 
     def read_encoded(self, layer: int, codec: str, encoded_ids_B: Tensor) -> list[Tensor]:

@@ -20,9 +20,7 @@ Shape letters: F = KV heads * head dimension, C latent dimension, K KV heads, D 
 E hidden dimension.
 """
 
-import hashlib
 import heapq
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +28,16 @@ from typing import Final
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcluster.codec.moments import LayerMoments, Spread
 from kvcluster.codec.pooled import HeadPools
+from kvcluster.codec.sealed_file import FileKind, digest_of_tensors
 from kvcluster.errors import CalibrationMismatch, ConfigError
 
 MIN_TOKENS_PER_DIRECTION: Final = 4
 """A covariance from fewer tokens is mostly noise in its small directions."""
 
-_FORMAT_VERSION: Final = 1
-_METADATA_KEY: Final = "kvcluster.calibration"
 _RIDGE: Final = 1e-4
 """Share of the mean weight that every direction gets: one that no query of the calibration text
 has looked at may be looked at later, and its weight must be invertible."""
@@ -237,37 +232,28 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int
     recipes_json: str
     digest: str = ""
-    """SHA-256 over this record with an empty digest and over the tensors, in hex."""
 
 
-class _Version(msgspec.Struct, frozen=True):
-    """The part of a header that every version has."""
-
-    format_version: int
+_FILE: Final = FileKind(
+    name="calibration file",
+    metadata_key="kvcluster.calibration",
+    format_version=1,
+    header=_Header,
+    error=CalibrationMismatch,
+)
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Write the file, replacing an older one only once it is whole. Raises: OSError."""
-    tensors = {
-        f"{index}.{name}": tensor.detach().cpu().contiguous()
-        for index, layer in enumerate(calibration.layers)
-        for name, tensor in _named(layer).items()
-    }
     header = _Header(
-        format_version=_FORMAT_VERSION,
+        format_version=_FILE.format_version,
         weights_digest=calibration.weights_digest,
         text_digests=calibration.text_digests,
         num_tokens=calibration.num_tokens,
         num_layers=len(calibration.layers),
         recipes_json=calibration.recipes_json,
     )
-    header = msgspec.structs.replace(header, digest=_digest(header, tensors))
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, {_METADATA_KEY: msgspec.json.encode(header).decode()})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    _FILE.write(path, header, _tensors(calibration))
 
 
 def read_calibration(path: Path, weights_digest: str) -> Calibration:
@@ -276,16 +262,7 @@ def read_calibration(path: Path, weights_digest: str) -> Calibration:
     Raises: CalibrationMismatch when it is missing, truncated, edited, of an unknown version, or
     made for another model.
     """
-    try:
-        header, tensors = _read(path)
-    except OSError as error:
-        raise CalibrationMismatch(f"calibration file {path} cannot be read: {error}") from error
-    except (SafetensorError, msgspec.DecodeError) as error:
-        raise CalibrationMismatch(
-            f"calibration file {path} is truncated or no calibration file ({error})"
-        ) from error
-    if header.digest != _digest(header, tensors):
-        raise CalibrationMismatch(f"calibration file {path} was changed after it was written")
+    header, tensors = _FILE.read(path)
     if header.weights_digest != weights_digest:
         raise CalibrationMismatch(
             f"calibration file {path} was made for another model: its weights have digest "
@@ -300,26 +277,18 @@ def read_calibration(path: Path, weights_digest: str) -> Calibration:
     )
 
 
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(_METADATA_KEY, "")
-        version = msgspec.json.decode(text, type=_Version).format_version
-        if version != _FORMAT_VERSION:
-            raise CalibrationMismatch(
-                f"calibration file {path} has format version {version}, "
-                f"this kvcluster reads version {_FORMAT_VERSION}"
-            )
-        header = msgspec.json.decode(text, type=_Header)
-        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def bases_digest(calibration: Calibration) -> str:
+    """What the bases are told apart by, in hex: latents of one digest can be read by another only
+    if the two are equal."""
+    return digest_of_tensors(_tensors(calibration))
 
 
-def _digest(header: _Header, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(header, digest="")))
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+def _tensors(calibration: Calibration) -> dict[str, Tensor]:
+    return {
+        f"{index}.{name}": tensor
+        for index, layer in enumerate(calibration.layers)
+        for name, tensor in _named(layer).items()
+    }
 
 
 def _named(layer: LayerCalibration) -> dict[str, Tensor]:

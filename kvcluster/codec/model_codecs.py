@@ -6,6 +6,8 @@ from typing import Final
 
 import msgspec
 
+from kvcluster.codec.calibration import bases_digest
+from kvcluster.codec.latent import LatentKeys, LatentValues
 from kvcluster.codec.method import CodecModel, LayerCodec
 from kvcluster.codec.plain_methods import PLAIN
 from kvcluster.codec.registry import (
@@ -41,6 +43,18 @@ class ModelCodecs:
         cannot have it.
         """
         return self._build_once(storage)
+
+    def calibration_digest(self, storage: str) -> str:
+        """What tells the bases apart that blocks are written with; empty where there are none.
+        Raises: as `layers`."""
+        calibration = self._model.calibration
+        policy = parse_policy(storage, STORAGE_MENU)
+        is_fitted = policy.sharing != Policy().sharing or any(
+            isinstance(array, LatentKeys | LatentValues)
+            for layer in self.layers(storage)
+            for array in layer
+        )
+        return bases_digest(calibration) if is_fitted and calibration is not None else ""
 
     def _build(self, storage: str) -> tuple[LayerCodec, ...]:
         policy = parse_policy(storage, STORAGE_MENU)

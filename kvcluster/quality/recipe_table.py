@@ -27,8 +27,9 @@ DEFAULT_RECIPES: Final = (
     "latent:bits=4,values=rotated2,ranks=adaptive",
     "pooled:by=learned + exact",
 )
-"""From no loss to the smallest cache, and pooled heads, so that what they cost is known. Which of them a model bears is what differs between models:
-some lose nothing with rotated keys, others need a scale for each channel."""
+"""From no loss to the smallest cache, and pooled heads, so that what they cost is known. Which of
+them a model bears is what differs between models: some lose nothing with rotated keys, others need
+a scale for each channel."""
 
 
 def measured_recipe(score: RecipeScore) -> MeasuredRecipe | None:
