@@ -13,6 +13,7 @@ from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge
 from kvcluster.attention.ring import Ring
 from kvcluster.cache.store import KVStore, Piece, keys_and_values, stored_arrays
+from kvcluster.codec.array import consecutive
 from kvcluster.types import EXACT, ModelSpec
 
 
@@ -82,11 +83,10 @@ class ChunkAttention:
         span = slice(encoded.start - near_start, encoded[-1] + part.block_size - near_start)
         blocks = [whole_blocks(plane[:, span].transpose(0, 1), part.block_size) for plane in near]
         read = [plane.clone() for plane in stored_arrays(near, geometry)]
-        starts_B = torch.tensor(encoded)
-        for plane, restored in zip(
-            read, self._store.round_trip(layer, part.codec, Piece(*blocks), starts_B), strict=True
-        ):
-            plane[:, span] = restored
+        positions_BS = consecutive(torch.tensor(encoded), part.block_size)
+        restored = self._store.round_trip(layer, part.codec, Piece(*blocks), positions_BS)
+        for plane, x_KSD in zip(read, restored, strict=True):
+            plane[:, span] = x_KSD
         return keys_and_values(read, geometry)
 
     def _gather(self, layer: int, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor) -> Piece | None:

@@ -29,8 +29,8 @@ class EncodedKeys(NamedTuple):
 
     codec: str
     ids_B: Tensor
-    starts_B: Tensor
-    """Position of each block's first token, int64."""
+    positions_BS: Tensor
+    """Of each block's tokens, int64."""
     num_skipped: int
     """Tokens of the first block that are not read."""
 
@@ -57,15 +57,15 @@ def attend_encoded(
     num_tile = max(1, tile_tokens // store.block_size)
     skipped = keys.num_skipped
     partials = []
-    for ids_B, starts_B in zip(
-        *(torch.split(x_B, num_tile) for x_B in (keys.ids_B, keys.starts_B)), strict=True
+    for ids_B, positions_BS in zip(
+        *(torch.split(x_B, num_tile) for x_B in (keys.ids_B, keys.positions_BS)), strict=True
     ):
         k_planes, v_planes = store.read_arrays(layer, keys.codec, ids_B)
-        k_JSC = in_line(k_codec.inner(k_planes, starts_B))[:, skipped:]
+        k_JSC = in_line(k_codec.inner(k_planes, positions_BS))[:, skipped:]
         if geometry.values_in_keys:
             v_JSC = k_JSC[..., : geometry.value_dim]
         else:
-            v_JSC = in_line(v_codec.inner(v_planes, starts_B))[:, skipped:]
+            v_JSC = in_line(v_codec.inner(v_planes, positions_BS))[:, skipped:]
         partials.append(_attend_tile(q_KGC, k_JSC, v_JSC, geometry))
         skipped = 0
     out_1HC, lse_1H = merge(*partials)

@@ -28,6 +28,7 @@ from kvcluster.attention.partial import Partial, concatenate, merge
 from kvcluster.attention.ring import Message, Ring
 from kvcluster.attention.selected_part import RankBlocks, SelectedPart, Tile
 from kvcluster.cache.store import KVStore, Piece, in_blocks, in_line, keys_and_values
+from kvcluster.codec.array import consecutive
 from kvcluster.selection.base import Need, pooled
 from kvcluster.types import ModelSpec
 
@@ -182,12 +183,12 @@ class SelectedAttention:
         pieces = []
         if len(stored_B):
             planes = self._store.read_encoded(layer, codec, blocks.encoded_ids_B[stored_B])
-            starts_B = blocks.blocks_B[stored_B] * size
-            pieces.append(self._store.decode(layer, codec, planes, starts_B))
+            positions_BS = consecutive(blocks.blocks_B[stored_B] * size, size)
+            pieces.append(self._store.decode(layer, codec, planes, positions_BS))
         if len(coming_B):
             written = self._store.read_blocks(layer, blocks.exact_ids_B[coming_B])
-            starts_B = blocks.blocks_B[coming_B] * size
-            pieces.append(self._store.round_trip(layer, codec, written, starts_B))
+            positions_BS = consecutive(blocks.blocks_B[coming_B] * size, size)
+            pieces.append(self._store.round_trip(layer, codec, written, positions_BS))
         arrays = [in_blocks(torch.cat(planes, dim=1), size) for planes in zip(*pieces, strict=True)]
         places_B = torch.full_like(blocks.blocks_B, -1)
         read_B = torch.cat((stored_B, coming_B))

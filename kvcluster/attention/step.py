@@ -25,6 +25,7 @@ from kvcluster.attention.selected_part import SelectedPart
 from kvcluster.attention.survivor_choice import SurvivorChoice
 from kvcluster.attention.survivors import SurvivorPart
 from kvcluster.cache.store import KVStore, Piece, Places, keys_and_values
+from kvcluster.codec.array import consecutive
 from kvcluster.codec.base import EncodedKV
 from kvcluster.types import EXACT, ModelSpec, Route
 
@@ -115,7 +116,8 @@ class StepAttention:
                 whole_blocks(plane.transpose(0, 1), part.block_size) for plane in exact.planes
             ]
             blocks = keys_and_values(arrays, self._spec.layers[layer])
-            self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, full.starts_B)
+            positions_BS = consecutive(full.starts_B, part.block_size)
+            self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, positions_BS)
 
     def _row_places(self, group: int, device: torch.device) -> Places:
         places = self._places_by_group.get(group)
@@ -247,7 +249,8 @@ class StepAttention:
         held = history.ranks[self._ring.rank]
         if not held.num_blocks:
             return partial
-        keys = EncodedKeys(part.codec, history.encoded_ids_B, held.starts_B, held.num_skipped)
+        positions_BS = consecutive(held.starts_B, part.block_size)
+        keys = EncodedKeys(part.codec, history.encoded_ids_B, positions_BS, held.num_skipped)
         return merge(partial, attend_encoded(q_1HD, self._store, layer, keys, geometry))
 
     def _keys(self, layer: int, part: SequencePart) -> Piece:
@@ -284,7 +287,8 @@ class StepAttention:
         arrays, encoded = shard.planes[:num_arrays], shard.planes[num_arrays:]
         if not held.num_blocks:
             return keys_and_values(arrays, geometry)
-        decoded = self._store.decode(layer, part.codec, encoded, held.starts_B)
+        positions_BS = consecutive(held.starts_B, part.block_size)
+        decoded = self._store.decode(layer, part.codec, encoded, positions_BS)
         split, skipped = held.num_exact_before, held.num_skipped
         whole = [
             torch.cat([exact[:, :split], between[:, skipped:], exact[:, split:]], dim=1)

@@ -22,6 +22,7 @@ from kvcluster.attention.ring_ranks import RingRanks
 from kvcluster.attention.survivors import Marks, SurvivorPart
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore, Piece, keys_and_values
+from kvcluster.codec.array import consecutive
 from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.ranks import ALONE, Ranks
 from kvcluster.retention.scored import choose, observe
@@ -214,7 +215,7 @@ class SurvivorChoice:
             codec,
             ids_B[on_cpu],
             kv_BKSD,
-            starts_B[on_cpu],
+            consecutive(starts_B[on_cpu], size),
             same_BK=same_BK[changed_B],
         )
 

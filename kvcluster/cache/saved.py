@@ -7,8 +7,8 @@ is no part of what is saved. Each rank reads and writes the blocks that are its 
 File: safetensors with a sealed record (`codec/sealed_file.py`). For layer i of KV group g the
 tensors `g.i.exact.keys` and, unless values are part of keys, `g.i.exact.values` [T, K, D] hold its
 exact tokens, and `g.i.encoded.N` [B, ...] plane N of its encoded blocks (those of the keys first);
-entries ascend, and the record lists them. Entry e covers positions [e * block_size, (e + 1) * block_size). Entries
-that the sequence has released are in neither list.
+entries ascend, and the record lists them. Entry e covers positions [e * block_size, (e + 1) *
+block_size). Entries that the sequence has released are in neither list.
 
 Shape letters: T tokens, B blocks, K KV heads, D head dimension.
 """

@@ -152,13 +152,13 @@ class KVStore:
         codec: str,
         encoded_ids_B: Tensor,
         kv_BKSD: Piece,
-        starts_B: Tensor,
+        positions_BS: Tensor,
         *,
         same_BK: Tensor | None = None,
     ) -> None:
         """Keep whole blocks in the layer's encoded blocks. `same_BK`: heads that keep the bytes
         which are there."""
-        encoded = self._encoded(layer, codec, kv_BKSD, starts_B)
+        encoded = self._encoded(layer, codec, kv_BKSD, positions_BS)
         if same_BK is not None:
             before = self.read_encoded(layer, codec, encoded_ids_B)
             encoded = tuple(
@@ -199,33 +199,33 @@ class KVStore:
         return [plane.new_empty((num_blocks, *plane.shape[2:])) for plane in planes]
 
     def decode(
-        self, layer: int, codec: str, planes: Sequence[Tensor], starts_B: Tensor
+        self, layer: int, codec: str, planes: Sequence[Tensor], positions_BS: Tensor
     ) -> tuple[Tensor, ...]:
         """k_KSD and v_KSD of encoded blocks, one after another, in the dtype of exact ones; as
         `gather`, without values that are part of the keys."""
         layer_codec = self.layer_codec(layer, codec)
         num_key_planes = self._num_key_planes(layer, codec)
         dtype = self._planes[layer].k_PKSD.dtype
-        arrays = [layer_codec.keys.decode(planes[:num_key_planes], starts_B)]
+        arrays = [layer_codec.keys.decode(planes[:num_key_planes], positions_BS)]
         if not self._spec.layers[layer].values_in_keys:
-            arrays.append(layer_codec.values.decode(planes[num_key_planes:], starts_B))
+            arrays.append(layer_codec.values.decode(planes[num_key_planes:], positions_BS))
         return tuple(in_line(x_BKSD.to(dtype)) for x_BKSD in arrays)
 
     def round_trip(
-        self, layer: int, codec: str, kv_BKSD: Piece, starts_B: Tensor
+        self, layer: int, codec: str, kv_BKSD: Piece, positions_BS: Tensor
     ) -> tuple[Tensor, ...]:
         """What `decode` gives of blocks after `encode`."""
-        encoded = self._encoded(layer, codec, kv_BKSD, starts_B)
-        return self.decode(layer, codec, encoded, starts_B)
+        encoded = self._encoded(layer, codec, kv_BKSD, positions_BS)
+        return self.decode(layer, codec, encoded, positions_BS)
 
     def _encoded(
-        self, layer: int, codec: str, kv_BKSD: Piece, starts_B: Tensor
+        self, layer: int, codec: str, kv_BKSD: Piece, positions_BS: Tensor
     ) -> tuple[Tensor, ...]:
         """All planes of some blocks, those of the keys first."""
         arrays = stored_arrays(kv_BKSD, self._spec.layers[layer])
         # Where there are no values of their own, their codec is left over.
         coded = zip(self.layer_codec(layer, codec), arrays, strict=False)
-        return tuple(plane for array, x in coded for plane in array.encode(x, starts_B))
+        return tuple(plane for array, x in coded for plane in array.encode(x, positions_BS))
 
     def _num_key_planes(self, layer: int, codec: str) -> int:
         geometry = self._spec.layers[layer]

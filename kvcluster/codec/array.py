@@ -44,14 +44,20 @@ class ArrayCodec(Protocol):
         encoded, saying which number must be a multiple of what."""
         ...
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
         """Contiguous planes of float blocks (float32, bfloat16 or float16; computed in float32).
 
-        `starts_B`, int64, is the position of each block's first token; its tokens follow one
-        another. The same input gives the same bytes, whatever other blocks are beside it.
+        `positions_BS`, int64, are the positions of the tokens: consecutive ones where all tokens
+        are kept, ascending ones where only some are. The same input gives the same bytes, whatever
+        other blocks are beside it.
         """
         ...
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """x_BKSD in float32, new memory."""
         ...
+
+
+def consecutive(starts_B: Tensor, num_tokens: int) -> Tensor:
+    """positions_BS of blocks whose tokens follow one another."""
+    return starts_B[:, None] + torch.arange(num_tokens, device=starts_B.device)

@@ -10,16 +10,17 @@ from torch import Tensor
 from kvcluster.codec.array import BlockShape, Plane
 
 
-def shape_of_blocks(x_BKSD: Tensor, starts_B: Tensor) -> BlockShape:
-    """Shape of one of the given blocks. Raises: ValueError unless there is one start a block."""
+def shape_of_blocks(x_BKSD: Tensor, positions_BS: Tensor) -> BlockShape:
+    """Shape of one of the given blocks. Raises: ValueError unless each token has a position."""
     if x_BKSD.ndim != 4 or not x_BKSD.is_floating_point():
         raise ValueError(
             "blocks must be a float array [blocks, KV heads, tokens, channels], "
             f"not {x_BKSD.dtype} of shape {tuple(x_BKSD.shape)}"
         )
-    if starts_B.shape != x_BKSD.shape[:1]:
+    if positions_BS.shape != (x_BKSD.shape[0], x_BKSD.shape[2]):
         raise ValueError(
-            f"{x_BKSD.shape[0]} blocks need as many starts, not shape {tuple(starts_B.shape)}"
+            f"{x_BKSD.shape[0]} blocks of {x_BKSD.shape[2]} tokens need as many positions, not "
+            f"shape {tuple(positions_BS.shape)}"
         )
     return BlockShape(*x_BKSD.shape[1:])
 
@@ -32,11 +33,11 @@ def shape_of_stored(x: Tensor) -> BlockShape:
     return BlockShape(*x.shape[1:])
 
 
-def check_planes(planes: Sequence[Tensor], wanted: Sequence[Plane], starts_B: Tensor) -> None:
+def check_planes(planes: Sequence[Tensor], wanted: Sequence[Plane], positions_BS: Tensor) -> None:
     """Raises: ValueError where an encoded array is not what its plane says."""
     if len(planes) != len(wanted):
         raise ValueError(f"{len(wanted)} planes are wanted, not {len(planes)}")
-    num_blocks = starts_B.shape[0]
+    num_blocks = positions_BS.shape[0]
     for given, plane in zip(planes, wanted, strict=True):
         if given.shape != (num_blocks, *plane.shape) or given.dtype != plane.dtype:
             raise ValueError(

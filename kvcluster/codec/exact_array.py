@@ -27,12 +27,12 @@ class ExactArray:
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         return (Plane("x", tuple(shape), self.dtype),)
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
-        shape_of_blocks(x_BKSD, starts_B)
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
+        shape_of_blocks(x_BKSD, positions_BS)
         limit = torch.finfo(self.dtype).max
         stored = x_BKSD.float().clamp(-limit, limit).to(self.dtype)
         return (stored.clone(memory_format=torch.contiguous_format),)
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        check_planes(planes, self.planes(shape_of_stored(planes[0])), starts_B)
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
+        check_planes(planes, self.planes(shape_of_stored(planes[0])), positions_BS)
         return planes[0].to(torch.float32, copy=True)

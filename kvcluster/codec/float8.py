@@ -38,8 +38,8 @@ class Float8:
             Plane("scale", (num_heads,), torch.float32),
         )
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
-        shape_of_blocks(x_BKSD, starts_B)
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
+        shape_of_blocks(x_BKSD, positions_BS)
         x = x_BKSD.float().clamp(-_MAX_NUMBER, _MAX_NUMBER)
         scale_BK = power_of_two_at_least(quotient(x.abs().amax(dim=(2, 3)), _MAX_VALUE))
         # e4m3fn has no infinity: what rounds above its maximum would become NaN.
@@ -47,7 +47,7 @@ class Float8:
         stored = values.transpose(2, 3) if self.transposed else values
         return stored.to(torch.float8_e4m3fn).contiguous(), scale_BK
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         values = planes[0].transpose(2, 3) if self.transposed else planes[0]
-        check_planes(planes, self.planes(shape_of_stored(values)), starts_B)
+        check_planes(planes, self.planes(shape_of_stored(values)), positions_BS)
         return values.float().contiguous() * planes[1][..., None, None]

@@ -22,7 +22,7 @@ from kvcluster.codec.array import ArrayCodec
 class InnerKeys(Protocol):
     """An array codec with q . k = fold(q) . z for every key k and its inner form z."""
 
-    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """z_BJSC of encoded blocks, float32, new memory in any layout; J are the KV heads."""
         ...
 
@@ -35,7 +35,7 @@ class InnerKeys(Protocol):
 class InnerValues(Protocol):
     """An array codec with sum(w v) = expand(sum(w z)) for weights w that add up to 1."""
 
-    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """z_BJSC of encoded blocks, float32, new memory in any layout. J are the KV heads, or 1:
         all share it."""
         ...
@@ -61,8 +61,8 @@ class Decoded:
 
     codec: ArrayCodec
 
-    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        return self.codec.decode(planes, starts_B)
+    def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
+        return self.codec.decode(planes, positions_BS)
 
     def fold(self, q_THD: Tensor) -> Tensor:
         return q_THD.float()

@@ -86,26 +86,26 @@ class LatentValues:
             )
         return self._stored.planes(BlockShape(1, shape.num_tokens, self.rank))
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
         """Contiguous planes. Numbers beyond the largest float16 count as that."""
-        self.planes(shape_of_blocks(x_BKSD, starts_B))
+        self.planes(shape_of_blocks(x_BKSD, positions_BS))
         x_BSF = _bounded(x_BKSD).transpose(1, 2).flatten(2)
         latent_BSC = self._down.product(x_BSF - self._basis.mean_F)
-        return self._stored.encode(latent_BSC[:, None], starts_B)
+        return self._stored.encode(latent_BSC[:, None], positions_BS)
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        latent_BSC = self._stored.decode(planes, starts_B)[:, 0]
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
+        latent_BSC = self._stored.decode(planes, positions_BS)[:, 0]
         x_BSF = self._up.product(latent_BSC) + self._basis.mean_F
         x_BSKD = x_BSF.reshape(*x_BSF.shape[:2], self.num_heads, self.dim)
         return x_BSKD.transpose(1, 2).contiguous()
 
-    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """latent_B1SC, which all heads share: what is stored, without the way back."""
-        return inner_values(self._stored).inner(planes, starts_B)
+        return inner_values(self._stored).inner(planes, positions_BS)
 
-    def approximate(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def approximate(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """x_BKSD to the rounding of float32: `decode` whose last bits depend on the batch."""
-        latent_BSC = self.inner(planes, starts_B)[:, 0]
+        latent_BSC = self.inner(planes, positions_BS)[:, 0]
         x_BSF = torch.addmm(self._basis.mean_F, latent_BSC.flatten(0, 1), self._basis.up_CF)
         x_BSKD = x_BSF.reshape(*latent_BSC.shape[:2], self.num_heads, self.dim)
         return x_BSKD.transpose(1, 2)
@@ -152,26 +152,25 @@ class LatentKeys:
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         return self._unrotated.planes(shape)
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
-        shape = shape_of_blocks(x_BKSD, starts_B)
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
+        shape = shape_of_blocks(x_BKSD, positions_BS)
         if self._rotation is not None:
             self.planes(shape)
-            positions_BS = _positions(starts_B, shape.num_tokens)
             x_BKSD = self._rotation.undo(_bounded(x_BKSD), positions_BS)
-        return self._unrotated.encode(x_BKSD, starts_B)
+        return self._unrotated.encode(x_BKSD, positions_BS)
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        x_BKSD = self._unrotated.decode(planes, starts_B)
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
+        x_BKSD = self._unrotated.decode(planes, positions_BS)
         if self._rotation is None:
             return x_BKSD
-        return self._rotation.apply(x_BKSD, _positions(starts_B, x_BKSD.shape[2]))
+        return self._rotation.apply(x_BKSD, positions_BS)
 
-    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """The keys, to the rounding of float32."""
-        x_BKSD = self._unrotated.approximate(planes, starts_B)
+        x_BKSD = self._unrotated.approximate(planes, positions_BS)
         if self._rotation is None:
             return x_BKSD
-        return self._rotation.apply(x_BKSD, _positions(starts_B, x_BKSD.shape[2]))
+        return self._rotation.apply(x_BKSD, positions_BS)
 
     def fold(self, q_THD: Tensor) -> Tensor:
         return q_THD.float()
@@ -180,10 +179,6 @@ class LatentKeys:
 def _bounded(x_BKSD: Tensor) -> Tensor:
     """Sums of numbers near the largest float32 would overflow."""
     return x_BKSD.float().clamp(-MAX_HALF, MAX_HALF)
-
-
-def _positions(starts_B: Tensor, num_tokens: int) -> Tensor:
-    return starts_B[:, None] + torch.arange(num_tokens, device=starts_B.device)
 
 
 class _FixedPointMatrix:

@@ -80,9 +80,9 @@ class PooledHeads:
             )
         return self.stored.planes(shape._replace(num_heads=self.heads.num_pooled))
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
         """Contiguous planes. Numbers beyond the largest float16 count as that."""
-        shape = shape_of_blocks(x_BKSD, starts_B)
+        shape = shape_of_blocks(x_BKSD, positions_BS)
         self.planes(shape)
         bounded = x_BKSD.float().clamp(-MAX_HALF, MAX_HALF)
         pooled_BPSD = bounded.new_zeros(
@@ -92,10 +92,10 @@ class PooledHeads:
         members = zip(self.heads.group_of, self.heads.weights, strict=True)
         for head, (group, weight) in enumerate(members):
             pooled_BPSD[:, group] += bounded[:, head] * weight
-        return self.stored.encode(pooled_BPSD, starts_B)
+        return self.stored.encode(pooled_BPSD, positions_BS)
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        pooled_BPSD = self.stored.decode(planes, starts_B)
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
+        pooled_BPSD = self.stored.decode(planes, positions_BS)
         if pooled_BPSD.shape[1] != self.heads.num_pooled:
             raise ValueError(
                 f"want {self.heads.num_pooled} pooled heads, got {pooled_BPSD.shape[1]}"

@@ -92,9 +92,9 @@ class _Quantizer:
             Plane("unit", (num_heads,), torch.float32),
         )
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
         """Contiguous planes. Numbers beyond the largest float16 are stored as that."""
-        shape = shape_of_blocks(x_BKSD, starts_B)
+        shape = shape_of_blocks(x_BKSD, positions_BS)
         self.planes(shape)
         x = self._swap(x_BKSD.float().clamp(-MAX_HALF, MAX_HALF))
         group = min(self.group, x.shape[2])
@@ -107,13 +107,13 @@ class _Quantizer:
         codes = _nearest_codes(x_BKGNC, scale, zero, levels).to(torch.uint8)
         return (*pack(codes.flatten(2, 3), self.bits), *scale_planes)
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        return self._swap(self._read(planes, starts_B, (0, 1, 2, 3))).contiguous()
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
+        return self._swap(self._read(planes, positions_BS, (0, 1, 2, 3))).contiguous()
 
-    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """The same numbers; in memory a head's tokens follow one another over all blocks."""
         axes = (1, 2, 0, 3) if self._transposed else (1, 0, 2, 3)
-        return self._swap(self._read(planes, starts_B, axes))
+        return self._swap(self._read(planes, positions_BS, axes))
 
     def fold(self, q_THD: Tensor) -> Tensor:
         return q_THD.float()
@@ -121,14 +121,16 @@ class _Quantizer:
     def expand(self, out_THC: Tensor) -> Tensor:
         return out_THC
 
-    def _read(self, planes: Sequence[Tensor], starts_B: Tensor, axes: tuple[int, ...]) -> Tensor:
+    def _read(
+        self, planes: Sequence[Tensor], positions_BS: Tensor, axes: tuple[int, ...]
+    ) -> Tensor:
         """Numbers on the stored axes, which lie in memory in the order `axes`."""
         shape_of_stored(planes[0])
         split = num_code_planes(self.bits)
         codes = unpack([plane.permute(axes) for plane in planes[:split]], self.bits)
         places = tuple(axes.index(axis) for axis in range(len(axes)))
         stored = codes.float().permute(places)
-        check_planes(planes, self.planes(self._stored_shape(shape_of_stored(stored))), starts_B)
+        check_planes(planes, self.planes(self._stored_shape(shape_of_stored(stored))), positions_BS)
         scale, zero = (grid[:, :, :, None] for grid in _read_scales(planes[split:]))
         num_blocks, num_heads, num_grouped, num_contiguous = stored.shape
         num_groups = scale.shape[2]

@@ -71,9 +71,9 @@ class Rotated:
         codes = code_planes((num_heads, *stored), self.bits)
         return (*codes, scale, mean) if self.centred else (*codes, scale)
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
         """Contiguous planes. Numbers beyond the largest float16 are stored as that."""
-        shape = shape_of_blocks(x_BKSD, starts_B)
+        shape = shape_of_blocks(x_BKSD, positions_BS)
         self.planes(shape)
         x = x_BKSD.float().clamp(-MAX_HALF, MAX_HALF)
         apart = []
@@ -92,17 +92,17 @@ class Rotated:
         packed = pack(stored.transpose(2, 3) if self.transposed else stored, self.bits)
         return (*packed, scale_BKS, *apart)
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         num_code = num_code_planes(self.bits)
         stored = unpack(planes[:num_code], self.bits)
         codes = stored.transpose(2, 3) if self.transposed else stored
-        check_planes(planes, self.planes(shape_of_stored(codes)), starts_B)
+        check_planes(planes, self.planes(shape_of_stored(codes)), positions_BS)
         scale_BKS = planes[num_code].float()
         levels = codebook(self.bits, codes.device)
         x = rotate_back(levels[codes.int()].mul_(scale_BKS[..., None]))
         return x.add_(planes[num_code + 1].float()[:, :, None]) if self.centred else x
 
-    def inner(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """R x: what is stored, without the rotation back."""
         num_code = num_code_planes(self.bits)
         axes, places = ((1, 2, 0, 3), (2, 0, 3, 1)) if self.transposed else ((1, 0, 2, 3),) * 2
@@ -110,7 +110,7 @@ class Rotated:
         levels = codebook(self.bits, codes.device)
         # In memory a head's tokens follow one another over all blocks.
         z_BKSD = levels.index_select(0, codes.flatten().int()).view(codes.shape).permute(places)
-        check_planes(planes, self.planes(shape_of_stored(z_BKSD)), starts_B)
+        check_planes(planes, self.planes(shape_of_stored(z_BKSD)), positions_BS)
         z_BKSD.mul_(planes[num_code].float()[..., None])
         if self.centred:
             z_BKSD.add_(self.fold(planes[num_code + 1])[:, :, None])

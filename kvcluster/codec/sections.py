@@ -33,12 +33,12 @@ class Sections:
             for plane in self.codec.planes(shape._replace(dim=dim))
         )
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
-        self.planes(shape_of_blocks(x_BKSD, starts_B))
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
+        self.planes(shape_of_blocks(x_BKSD, positions_BS))
         parts = torch.split(x_BKSD, list(self.dims), dim=-1)
-        return tuple(plane for part in parts for plane in self.codec.encode(part, starts_B))
+        return tuple(plane for part in parts for plane in self.codec.encode(part, positions_BS))
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         if len(planes) % len(self.dims):
             raise ValueError(
                 f"{len(self.dims)} sections have as many planes each, not {len(planes)}"
@@ -46,7 +46,7 @@ class Sections:
         # A section has as many planes as any other of the same codec.
         size = len(planes) // len(self.dims)
         parts = [
-            self.codec.decode(planes[index * size : (index + 1) * size], starts_B)
+            self.codec.decode(planes[index * size : (index + 1) * size], positions_BS)
             for index in range(len(self.dims))
         ]
         return torch.cat(parts, dim=-1)

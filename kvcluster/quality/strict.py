@@ -153,12 +153,21 @@ class StrictAttention:
         return range(int(self._exact.exact_sinks), last_block - self._exact.lag)
 
 
-def restored(x_KTD: Tensor, codec: ArrayCodec, blocks: range, block_size: int) -> Tensor:
-    """A float32 copy in which these whole blocks went through the codec.
+def restored(
+    x_KTD: Tensor,
+    codec: ArrayCodec,
+    blocks: range,
+    block_size: int,
+    positions_T: Tensor | None = None,
+) -> Tensor:
+    """A float32 copy in which these whole blocks went through the codec. `positions_T`: of the
+    tokens; None: each is at its place.
 
     Raises: ValueError from a codec that cannot encode such blocks, or whose planes are not those
     it declared: bytes are counted from the declaration.
     """
+    if positions_T is None:
+        positions_T = torch.arange(x_KTD.shape[1], device=x_KTD.device)
     shape = _shape(x_KTD, block_size)
     declared = [(plane.shape, plane.dtype) for plane in codec.planes(shape)]
     out_KTD = x_KTD.to(torch.float32, copy=True)
@@ -167,12 +176,12 @@ def restored(x_KTD: Tensor, codec: ArrayCodec, blocks: range, block_size: int) -
         last = min(first + step, blocks.stop)
         rows = slice(first * block_size, last * block_size)
         x_BKSD = x_KTD[:, rows].reshape(-1, last - first, block_size, shape.dim).transpose(0, 1)
-        starts_B = torch.arange(first, last, device=x_KTD.device) * block_size
-        planes = codec.encode(x_BKSD.contiguous(), starts_B)
+        positions_BS = positions_T[rows].reshape(-1, block_size)
+        planes = codec.encode(x_BKSD.contiguous(), positions_BS)
         written = [(tuple(plane.shape[1:]), plane.dtype) for plane in planes]
         if written != declared:
             raise ValueError(f"codec declares planes {declared} and writes {written}")
-        out_KTD[:, rows] = codec.decode(planes, starts_B).transpose(0, 1).flatten(1, 2)
+        out_KTD[:, rows] = codec.decode(planes, positions_BS).transpose(0, 1).flatten(1, 2)
     return out_KTD
 
 

@@ -10,6 +10,7 @@ from kvcluster.attention.encoded import EncodedKeys, attend_encoded
 from kvcluster.attention.local import attend_plain
 from kvcluster.attention.partial import Partial
 from kvcluster.cache.store import KVStore, Piece
+from kvcluster.codec.array import consecutive
 from kvcluster.codec.inner import inner_values
 from kvcluster.types import EXACT, LayerGeometry
 from tests.codec_models import EVERY_CODEC, calibrated_codecs
@@ -36,7 +37,7 @@ class Rig:
 
     def defined(self) -> Partial:
         planes = self.store.read_encoded(0, self.keys.codec, self.keys.ids_B)
-        decoded = self.store.decode(0, self.keys.codec, planes, self.keys.starts_B)
+        decoded = self.store.decode(0, self.keys.codec, planes, self.keys.positions_BS)
         k_KSD, v_KSD = (x_KSD[:, self.keys.num_skipped :] for x_KSD in decoded)
         return attend_plain(self.q_1HD, k_KSD, v_KSD, self.geometry)
 
@@ -60,11 +61,11 @@ def rig(
     generator = torch.Generator().manual_seed(seed)
     k_BKSD, v_BKSD = torch.randn(2, num_blocks, 2, BLOCK_SIZE, 16, generator=generator)
     ids_B = torch.randperm(4 * store.blocks_per_page(0, codec), generator=generator)[:num_blocks]
-    starts_B = torch.arange(1, num_blocks + 1) * BLOCK_SIZE
-    store.encode(0, codec, ids_B, Piece(k_BKSD, v_BKSD), starts_B)
+    positions_BS = consecutive(torch.arange(1, num_blocks + 1) * BLOCK_SIZE, BLOCK_SIZE)
+    store.encode(0, codec, ids_B, Piece(k_BKSD, v_BKSD), positions_BS)
     return Rig(
         store,
-        EncodedKeys(codec, ids_B, starts_B, num_skipped),
+        EncodedKeys(codec, ids_B, positions_BS, num_skipped),
         spec.layers[0],
         torch.randn(1, 4, 16, generator=generator),
     )
@@ -112,6 +113,6 @@ def test_latents_are_summed_before_they_are_expanded() -> None:
     values = inner_values(reading.store.layer_codec(0, reading.keys.codec).values)
     _, planes = reading.store.read_arrays(0, reading.keys.codec, reading.keys.ids_B)
 
-    latent_BJSC = values.inner(planes, reading.keys.starts_B)
+    latent_BJSC = values.inner(planes, reading.keys.positions_BS)
 
     assert latent_BJSC.shape == (NUM_BLOCKS, 1, BLOCK_SIZE, 8)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcluster.cache.store import KVStore, Piece, in_line
-from kvcluster.codec.array import BlockShape
+from kvcluster.codec.array import BlockShape, consecutive
 from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 from tests.codec_models import PLAIN, plain_codecs
 from tests.scripted_model import ScriptedModel, latent_geometry
@@ -184,14 +184,15 @@ def test_keys_with_their_values_travel_as_one_array() -> None:
 def test_blocks_of_latents_take_the_planes_of_their_keys(codec: str) -> None:
     store = store_of_latents(block_size=16)
     k_BKSD = torch.randn(2, 1, 16, 24, generator=torch.Generator().manual_seed(0))
-    starts_B = torch.tensor([16, 32])
+    positions_BS = consecutive(torch.tensor([16, 32]), 16)
     ids_B = torch.tensor([1, 0])
 
-    store.encode(0, codec, ids_B, Piece(k_BKSD, k_BKSD[..., :16]), starts_B)
+    store.encode(0, codec, ids_B, Piece(k_BKSD, k_BKSD[..., :16]), positions_BS)
 
     planes = store.read_encoded(0, codec, ids_B)
-    [read_KSD] = store.decode(0, codec, planes, starts_B)
+    [read_KSD] = store.decode(0, codec, planes, positions_BS)
     layer_codec = plain_codecs(ScriptedModel(latent_geometry(), max_tokens=1).spec).layers(codec)[0]
     assert len(planes) == len(layer_codec.keys.planes(BlockShape(1, 16, 24)))
-    expected_BKSD = layer_codec.keys.decode(layer_codec.keys.encode(k_BKSD, starts_B), starts_B)
+    encoded = layer_codec.keys.encode(k_BKSD, positions_BS)
+    expected_BKSD = layer_codec.keys.decode(encoded, positions_BS)
     assert torch.equal(read_KSD, in_line(expected_BKSD))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.codec.array import ArrayCodec, BlockShape
+from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
@@ -77,16 +77,16 @@ def random_blocks(num_blocks: int, seed: int = 0, shape: BlockShape = SHAPE) -> 
     return torch.randn(num_blocks, *shape, generator=generator)
 
 
-def starts_of(x_BKSD: Tensor) -> Tensor:
-    return torch.arange(x_BKSD.shape[0]) * x_BKSD.shape[2]
+def positions_of(x_BKSD: Tensor) -> Tensor:
+    return consecutive(torch.arange(x_BKSD.shape[0]) * x_BKSD.shape[2], x_BKSD.shape[2])
 
 
 def encode(codec: ArrayCodec, x_BKSD: Tensor) -> tuple[Tensor, ...]:
-    return codec.encode(x_BKSD, starts_of(x_BKSD))
+    return codec.encode(x_BKSD, positions_of(x_BKSD))
 
 
 def decoded(codec: ArrayCodec, x_BKSD: Tensor) -> Tensor:
-    return codec.decode(encode(codec, x_BKSD), starts_of(x_BKSD))
+    return codec.decode(encode(codec, x_BKSD), positions_of(x_BKSD))
 
 
 def as_bytes(planes: tuple[Tensor, ...]) -> list[bytes]:
@@ -121,22 +121,22 @@ def test_encoded_and_decoded_arrays_are_contiguous(codec: ArrayCodec) -> None:
 
 def test_a_block_has_the_same_bytes_alone_and_among_others(codec: ArrayCodec) -> None:
     x_BKSD = torch.cat([random_blocks(5), *HARD_BLOCKS.values()])
-    starts_B = starts_of(x_BKSD)
+    positions_BS = positions_of(x_BKSD)
 
-    together = codec.encode(x_BKSD, starts_B)
+    together = codec.encode(x_BKSD, positions_BS)
 
     for i in range(x_BKSD.shape[0]):
-        alone = codec.encode(x_BKSD[i : i + 1], starts_B[i : i + 1])
+        alone = codec.encode(x_BKSD[i : i + 1], positions_BS[i : i + 1])
         assert as_bytes(alone) == as_bytes(tuple(plane[i : i + 1] for plane in together))
 
 
 def test_a_block_is_read_the_same_alone_and_among_others(codec: ArrayCodec) -> None:
     x_BKSD = random_blocks(4)
-    planes, starts_B = encode(codec, x_BKSD), starts_of(x_BKSD)
+    planes, positions_BS = encode(codec, x_BKSD), positions_of(x_BKSD)
 
-    together = codec.decode(planes, starts_B)
+    together = codec.decode(planes, positions_BS)
 
-    alone = codec.decode(tuple(plane[2:3] for plane in planes), starts_B[2:3])
+    alone = codec.decode(tuple(plane[2:3] for plane in planes), positions_BS[2:3])
     assert torch.equal(alone, together[2:3])
 
 
@@ -281,24 +281,24 @@ def test_an_array_that_is_not_of_blocks_is_refused(
     codec: ArrayCodec, shape: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="blocks, KV heads, tokens, channels"):
-        codec.encode(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64))
+        codec.encode(torch.zeros(shape), torch.zeros(shape[0], 1, dtype=torch.int64))
 
 
-def test_blocks_without_a_start_each_are_refused(codec: ArrayCodec) -> None:
-    with pytest.raises(ValueError, match="3 blocks need as many starts"):
-        codec.encode(random_blocks(3), torch.zeros(2, dtype=torch.int64))
+def test_tokens_without_a_position_each_are_refused(codec: ArrayCodec) -> None:
+    with pytest.raises(ValueError, match="tokens need as many positions"):
+        codec.encode(random_blocks(3), positions_of(random_blocks(2)))
 
 
 def test_planes_of_another_number_of_blocks_are_refused(codec: ArrayCodec) -> None:
     with pytest.raises(ValueError, match="must be"):
-        codec.decode(encode(codec, random_blocks(3)), torch.zeros(2, dtype=torch.int64))
+        codec.decode(encode(codec, random_blocks(3)), positions_of(random_blocks(2)))
 
 
 def test_a_plane_too_many_is_refused(codec: ArrayCodec) -> None:
     planes = encode(codec, random_blocks(2))
 
     with pytest.raises(ValueError, match=f"{len(planes)} planes are wanted"):
-        codec.decode((*planes, planes[0]), torch.zeros(2, dtype=torch.int64))
+        codec.decode((*planes, planes[0]), positions_of(random_blocks(2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])

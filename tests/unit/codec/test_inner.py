@@ -8,7 +8,7 @@ from kvcluster.codec.array import BlockShape
 from kvcluster.codec.inner import InnerKeys, InnerValues, inner_keys, inner_values
 from tests.unit.codec.test_array_codecs import ARRAY_CODECS
 from tests.unit.codec.test_latent import CODECS as LATENTS
-from tests.unit.codec.test_latent import low_rank_blocks, rotated, starts_of
+from tests.unit.codec.test_latent import low_rank_blocks, positions_of, rotated
 
 ALL = {name: codec for name, (codec, _) in ARRAY_CODECS.items()} | LATENTS
 SHAPE = BlockShape(num_heads=3, num_tokens=32, dim=16)
@@ -21,8 +21,8 @@ def stored(name: str) -> tuple[tuple[Tensor, ...], Tensor]:
     x_BKSD = low_rank_blocks(4)
     if name.startswith("keys") and name != "keys-unrotated":
         x_BKSD = rotated(x_BKSD)
-    starts_B = starts_of(x_BKSD)
-    return ALL[name].encode(x_BKSD, starts_B), starts_B
+    positions_BS = positions_of(x_BKSD)
+    return ALL[name].encode(x_BKSD, positions_BS), positions_BS
 
 
 def of_query_heads(x_BJSC: Tensor) -> Tensor:
@@ -33,12 +33,12 @@ def of_query_heads(x_BJSC: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ALL)
 def test_folded_queries_meet_inner_keys_as_queries_meet_keys(name: str) -> None:
-    planes, starts_B = stored(name)
+    planes, positions_BS = stored(name)
     q_THD = torch.randn(5, NUM_QUERY_HEADS, SHAPE.dim, generator=torch.Generator().manual_seed(1))
     reader = inner_keys(ALL[name])
 
-    k_HSD = of_query_heads(ALL[name].decode(planes, starts_B))
-    z_HSC = of_query_heads(reader.inner(planes, starts_B))
+    k_HSD = of_query_heads(ALL[name].decode(planes, positions_BS))
+    z_HSC = of_query_heads(reader.inner(planes, positions_BS))
 
     defined = torch.einsum("thd,hsd->ths", q_THD, k_HSD)
     ours = torch.einsum("thc,hsc->ths", reader.fold(q_THD), z_HSC)
@@ -48,15 +48,15 @@ def test_folded_queries_meet_inner_keys_as_queries_meet_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_expanded_sums_of_inner_values_are_sums_of_values(name: str) -> None:
-    planes, starts_B = stored(name)
-    num_tokens = len(starts_B) * SHAPE.num_tokens
+    planes, positions_BS = stored(name)
+    num_tokens = len(positions_BS) * SHAPE.num_tokens
     generator = torch.Generator().manual_seed(1)
     logits_THS = torch.randn(5, NUM_QUERY_HEADS, num_tokens, generator=generator)
     weights_THS = logits_THS.softmax(-1)
     reader = inner_values(ALL[name])
 
-    v_HSD = of_query_heads(ALL[name].decode(planes, starts_B))
-    z_HSC = of_query_heads(reader.inner(planes, starts_B))
+    v_HSD = of_query_heads(ALL[name].decode(planes, positions_BS))
+    z_HSC = of_query_heads(reader.inner(planes, positions_BS))
 
     defined = torch.einsum("ths,hsd->thd", weights_THS, v_HSD)
     ours = reader.expand(torch.einsum("ths,hsc->thc", weights_THS, z_HSC))

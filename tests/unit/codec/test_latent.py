@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.codec.array import ArrayCodec, BlockShape
+from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
 from kvcluster.codec.calibration import Basis, fit_keys, fit_values
 from kvcluster.codec.latent import LatentKeys, LatentValues
 from kvcluster.codec.moments import MomentSums
@@ -52,13 +52,12 @@ def low_rank_blocks(num_blocks: int, seed: int = 0) -> Tensor:
     return x_BSF.reshape(num_blocks, SHAPE.num_tokens, 3, SHAPE.dim).transpose(1, 2).contiguous()
 
 
-def starts_of(x_BKSD: Tensor) -> Tensor:
-    return torch.arange(x_BKSD.shape[0]) * SHAPE.num_tokens + 1_024
+def positions_of(x_BKSD: Tensor) -> Tensor:
+    return consecutive(torch.arange(x_BKSD.shape[0]) * SHAPE.num_tokens + 1_024, SHAPE.num_tokens)
 
 
 def rotated(x_BKSD: Tensor) -> Tensor:
-    positions_BS = starts_of(x_BKSD)[:, None] + torch.arange(SHAPE.num_tokens)
-    return TURN.apply(x_BKSD, positions_BS)
+    return TURN.apply(x_BKSD, positions_of(x_BKSD))
 
 
 def fitted() -> tuple[Basis, Basis]:
@@ -108,15 +107,15 @@ def relative_error(restored: Tensor, x: Tensor) -> float:
 
 
 def round_trip(codec: ArrayCodec, x_BKSD: Tensor) -> Tensor:
-    starts_B = starts_of(x_BKSD)
-    return codec.decode(codec.encode(x_BKSD, starts_B), starts_B)
+    positions_BS = positions_of(x_BKSD)
+    return codec.decode(codec.encode(x_BKSD, positions_BS), positions_BS)
 
 
 def test_planes_are_what_encoding_gives(codec: ArrayCodec) -> None:
     x_BKSD = low_rank_blocks(3)
 
     for tensor, plane in zip(
-        codec.encode(x_BKSD, starts_of(x_BKSD)), codec.planes(SHAPE), strict=True
+        codec.encode(x_BKSD, positions_of(x_BKSD)), codec.planes(SHAPE), strict=True
     ):
         assert tensor.shape == (3, *plane.shape)
         assert tensor.dtype == plane.dtype
@@ -130,22 +129,22 @@ def test_a_block_has_the_same_bytes_alone_and_among_others(
 ) -> None:
     codec = CODECS[name]
     x_BKSD = rotated(low_rank_blocks(num_blocks, seed=data.draw(st.integers(0, 99))))
-    starts_B = starts_of(x_BKSD)
+    positions_BS = positions_of(x_BKSD)
     block = slice(one := data.draw(st.integers(0, num_blocks - 1)), one + 1)
 
-    together = codec.encode(x_BKSD, starts_B)
-    alone = codec.encode(x_BKSD[block], starts_B[block])
+    together = codec.encode(x_BKSD, positions_BS)
+    alone = codec.encode(x_BKSD[block], positions_BS[block])
 
     assert all(torch.equal(t[block], a) for t, a in zip(together, alone, strict=True))
-    decoded = codec.decode(together, starts_B)
-    assert torch.equal(decoded[block], codec.decode(alone, starts_B[block]))
+    decoded = codec.decode(together, positions_BS)
+    assert torch.equal(decoded[block], codec.decode(alone, positions_BS[block]))
 
 
 def test_other_memory_layouts_give_the_same_bytes(codec: ArrayCodec) -> None:
     x_BKSD = low_rank_blocks(2)
     strided = x_BKSD.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
 
-    planes, same = (codec.encode(x, starts_of(x_BKSD)) for x in (x_BKSD, strided))
+    planes, same = (codec.encode(x, positions_of(x_BKSD)) for x in (x_BKSD, strided))
 
     assert all(torch.equal(a, b) for a, b in zip(planes, same, strict=True))
 
@@ -153,7 +152,7 @@ def test_other_memory_layouts_give_the_same_bytes(codec: ArrayCodec) -> None:
 def test_half_precision_is_computed_in_float32(codec: ArrayCodec) -> None:
     x_BKSD = low_rank_blocks(2).bfloat16()
 
-    planes, same = (codec.encode(x, starts_of(x_BKSD)) for x in (x_BKSD, x_BKSD.float()))
+    planes, same = (codec.encode(x, positions_of(x_BKSD)) for x in (x_BKSD, x_BKSD.float()))
 
     assert all(torch.equal(a, b) for a, b in zip(planes, same, strict=True))
 
@@ -161,10 +160,10 @@ def test_half_precision_is_computed_in_float32(codec: ArrayCodec) -> None:
 def test_input_and_planes_are_left_alone(codec: ArrayCodec) -> None:
     x_BKSD = rotated(low_rank_blocks(2))
     before = x_BKSD.clone()
-    planes = codec.encode(x_BKSD, starts_of(x_BKSD))
+    planes = codec.encode(x_BKSD, positions_of(x_BKSD))
     planes_before = [plane.clone() for plane in planes]
 
-    codec.decode(planes, starts_of(x_BKSD)).zero_()
+    codec.decode(planes, positions_of(x_BKSD)).zero_()
 
     assert torch.equal(x_BKSD, before)
     assert all(torch.equal(a, b) for a, b in zip(planes, planes_before, strict=True))
@@ -207,7 +206,7 @@ def test_full_rank_restores_any_blocks_to_the_rounding_of_float16(codec: ArrayCo
 
 def test_a_lower_rank_stores_a_prefix_of_the_higher_one() -> None:
     x_BKSD = rotated(low_rank_blocks(2))
-    (low,), (high,) = (latent_keys(rank).encode(x_BKSD, starts_of(x_BKSD)) for rank in (8, 24))
+    (low,), (high,) = (latent_keys(rank).encode(x_BKSD, positions_of(x_BKSD)) for rank in (8, 24))
 
     assert torch.equal(low, high[..., :8])
 
@@ -227,28 +226,27 @@ def test_keys_are_projected_as_they_were_before_rotation() -> None:
     """The same keys at other positions: what is stored does not change, what is read is turned."""
     x_BKSD = low_rank_blocks(1)
     codec = latent_keys()
-    starts = torch.tensor([0]), torch.tensor([5_000])
-    turned = [
-        TURN.apply(x_BKSD, start[:, None] + torch.arange(SHAPE.num_tokens)) for start in starts
-    ]
+    gaps_S = torch.arange(SHAPE.num_tokens) ** 2
+    places = positions_of(x_BKSD), positions_of(x_BKSD) + 5_000 + gaps_S
+    turned = [TURN.apply(x_BKSD, positions_BS) for positions_BS in places]
 
-    near, far = (codec.encode(x, start)[0].float() for x, start in zip(turned, starts, strict=True))
+    near, far = (codec.encode(x, place)[0].float() for x, place in zip(turned, places, strict=True))
 
     # One unit in the last place of a float16 below 8, where the float32 angle rounds otherwise.
     torch.testing.assert_close(near, far, atol=2**-8, rtol=0)
-    assert relative_error(codec.decode((far.half(),), starts[1]), turned[1]) < 0.002
+    assert relative_error(codec.decode((far.half(),), places[1]), turned[1]) < 0.002
 
 
 def test_values_may_be_expanded_after_the_weighted_sum() -> None:
     x_BKSD = low_rank_blocks(1)
     codec = latent_values(rank=8, bits=4)
-    planes = codec.encode(x_BKSD, starts_of(x_BKSD))
+    planes = codec.encode(x_BKSD, positions_of(x_BKSD))
     logits_THS = torch.randn(5, 6, SHAPE.num_tokens, generator=torch.Generator().manual_seed(0))
     weights_THS = logits_THS.softmax(-1)
 
-    v_KSD = codec.decode(planes, starts_of(x_BKSD))[0]
+    v_KSD = codec.decode(planes, positions_of(x_BKSD))[0]
     own_THD = torch.einsum("ths,hsd->thd", weights_THS, v_KSD.repeat_interleave(2, dim=0))
-    latent_SC = codec.inner(planes, starts_of(x_BKSD))[0, 0]
+    latent_SC = codec.inner(planes, positions_of(x_BKSD))[0, 0]
     out_THD = codec.expand(torch.einsum("ths,sc->thc", weights_THS, latent_SC))
 
     # Float32 sums of values around 5 in another order.
@@ -269,7 +267,7 @@ def test_blocks_of_another_shape_than_the_basis_are_refused(shape: BlockShape) -
     with pytest.raises(ValueError, match="this basis is of 3 heads of 16 channels"):
         latent_keys().planes(shape)
     with pytest.raises(ValueError, match="this basis is of 3 heads of 16 channels"):
-        latent_keys().encode(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
+        latent_keys().encode(torch.zeros(1, *shape), torch.arange(shape.num_tokens)[None])
 
 
 @pytest.mark.parametrize("rank", [0, WIDTH + 1])

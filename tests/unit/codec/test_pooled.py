@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.codec.array import ArrayCodec, BlockShape
+from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
 from kvcluster.codec.calibration import Calibration, read_calibration, write_calibration
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.method import CodecModel
@@ -38,12 +38,12 @@ def random_blocks(num_blocks: int, seed: int = 0) -> Tensor:
     return torch.randn(num_blocks, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def starts_of(x_BKSD: Tensor) -> Tensor:
-    return torch.arange(len(x_BKSD)) * SHAPE.num_tokens
+def positions_of(x_BKSD: Tensor) -> Tensor:
+    return consecutive(torch.arange(len(x_BKSD)) * x_BKSD.shape[2], x_BKSD.shape[2])
 
 
 def decoded(codec: ArrayCodec, x_BKSD: Tensor) -> Tensor:
-    return codec.decode(codec.encode(x_BKSD, starts_of(x_BKSD)), starts_of(x_BKSD))
+    return codec.decode(codec.encode(x_BKSD, positions_of(x_BKSD)), positions_of(x_BKSD))
 
 
 def as_bytes(planes: tuple[Tensor, ...]) -> list[bytes]:
@@ -68,8 +68,8 @@ def test_a_group_is_stored_as_its_codec_stores_one_head(
 
     codec = PooledHeads(stored, heads)
 
-    planes = codec.encode(x_BKSD, starts_of(x_BKSD))
-    assert as_bytes(planes) == as_bytes(stored.encode(pooled_BPSD, starts_of(x_BKSD)))
+    planes = codec.encode(x_BKSD, positions_of(x_BKSD))
+    assert as_bytes(planes) == as_bytes(stored.encode(pooled_BPSD, positions_of(x_BKSD)))
     read_BPSD = decoded(stored, pooled_BPSD)
     for head, (group, scale) in enumerate(zip(heads.group_of, heads.scales, strict=True)):
         expected = read_BPSD[:, group] * torch.tensor(scale)
@@ -80,7 +80,8 @@ def test_the_announced_planes_are_those_of_the_pooled_heads(stored: ArrayCodec) 
     codec = PooledHeads(stored, GROUPS)
 
     assert codec.planes(SHAPE) == stored.planes(SHAPE._replace(num_heads=3))
-    encoded = codec.encode(random_blocks(2), torch.arange(2))
+    x_BKSD = random_blocks(2)
+    encoded = codec.encode(x_BKSD, positions_of(x_BKSD))
     assert [((2, *plane.shape), plane.dtype) for plane in codec.planes(SHAPE)] == [
         (plane.shape, plane.dtype) for plane in encoded
     ]
@@ -89,12 +90,12 @@ def test_the_announced_planes_are_those_of_the_pooled_heads(stored: ArrayCodec) 
 def test_a_block_has_the_same_bytes_alone_and_among_others(stored: ArrayCodec) -> None:
     codec = PooledHeads(stored, GROUPS)
     x_BKSD = torch.cat([random_blocks(4), torch.zeros(1, *SHAPE), random_blocks(1) * 3e38])
-    starts_B = starts_of(x_BKSD)
+    positions_BS = positions_of(x_BKSD)
 
-    together = codec.encode(x_BKSD, starts_B)
+    together = codec.encode(x_BKSD, positions_BS)
 
     for i in range(len(x_BKSD)):
-        alone = codec.encode(x_BKSD[i : i + 1], starts_B[i : i + 1])
+        alone = codec.encode(x_BKSD[i : i + 1], positions_BS[i : i + 1])
         assert as_bytes(alone) == as_bytes(tuple(plane[i : i + 1] for plane in together))
 
 
@@ -108,10 +109,10 @@ def test_finite_numbers_never_become_nan_or_infinite(stored: ArrayCodec) -> None
 def test_decoded_blocks_are_contiguous_float32_of_their_own(stored: ArrayCodec) -> None:
     codec = PooledHeads(stored, GROUPS)
     x_BKSD = random_blocks(2).to(torch.bfloat16).transpose(2, 3).contiguous().transpose(2, 3)
-    planes = codec.encode(x_BKSD, starts_of(x_BKSD))
+    planes = codec.encode(x_BKSD, positions_of(x_BKSD))
     before = as_bytes(planes)
 
-    read_BKSD = codec.decode(planes, starts_of(x_BKSD))
+    read_BKSD = codec.decode(planes, positions_of(x_BKSD))
 
     assert read_BKSD.dtype == torch.float32
     assert read_BKSD.is_contiguous()
@@ -147,7 +148,7 @@ def test_pooling_rotated_keys_is_rotating_pooled_keys() -> None:
         pairing=Pairing.HALF_SPLIT,
     )
     x_BKSD = random_blocks(2)
-    positions_BS = starts_of(x_BKSD)[:, None] + torch.arange(SHAPE.num_tokens)
+    positions_BS = positions_of(x_BKSD)
     codec = PooledHeads(FLOATS, GROUPS)
 
     pooled_after = decoded(codec, rotary.apply(x_BKSD, positions_BS))
@@ -268,9 +269,9 @@ def test_blocks_and_planes_of_other_heads_are_refused() -> None:
     four_BPSD = torch.zeros(1, 4, 32, DIM)
 
     with pytest.raises(ValueError, match="groups are of 6 heads, not of 4"):
-        codec.encode(four_BPSD, torch.zeros(1, dtype=torch.int64))
+        codec.encode(four_BPSD, positions_of(four_BPSD))
     with pytest.raises(ValueError, match="want 3 pooled heads, got 4"):
-        codec.decode((four_BPSD,), torch.zeros(1, dtype=torch.int64))
+        codec.decode((four_BPSD,), positions_of(four_BPSD))
 
 
 @pytest.mark.parametrize("number", [0, 3])

@@ -25,8 +25,8 @@ def random_blocks(dim: int, num_blocks: int = 8) -> Tensor:
 
 
 def decoded(codec: Rotated, x_BKSD: Tensor) -> Tensor:
-    starts_B = torch.arange(x_BKSD.shape[0]) * x_BKSD.shape[2]
-    return codec.decode(codec.encode(x_BKSD, starts_B), starts_B)
+    positions_BS = torch.arange(x_BKSD.shape[0] * x_BKSD.shape[2]).reshape(-1, x_BKSD.shape[2])
+    return codec.decode(codec.encode(x_BKSD, positions_BS), positions_BS)
 
 
 def relative_error(codec: Rotated, x_BKSD: Tensor) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcluster.codec.array import ArrayCodec, BlockShape
+from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.method import CodecModel
 from kvcluster.codec.model_codecs import ModelCodecs
@@ -17,7 +17,7 @@ from kvcluster.codec.sections import Sections, powers_of_two
 from kvcluster.types import LayerGeometry
 from tests.unit.quality.toys import spec_of
 
-STARTS_B = torch.tensor([0, 64, 640])
+POSITIONS_BS = consecutive(torch.tensor([0, 64, 640]), 32)
 
 
 def blocks(dim: int) -> Tensor:
@@ -40,15 +40,15 @@ def test_a_section_has_the_bytes_that_it_has_alone(
     x_BKSD = blocks(sum(dims))
     sections = Sections(codec, dims)
 
-    planes = sections.encode(x_BKSD, STARTS_B)
+    planes = sections.encode(x_BKSD, POSITIONS_BS)
 
     parts = torch.split(x_BKSD, dims, dim=-1)
-    alone = [codec.encode(part, STARTS_B) for part in parts]
+    alone = [codec.encode(part, POSITIONS_BS) for part in parts]
     expected = [plane for encoded in alone for plane in encoded]
     assert [plane.dtype for plane in planes] == [plane.dtype for plane in expected]
     assert all(map(torch.equal, planes, expected))
-    decoded = torch.cat([codec.decode(encoded, STARTS_B) for encoded in alone], dim=-1)
-    assert torch.equal(sections.decode(planes, STARTS_B), decoded)
+    decoded = torch.cat([codec.decode(encoded, POSITIONS_BS) for encoded in alone], dim=-1)
+    assert torch.equal(sections.decode(planes, POSITIONS_BS), decoded)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -57,7 +57,7 @@ def test_the_planes_are_those_declared_and_have_names_of_their_own(codec: ArrayC
 
     declared = sections.planes(BlockShape(2, 32, 24))
 
-    planes = sections.encode(blocks(24), STARTS_B)
+    planes = sections.encode(blocks(24), POSITIONS_BS)
     assert [((3, *plane.shape), plane.dtype) for plane in declared] == [
         (plane.shape, plane.dtype) for plane in planes
     ]
@@ -72,10 +72,10 @@ def test_sections_of_another_dimension_are_refused() -> None:
 
 def test_a_plane_too_few_is_refused() -> None:
     sections = Sections(Rotated(4), (16, 8))
-    planes = sections.encode(blocks(24), STARTS_B)
+    planes = sections.encode(blocks(24), POSITIONS_BS)
 
     with pytest.raises(ValueError, match="2 sections"):
-        sections.decode(planes[:-1], STARTS_B)
+        sections.decode(planes[:-1], POSITIONS_BS)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def random_inputs(layer: LayerGeometry, num_tokens: int) -> Inputs:
 class Halving(Same):
     """Once more encoded, once more halved: shows how often that was."""
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         return planes[0] / 2
 
 
@@ -72,8 +72,8 @@ class Token(NamedTuple):
 def encoded(rows_OD: Tensor, codec: ArrayCodec | None, start: int) -> Tensor:
     if codec is None:
         return rows_OD
-    starts_B = torch.tensor([start])
-    return codec.decode(codec.encode(rows_OD[None, None], starts_B), starts_B)[0, 0]
+    positions_BS = torch.arange(start, start + len(rows_OD))[None]
+    return codec.decode(codec.encode(rows_OD[None, None], positions_BS), positions_BS)[0, 0]
 
 
 def sealed(before: list[Token], after: list[Token], codecs: LayerCodecs) -> list[Token]:

@@ -25,25 +25,25 @@ class Same:
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         return (Plane("x", tuple(shape), torch.float32),)
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
         return (x_BKSD.float().contiguous(),)
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         return planes[0].clone()
 
 
 @dataclass(frozen=True)
 class Coarse:
-    """Whole numbers, shifted by the block's place so that a wrong place shows."""
+    """Whole numbers, shifted by each token's place so that a wrong place shows."""
 
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         return (Plane("x", tuple(shape), torch.int8),)
 
-    def encode(self, x_BKSD: Tensor, starts_B: Tensor) -> tuple[Tensor, ...]:
-        return ((x_BKSD.float() + _shift(starts_B)).round().to(torch.int8),)
+    def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
+        return ((x_BKSD.float() + _shift(positions_BS)).round().to(torch.int8),)
 
-    def decode(self, planes: Sequence[Tensor], starts_B: Tensor) -> Tensor:
-        return planes[0].float() - _shift(starts_B)
+    def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
+        return planes[0].float() - _shift(positions_BS)
 
 
 @dataclass(frozen=True)
@@ -91,5 +91,5 @@ def character_tokenizer() -> TextTokenizer:
     )
 
 
-def _shift(starts_B: Tensor) -> Tensor:
-    return 0.01 * starts_B[:, None, None, None].float()
+def _shift(positions_BS: Tensor) -> Tensor:
+    return 0.01 * positions_BS[:, None, :, None].float()
