@@ -203,6 +203,8 @@ class FakeRing:
         assert len(sequence.owners) == blocks, "a table covers what is computed and no more"
         assert step.samples or end % self.block_size == 0, "chunks end with a block or the tokens"
         self._check_epoch(sequence, step)
+        is_decode = not step.token_ids
+        assert is_decode or step.start % self.block_size == 0, "chunks begin with blocks"
         for group in range(len(self.spec.windows)):
             read = self._read_entries(sequence, group, step.start)
             assert all(sequence.entries[entry][group] for entry in read), "a block that is read"

@@ -218,6 +218,31 @@ def test_the_last_to_arrive_is_preempted_and_recomputed_without_repeating_an_eve
     assert fake.num_leaked == 0
 
 
+def test_a_part_of_a_prompt_that_is_on_its_way_is_all_prompt() -> None:
+    fake = cluster()
+    generation = fake.engine.submit(request(2))
+    for start in (0, 18):
+        fake.engine.append_prompt(generation, packed(PROMPT[start : start + 18]))
+        fake.step()
+
+    parts = [part for plan in fake.plans for part in plan.sequences]
+    assert [(part.start, part.num_tokens) for part in parts] == [(0, 16), (16, 16)]
+    assert all(part.num_prompt_tokens >= part.start + part.num_tokens for part in parts)
+
+
+def test_output_that_is_computed_again_counts_as_output() -> None:
+    fake = cluster(num_ranks=1, num_blocks=6)
+    fake.submit(PROMPT[:4], 16)
+    fake.submit(PROMPT[:7], 12)
+
+    fake.run()
+
+    # All sequences but the first are the second request: once from its start, then anew.
+    again = [part for plan in fake.plans for part in plan.sequences if part.sequence > 1]
+    assert max(part.num_tokens for part in again) > 7
+    assert {part.num_prompt_tokens for part in again} == {7}
+
+
 def test_a_preempted_request_restarts_only_when_its_steps_are_done() -> None:
     fake = cluster(num_ranks=1, num_blocks=6, config=config(lookahead_steps=8))
     first = fake.submit(PROMPT[:8], 16)

@@ -11,7 +11,11 @@ from kvcluster.quality.passes import final_states
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.served import ServedPolicy, codecs_of, recent_exact, served_policies
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
+from kvcluster.retention.full import FullRetention
 from kvcluster.retention.window import WindowRetention
+from kvcluster.selection.base import BlockSelection
+from kvcluster.selection.estimated import Estimated
+from kvcluster.selection.quest import Quest
 from tests.architectures import VOCAB_SIZE
 from tests.codec_models import calibration_of
 from tests.unit.quality.toys import tiny_model
@@ -97,6 +101,34 @@ def test_a_window_drops_tokens_and_counts_their_bytes(model: LoadedModel) -> Non
     assert attention.stored().ratio > kept.stored().ratio
 
 
+@pytest.mark.parametrize(
+    ("text", "selection", "num_prompt_tokens"),
+    [
+        ("quest:tokens=48", Quest(tokens=48, block_size=BLOCK_SIZE), 0),
+        ("estimated:share=30%", Estimated(share=0.3, block_size=BLOCK_SIZE), None),
+    ],
+)
+def test_a_selection_is_measured_as_it_is_served(
+    model: LoadedModel, text: str, selection: BlockSelection, num_prompt_tokens: int | None
+) -> None:
+    """Texts are prompts, but to a selection that would leave them alone."""
+    exact, selected = served(model, "exact", text)
+
+    attention = selected.measured.attention(model.spec)
+    alone = RetainedAttention(
+        model.spec,
+        FullRetention(),
+        exact=ExactTokens(block_size=BLOCK_SIZE, lag=2),
+        selection=selection,
+        num_prompt_tokens=num_prompt_tokens,
+    )
+    ids_T = torch.arange(3, 153)
+    found_TE = final_states(model, ids_T, attention)
+    assert torch.equal(found_TE, final_states(model, ids_T, alone))
+    full_TE = final_states(model, ids_T, exact.measured.attention(model.spec))
+    assert not torch.equal(found_TE, full_TE)
+
+
 def test_arrays_that_are_left_exact_count_as_those_of_the_exact_cache(model: LoadedModel) -> None:
     [policy] = served(model, "int8:values=exact,windowed=exact")
     attention = policy.measured.attention(model.spec)
@@ -148,6 +180,7 @@ def test_learned_groups_need_a_calibration_and_say_that_they_had_one(model: Load
     [
         ("window:recent=40", 16, "give 16 or a multiple of it, not 40"),
         ("int4", 1, "policy int4: .* multiple of 2, not 1"),
+        ("quest:tokens=40", 16, "give 48 or more, not 40"),
     ],
 )
 def test_what_the_model_or_the_blocks_cannot_have_is_refused(
