@@ -133,8 +133,10 @@ class SelectedPart:
 
     @property
     def is_choosing(self) -> bool:
-        """Whether any row reads less than it may."""
-        return self.selecting.selection.chooses_in_prompt or self.part.end > self._num_prompt
+        """Whether any row may read less than it could: the others go the way of every sequence."""
+        selection = self.selecting.selection
+        may_choose = selection.chooses_in_prompt or self.part.end > self._num_prompt
+        return may_choose and not selection.covers(self.num_blocks)
 
     @property
     def num_blocks(self) -> int:

@@ -102,6 +102,11 @@ class BlockSelection(Protocol):
         """Whether rows of the prompt choose too; otherwise they read all that they may."""
         ...
 
+    def covers(self, num_blocks: int) -> bool:
+        """Whether rows that may read at most so many blocks read all of them, whatever the scores.
+        False may be wrong: it costs the comparison."""
+        ...
+
     def num_choosing(self, geometry: LayerGeometry) -> int:
         """G of the layer, where the method compares blocks."""
         ...

@@ -56,6 +56,10 @@ class BlockSparse:
         if negative:
             raise ValueError(f"numbers of blocks are 0 or more, not {negative}")
 
+    def covers(self, num_blocks: int) -> bool:
+        """See `BlockSelection`."""
+        return num_blocks <= self.local
+
     def num_choosing(self, geometry: LayerGeometry) -> int:  # noqa: ARG002
         """See `BlockSelection`."""
         return 1

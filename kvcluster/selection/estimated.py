@@ -56,6 +56,10 @@ class Estimated:
         """See `BlockSelection`."""
         return Need.BOUNDS if self.by == "bound" else Need.MEANS
 
+    def covers(self, num_blocks: int) -> bool:
+        """See `BlockSelection`."""
+        return self.share == 1 or num_blocks <= self.local
+
     def num_choosing(self, geometry: LayerGeometry) -> int:
         """See `BlockSelection`."""
         return geometry.num_query_heads

@@ -53,6 +53,10 @@ class Quest:
                 f"blocks that are always read: give {least} or more, not {self.tokens}"
             )
 
+    def covers(self, num_blocks: int) -> bool:
+        """See `BlockSelection`."""
+        return num_blocks * self.block_size <= self.tokens
+
     def num_choosing(self, geometry: LayerGeometry) -> int:
         """See `BlockSelection`."""
         return geometry.num_kv_heads

@@ -35,7 +35,9 @@ SELECTIONS = (
     "quest:tokens=96,sinks=0,local=1",
     "quest:tokens=96",
 )
-EVERYTHING = ("block_sparse:local=100", "estimated:share=1", "quest:tokens=9600")
+EVERYTHING = ("block_sparse:local=1,stride=1", "estimated:share=99.9%")
+"""Neither says beforehand that it reads all blocks."""
+COVERING = ("block_sparse:local=12", "estimated:share=1", "quest:tokens=192")
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,15 @@ def test_a_selection_of_everything_changes_nothing(codec: str, selection: str) -
     ours = served(Policy(codec=codec, selection=selection), serving)
 
     check(ours, served(Policy(codec=codec), serving))
+
+
+@pytest.mark.parametrize("selection", COVERING)
+def test_a_sequence_that_is_read_whole_is_served_like_any_other(selection: str) -> None:
+    serving = Serving(3, chunks=(64, 80, 22), num_decoded=4)
+
+    ours = served(Policy(selection=selection), serving)
+
+    assert all(map(torch.equal, ours, served(Policy(), serving)))
 
 
 @pytest.mark.parametrize("selection", SELECTIONS[1::2])

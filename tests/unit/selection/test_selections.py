@@ -185,6 +185,26 @@ def test_enough_of_anything_is_everything(selection: BlockSelection) -> None:
     assert share_of_work(reads_GTB, rows) == 1
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    selection=st.sampled_from(
+        [*SELECTIONS, Estimated(share=1, block_size=SIZE), BlockSparse(block_size=SIZE)]
+    ),
+    num_tokens=st.integers(1, 50),
+    num_prompt=st.integers(0, 50),
+)
+def test_what_is_said_to_be_covered_is_read_whole(
+    selection: BlockSelection, num_tokens: int, num_prompt: int
+) -> None:
+    q_THD, k_KSD = random_layer(num_tokens, 14)
+    rows = rows_from(q_THD, num_prompt=num_prompt)
+
+    share = share_of_work(reads(selection, rows, k_KSD), rows)
+
+    assert share == 1 or not selection.covers(rows.readable_TB.shape[1])
+    assert selection.covers(1)
+
+
 def test_block_sparse_reads_local_first_and_strided_blocks() -> None:
     selection = BlockSparse(local=2, sinks=1, stride=4, block_size=SIZE)
 
