@@ -6,14 +6,16 @@ message without asking. Built once per step and used by every layer.
 Shape letters: T query rows, S keys.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcluster.attention.history import History, history
+from kvcluster.attention.history import History, RankHistory, history
 from kvcluster.attention.local import visible, visible_blocks
 from kvcluster.cache.shard import Piece, SequenceMap
+from kvcluster.codec.array import consecutive
 from kvcluster.types import EXACT, Route
 
 
@@ -165,6 +167,23 @@ class SequencePart:
             torch.from_numpy(self.table.encoded_ids(self.rank, group, start, end)),
             self.table.runs(self.rank, group, start, end),
         )
+
+    def sent_positions(self, layer: int, like: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """What goes with this rank's encoded blocks so that others know the positions of their
+        tokens: nothing, since a table of positions tells."""
+        return ()
+
+    def positions_room(self, held: RankHistory, like: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """Room for the same from another rank, on the device of `like`."""
+        return ()
+
+    def encoded_positions(
+        self,
+        held: RankHistory,
+        sent: Sequence[Tensor],  # noqa: ARG002
+    ) -> Tensor:
+        """positions_BS of the tokens of encoded blocks."""
+        return consecutive(held.starts_B, self.block_size)
 
     def history(self, group: int, window: int | None) -> History:
         """The keys that any row of this part may read in the group. Cached."""

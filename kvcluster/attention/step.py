@@ -249,7 +249,7 @@ class StepAttention:
         held = history.ranks[self._ring.rank]
         if not held.num_blocks:
             return partial
-        positions_BS = consecutive(held.starts_B, part.block_size)
+        positions_BS = part.encoded_positions(held, part.sent_positions(layer, q_1HD))
         keys = EncodedKeys(part.codec, history.encoded_ids_B, positions_BS, held.num_skipped)
         return merge(partial, attend_encoded(q_1HD, self._store, layer, keys, geometry))
 
@@ -269,14 +269,16 @@ class StepAttention:
         if part.codec == EXACT:
             return exact
         encoded = self._store.read_encoded(layer, part.codec, history.encoded_ids_B)
-        return EncodedKV((*exact.planes, *encoded))
+        positions = part.sent_positions(layer, exact.planes[0])
+        return EncodedKV((*exact.planes, *positions, *encoded))
 
     def _shard_room(self, layer: int, part: SequencePart, held: RankHistory) -> EncodedKV:
         exact = self._store.empty(layer, held.num_exact(part.block_size))
         if part.codec == EXACT:
             return exact
         encoded = self._store.empty_encoded(layer, part.codec, held.num_blocks)
-        return EncodedKV((*exact.planes, *encoded))
+        positions = part.positions_room(held, exact.planes[0])
+        return EncodedKV((*exact.planes, *positions, *encoded))
 
     def _restore(
         self, layer: int, part: SequencePart, shard: EncodedKV, held: RankHistory
@@ -287,8 +289,9 @@ class StepAttention:
         arrays, encoded = shard.planes[:num_arrays], shard.planes[num_arrays:]
         if not held.num_blocks:
             return keys_and_values(arrays, geometry)
-        positions_BS = consecutive(held.starts_B, part.block_size)
-        decoded = self._store.decode(layer, part.codec, encoded, positions_BS)
+        num_sent = len(part.positions_room(held, arrays[0]))
+        positions_BS = part.encoded_positions(held, encoded[:num_sent])
+        decoded = self._store.decode(layer, part.codec, encoded[num_sent:], positions_BS)
         split, skipped = held.num_exact_before, held.num_skipped
         whole = [
             torch.cat([exact[:, :split], between[:, skipped:], exact[:, split:]], dim=1)

@@ -23,6 +23,7 @@ from kvcluster.attention.survivors import Marks, SurvivorPart
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore, Piece, keys_and_values
 from kvcluster.codec.array import consecutive
+from kvcluster.retention.base import Heads
 from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.ranks import ALONE, Ranks
 from kvcluster.retention.scored import choose, observe
@@ -196,7 +197,6 @@ class SurvivorChoice:
         own = _own_places(lists, here, encoded)
         if not len(own):
             return
-        starts_B = torch.from_numpy(lists.block_starts(here, encoded.start, encoded.stop))
         ids_B = torch.from_numpy(lists.encoded_ids(here, group, encoded.start, encoded.stop))
         blocks = slice(int(own[0]), int(own[-1]) + 1)
         filled = _own_places(lists, here, range(size, part.num_before // size * size))
@@ -205,17 +205,21 @@ class SurvivorChoice:
             moved.positions_KS[:, blocks],
             size,
         )
+        positions_BS = moved.positions_KS[0, blocks].reshape(-1, size)
+        if part.survivors.method.heads is Heads.OWN:
+            # No position is common to all heads: the place stands for it.
+            starts_B = torch.from_numpy(lists.block_starts(here, encoded.start, encoded.stop))
+            positions_BS = consecutive(starts_B.to(positions_BS.device), size)
         changed_B = ~same_BK.all(dim=1)
         kv_BKSD = Piece(
             *(_blocks(x[:, blocks], size)[changed_B] for x in (moved.k_KSD, moved.v_KSD))
         )
-        on_cpu = changed_B.cpu()
         self._store.encode(
             layer,
             codec,
-            ids_B[on_cpu],
+            ids_B[changed_B.cpu()],
             kv_BKSD,
-            consecutive(starts_B[on_cpu], size),
+            positions_BS[changed_B],
             same_BK=same_BK[changed_B],
         )
 

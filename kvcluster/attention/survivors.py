@@ -9,15 +9,17 @@ Shape letters: T query rows, S candidates on this rank, J places of the lists on
 heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcluster.attention.history import History, history
+from kvcluster.attention.history import History, RankHistory, history
 from kvcluster.attention.part import SequencePart
 from kvcluster.cache.shard import SequenceMap
+from kvcluster.retention.base import Heads
 from kvcluster.retention.scored import ScoredRetention
 from kvcluster.types import EXACT, Route
 
@@ -69,13 +71,15 @@ class SurvivorPart:
         self.ends_epoch = part.end == epoch_end
         self.is_observed = part.end > method.first_observed(self.epoch_start)
         """Whether some of the rows' queries give mass."""
-        self.reader = SurvivorReader(part, survivors.table, self.num_before)
+        self.reader = SurvivorReader(part, survivors, self.num_before)
 
 
 class SurvivorReader(SequencePart):
     """The rows of a part, as they read the survivors instead of positions."""
 
-    def __init__(self, part: SequencePart, lists: SequenceMap, num_survivors: int) -> None:
+    def __init__(
+        self, part: SequencePart, survivors: SequenceSurvivors, num_survivors: int
+    ) -> None:
         super().__init__(
             part.table,
             start=part.start,
@@ -85,7 +89,8 @@ class SurvivorReader(SequencePart):
             row_offset=part.row_offset,
             rules=part.rules,
         )
-        self._lists = lists
+        self._survivors = survivors
+        self._lists = lists = survivors.table
         self._span = range(num_survivors)
         self._found: History | None = None
         held = [lists.num_tokens(rank, 0, num_survivors) for rank in range(lists.num_ranks)]
@@ -113,3 +118,29 @@ class SurvivorReader(SequencePart):
                 rank=self.rank,
             )
         return self._found
+
+    @property
+    def _sends_positions(self) -> bool:
+        """Heads that keep tokens of their own have no position of a place in common."""
+        return self.codec != EXACT and self._survivors.method.heads is Heads.SHARED
+
+    def sent_positions(self, layer: int, like: Tensor) -> tuple[Tensor, ...]:
+        """positions_BS of this rank's encoded blocks."""
+        if not self._sends_positions:
+            return ()
+        size, whole = self.block_size, self._span.stop // self.block_size * self.block_size
+        first = self._lists.num_tokens(self.rank, 0, size)
+        last = first + self._lists.num_tokens(self.rank, size, whole)
+        marks = self._survivors.marks_of(layer, 1, like.device)
+        return (marks.positions_KJ[0, first:last].reshape(-1, size).contiguous(),)
+
+    def positions_room(self, held: RankHistory, like: Tensor) -> tuple[Tensor, ...]:
+        """See `SequencePart`."""
+        if not self._sends_positions:
+            return ()
+        shape = (held.num_blocks, self.block_size)
+        return (torch.empty(shape, dtype=torch.int32, device=like.device),)
+
+    def encoded_positions(self, held: RankHistory, sent: Sequence[Tensor]) -> Tensor:
+        """Places stand for positions where none were sent."""
+        return sent[0].long() if sent else super().encoded_positions(held, sent)

@@ -222,7 +222,7 @@ class RetainedAttention:
             if last < num_tokens:
                 before = kept
                 kept = cut(retention, kept, own, queries)
-                kept = sealed(kept, before, codecs, geometry, self._exact)
+                kept = sealed(kept, before, codecs, geometry, self._exact, retention.heads)
         num_held = retention.num_held(num_tokens)
         num_encoded = len(encoded_blocks(kept.positions_KJ.shape[1], self._exact))
         self._count(written, codecs, geometry, num_encoded, num_held)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec, BlockShape
 from kvcluster.quality.strict import ExactTokens, KeysValues, LayerCodecs, restored
+from kvcluster.retention.base import Heads
 from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.scored import ScoredRetention, survivors
 from kvcluster.types import LayerGeometry
@@ -69,12 +70,14 @@ def sealed(
     codecs: LayerCodecs,
     geometry: LayerGeometry,
     exact: ExactTokens,
+    heads: Heads = Heads.OWN,
 ) -> SurvivorList:
     """The survivors as they are read once their blocks are encoded. `before` is the list that they
-    replace."""
+    replace. Codecs are told the tokens' positions where heads share them, else their places."""
     size = exact.block_size
     encoded = encoded_blocks(kept.positions_KJ.shape[1], exact)
-    stored = stored_as(kept.kv, codecs, geometry, encoded, size)
+    positions_J = kept.positions_KJ[0] if heads is Heads.SHARED else None
+    stored = stored_as(kept.kv, codecs, geometry, encoded, size, positions_J)
     if stored is kept.kv:
         return kept
     same_KJ1 = _in_same_block(before.positions_KJ, kept.positions_KJ, size)[..., None]
@@ -94,15 +97,19 @@ def stored_as(
     geometry: LayerGeometry,
     blocks: range,
     block_size: int,
+    positions_T: Tensor | None = None,
 ) -> KeysValues:
     """What is read once these blocks are encoded; the very same object where none is.
+    `positions_T`: see `restored`.
 
     Raises: ValueError as `restored`."""
     if codecs == LayerCodecs(None, None) or not blocks:
         return written
 
     def read(x_KTD: Tensor, codec: ArrayCodec | None) -> Tensor:
-        return x_KTD if codec is None else restored(x_KTD, codec, blocks, block_size)
+        if codec is None:
+            return x_KTD
+        return restored(x_KTD, codec, blocks, block_size, positions_T)
 
     k_KTD = read(written.k_KTD, codecs.keys)
     if geometry.values_in_keys:

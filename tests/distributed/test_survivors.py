@@ -13,7 +13,7 @@ from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.registry import scored_retention
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import calibrated_codecs
+from tests.codec_models import LATENT, calibrated_codecs
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry
 
@@ -108,22 +108,35 @@ def check(policy: Policy, serving: Serving) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("retention", METHODS)
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_every_method_is_served_as_it_is_defined(
-    num_ranks: int, retention: str, codec: str
-) -> None:
-    serving = Serving(num_ranks, num_prompt_tokens=150, chunk=48, num_decoded=30, exact_blocks=1)
+def test_every_method_is_served_as_it_is_defined(retention: str, codec: str) -> None:
+    serving = Serving(3, num_prompt_tokens=150, chunk=48, num_decoded=30, exact_blocks=1)
 
     check(Policy(codec=codec, retention=retention), serving)
 
 
-@pytest.mark.parametrize("codec", [EXACT, "int4"])
+@pytest.mark.parametrize("codec", LATENT)
+@pytest.mark.parametrize("retention", METHODS)
+def test_latents_are_served_where_heads_share_their_tokens(retention: str, codec: str) -> None:
+    serving = Serving(3, num_prompt_tokens=150, chunk=48, num_decoded=12, route=Route.GATHER)
+
+    check(Policy(codec=codec, retention=f"{retention},heads=shared"), serving)
+
+
+@pytest.mark.parametrize("retention", METHODS)
+def test_one_rank_serves_as_it_is_defined(retention: str) -> None:
+    serving = Serving(1, num_prompt_tokens=150, chunk=48, num_decoded=30, exact_blocks=1)
+    codec = "int4"
+
+    check(Policy(codec=codec, retention=retention), serving)
+
+
+@pytest.mark.parametrize("codec", [EXACT, LATENT[2]])
 @pytest.mark.parametrize("route", list(Route))
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_route_carries_survivors(num_ranks: int, route: Route, codec: str) -> None:
     serving = Serving(num_ranks, num_prompt_tokens=170, chunk=40, num_decoded=3, route=route)
 
-    check(Policy(codec=codec, retention=METHODS[0]), serving)
+    check(Policy(codec=codec, retention=f"{METHODS[0]},heads=shared"), serving)
 
 
 @st.composite
@@ -140,9 +153,9 @@ def servings(draw: st.DrawFn) -> Serving:
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    codec=st.sampled_from(CODECS),
+    codec=st.sampled_from((*CODECS, *LATENT)),
     method=st.sampled_from(["heavy_hitters", "snap", "key_diversity"]),
     budget=st.sampled_from([0.05, 0.3, 0.6, 1.0]),
     recent=st.sampled_from([0.0, 0.5, 1.0]),
@@ -160,6 +173,7 @@ def test_chunks_and_ranks_change_nothing(
     serving: Serving,
 ) -> None:
     epoch = epoch_blocks * serving.block_size
+    heads = "shared" if codec in LATENT else heads
     arguments = f"budget={budget},recent={recent},heads={heads},epoch={epoch}"
     if method == "snap":
         arguments += f",queries={epoch // 2}"
