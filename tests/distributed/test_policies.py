@@ -13,7 +13,7 @@ from kvcluster.engine.service import EngineService
 from kvcluster.errors import InvalidField, KvClusterError, PolicyUnsupported
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.probe import probe
-from kvcluster.types import EXACT, ModelSpec
+from kvcluster.types import EXACT, PAGE_BLOCKS, ModelSpec
 from tests.architectures import VOCAB_SIZE, tiny_models
 from tests.codec_models import PLAIN
 from tests.thread_executor import hear, running_engine
@@ -183,6 +183,31 @@ async def test_usage_and_estimate_fall_with_the_budget() -> None:
     assert used[0] > used[1] > used[2]
     assert all(one <= most for one, most in zip(used, estimated, strict=True))
     assert estimated[0] > estimated[1] > estimated[2]
+
+
+@pytest.mark.parametrize("codec", [EXACT, "int4"])
+async def test_usage_is_the_bytes_of_the_tensors_that_hold_survivors_and_epoch(codec: str) -> None:
+    """150 tokens: of the first 128, 70 survive, in 5 blocks; 22 are in the open epoch, in 2."""
+    llama, policy = model("llama"), f"{codec} + heavy_hitters:budget=0.54,epoch=32"
+    async with running_engine(llama, config(num_ranks=1)) as (service, executor):
+        opened = await service.open(
+            GenerationRequest(model="tiny", max_output_tokens=1, policy=policy)
+        )
+        heard = await hear(service, opened, [5] * PROMPT_TOKENS)
+        store = executor.runners[0]._store
+        exact_bytes = encoded_bytes = 0.0
+        for layer in range(len(llama.spec.layers)):
+            slots = store.gather(layer, [slice(0, BLOCK_SIZE)])
+            exact_bytes += sum(plane.nbytes for plane in slots.planes)
+        if codec != EXACT:
+            page_bytes = exact_bytes * PAGE_BLOCKS
+            encoded_bytes = page_bytes / store.blocks_per_page(0, codec)
+
+    num_exact, num_encoded = (7, 0) if codec == EXACT else (4, 4)
+    finished = heard[-1]
+    assert isinstance(finished, Finished)
+    held = num_exact * exact_bytes + num_encoded * encoded_bytes
+    assert finished.usage.kv_bytes == round(held)
 
 
 @pytest.mark.parametrize(
