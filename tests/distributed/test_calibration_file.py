@@ -134,6 +134,20 @@ async def test_learned_groups_are_served_from_the_file_within_the_operator_s_bou
     assert pooled.kv_bytes < plain.kv_bytes
 
 
+async def test_latents_keep_tokens_by_score_where_heads_share_them(
+    model: LoadedModel, path: Path, report: CalibrationReport
+) -> None:
+    by_score = "latent:r=0.5,bits=8 + heavy_hitters:budget=0.3,epoch=32"
+    async with running_engine(model, config(path)) as (service, _):
+        with pytest.raises(PolicyUnsupported, match="ask for heads=shared"):
+            await generate(service, by_score)
+        shared = await generate(service, f"{by_score},heads=shared")
+        all_kept = await generate(service, "latent:r=0.5,bits=8")
+
+    assert len(shared.token_ids) == OUTPUT_TOKENS
+    assert shared.kv_bytes < all_kept.kv_bytes
+
+
 async def test_a_file_of_another_model_is_refused(
     model: LoadedModel, path: Path, report: CalibrationReport
 ) -> None:

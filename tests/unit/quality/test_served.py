@@ -12,6 +12,7 @@ from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.served import ServedPolicy, codecs_of, recent_exact, served_policies
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.full import FullRetention
+from kvcluster.retention.key_diversity import KeyDiversity
 from kvcluster.retention.window import WindowRetention
 from kvcluster.selection.base import BlockSelection
 from kvcluster.selection.estimated import Estimated
@@ -129,6 +130,31 @@ def test_a_selection_is_measured_as_it_is_served(
     assert not torch.equal(found_TE, full_TE)
 
 
+def test_tokens_kept_by_score_are_measured_as_they_are_defined(model: LoadedModel) -> None:
+    [policy] = served(model, "exact + key_diversity:budget=0.3,epoch=32")
+
+    attention = policy.measured.attention(model.spec)
+    alone = RetainedAttention(
+        model.spec,
+        KeyDiversity(budget=0.3, epoch_tokens=32, block_size=BLOCK_SIZE),
+        exact=ExactTokens(block_size=BLOCK_SIZE, lag=2),
+    )
+    ids_T = torch.arange(3, 153)
+    assert torch.equal(final_states(model, ids_T, attention), final_states(model, ids_T, alone))
+    assert attention.stored().ratio > 1
+
+
+def test_latents_are_measured_where_heads_share_their_tokens(model: LoadedModel) -> None:
+    codecs, text = codecs_of(model, calibration_of(model.spec)), "latent:r=0.5 + snap:epoch=32"
+    exact = ExactTokens(block_size=BLOCK_SIZE)
+
+    with pytest.raises(ConfigError, match="ask for heads=shared"):
+        served_policies([text], codecs, model.spec, exact)
+    [policy] = served_policies([f"{text},heads=shared"], codecs, model.spec, exact)
+
+    assert states(model, policy).isfinite().all()
+
+
 def test_arrays_that_are_left_exact_count_as_those_of_the_exact_cache(model: LoadedModel) -> None:
     [policy] = served(model, "int8:values=exact,windowed=exact")
     attention = policy.measured.attention(model.spec)
@@ -181,6 +207,7 @@ def test_learned_groups_need_a_calibration_and_say_that_they_had_one(model: Load
         ("window:recent=40", 16, "give 16 or a multiple of it, not 40"),
         ("int4", 1, "policy int4: .* multiple of 2, not 1"),
         ("quest:tokens=40", 16, "give 48 or more, not 40"),
+        ("snap:epoch=40", 16, "give 16 or a multiple of it, not 40"),
     ],
 )
 def test_what_the_model_or_the_blocks_cannot_have_is_refused(
@@ -190,7 +217,7 @@ def test_what_the_model_or_the_blocks_cannot_have_is_refused(
         served(model, "exact", text, block_size=block_size)
 
 
-@pytest.mark.parametrize("text", ["int5", "int4 + int8", "auto: ppl<=1%", "full + snap"])
+@pytest.mark.parametrize("text", ["int5", "int4 + int8", "auto: ppl<=1%", "heavy_hitter"])
 def test_text_that_names_no_single_policy_is_refused(model: LoadedModel, text: str) -> None:
     with pytest.raises(InvalidField):
         served(model, text)
