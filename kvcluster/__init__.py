@@ -28,6 +28,7 @@ from kvcluster.errors import (
     RequestError,
     RequestIdConflict,
     ResumeExpired,
+    SavedCacheMismatch,
     ServerUnavailable,
     UploadStalled,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "RequestError",
     "RequestIdConflict",
     "ResumeExpired",
+    "SavedCacheMismatch",
     "ServerUnavailable",
     "UploadStalled",
 ]

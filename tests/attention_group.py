@@ -34,6 +34,8 @@ class AttentionGroup:
     ) -> None:
         self.rules = rules
         self.num_tokens = 0
+        self.errors: list[tuple[float, float]] = []
+        """Of the last step, by rank: its sums of `encoding_errors`."""
         self.stores = [
             KVStore(
                 model.spec,
@@ -75,7 +77,7 @@ class AttentionGroup:
         self._release(start)
         self.num_tokens = end
 
-        def run_rank(rank: int) -> tuple[Tensor, list[Tensor]]:
+        def run_rank(rank: int) -> tuple[Tensor, list[Tensor], tuple[float, float]]:
             torch.set_num_threads(1)
             part = SequencePart(
                 self.table,
@@ -89,14 +91,16 @@ class AttentionGroup:
             ring, store = self._rings[rank], self.stores[rank]
             attention = StepAttention(self._model.spec, store, ring, [part])
             positions = part.positions(rank)
-            return positions, [
+            out = [
                 attention.attend(layer, *(x[positions] for x in qkv), None)
                 for layer, qkv in enumerate(self._model.script)
             ]
+            return positions, out, attention.encoding_errors().get(part, (0.0, 0.0))
 
         by_rank = run_ranks(len(self.stores), run_rank)
-        order = torch.cat([positions for positions, _ in by_rank]).argsort()
-        layers = zip(*(layers for _, layers in by_rank), strict=True)
+        self.errors = [errors for _, _, errors in by_rank]
+        order = torch.cat([positions for positions, _, _ in by_rank]).argsort()
+        layers = zip(*(layers for _, layers, _ in by_rank), strict=True)
         return [torch.cat(of_ranks)[order] for of_ranks in layers]
 
     def save(self) -> SavedCache:

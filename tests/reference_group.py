@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 
 from kvcluster.cache.store import KVStore
-from kvcluster.cluster.runner import StepRunner
+from kvcluster.cluster.runner import StepOutcome, StepRunner
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.engine.plan import (
+    EncodingError,
     NewBlock,
     Release,
     SampledToken,
@@ -108,6 +109,8 @@ class ReferenceGroup:
             for ring, store in zip(rings, self._stores, strict=True)
         ]
         self._step = 0
+        self.errors: list[EncodingError] = []
+        """What all ranks measured in all steps."""
         self._sampled: tuple[SampledToken, ...] = ()
         self._sequences: dict[int, _Sequence] = {}
         self._started: list[SequenceStart] = []
@@ -160,11 +163,16 @@ class ReferenceGroup:
         plan = StepPlan(1, self._step, tuple(self._started), steps, tuple(self._releases(steps)))
         self._started = []
 
-        def run_rank(rank: int) -> tuple[SampledToken, ...]:
+        def run_rank(rank: int) -> StepOutcome:
             torch.set_num_threads(1)
-            return self._runners[rank].run(plan, self._sampled).result.sampled
+            return self._runners[rank].run(plan, self._sampled)
 
-        sampled = [token for tokens in run_ranks(self.num_ranks, run_rank) for token in tokens]
+        outcomes = run_ranks(self.num_ranks, run_rank)
+        for rank, outcome in enumerate(outcomes):
+            has_answer = bool(outcome.answer.sampled or outcome.answer.errors)
+            assert (rank in outcome.answering_ranks) == has_answer
+        self.errors += [error for outcome in outcomes for error in outcome.answer.errors]
+        sampled = [token for outcome in outcomes for token in outcome.answer.sampled]
         assert self._rings[0].all_delivered()
         self._sampled = tuple(sampled)
         for token in sampled:

@@ -11,10 +11,10 @@ import torch
 
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
-from kvcluster.cluster.runner import StepOutcome, StepRunner, step_result
+from kvcluster.cluster.runner import StepOutcome, StepRunner
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.api import Event, Opened, TokenChunk
-from kvcluster.engine.plan import RankResult, SampledToken, StepPlan, StepResult
+from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, StepResult, result_of
 from kvcluster.engine.service import EngineService
 from kvcluster.engine.text import Tokenizer
 from kvcluster.errors import RankLost
@@ -66,8 +66,8 @@ class ThreadExecutor:
         except queue.Empty as silence:
             raise RankLost("two ranks disagree on what to exchange") from silence
         for rank, outcome in enumerate(outcomes):
-            assert (rank in outcome.answering_ranks) == (outcome.result != RankResult())
-        result = step_result(plan, [outcome.result for outcome in outcomes])
+            assert (rank in outcome.answering_ranks) == (outcome.answer != RankAnswer())
+        result = result_of(plan, [outcome.answer for outcome in outcomes])
         self._sampled = result.sampled
         return result
 

@@ -153,12 +153,31 @@ class SequencePart:
             self._full_blocks[group] = self._find_full_blocks(group)
         return self._full_blocks[group]
 
-    def _find_full_blocks(self, group: int) -> FullBlocks | None:
+    def measuring_ranks(self, windows: Sequence[int | None]) -> set[int]:
+        """The ranks that have rows of this part and blocks that become encoded, in KV groups with
+        these windows: those that can tell what encoding does to attention. The same answer on
+        every rank."""
+        spans = [
+            self._full_range(group)
+            for group, window in enumerate(windows)
+            if self.codec_in(window) != EXACT
+        ]
+        return {
+            rank
+            for rank, rows in enumerate(self.num_rows)
+            if rows and any(self.table.num_tokens(rank, *span) for span in spans)
+        }
+
+    def _full_range(self, group: int) -> tuple[int, int]:
+        """Positions of the blocks, everybody's, that no row after this part reads exact."""
         if self.codec == EXACT:
-            return None
+            return 0, 0
         size = self.table.block_size
         start = max(size, self.exact_start(self.start), self.table.released(group).stop * size)
-        end = self.exact_start(self.end)
+        return start, max(start, self.exact_start(self.end))
+
+    def _find_full_blocks(self, group: int) -> FullBlocks | None:
+        start, end = self._full_range(group)
         starts = self.table.block_starts(self.rank, start, end)
         if not len(starts):
             return None

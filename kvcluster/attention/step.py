@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcluster.attention.chunk import ChunkAttention, whole_blocks
 from kvcluster.attention.encoded import EncodedKeys, attend_encoded
+from kvcluster.attention.encoding_error import EncodingErrors
 from kvcluster.attention.history import History, RankHistory
 from kvcluster.attention.local import attend, attend_pieces
 from kvcluster.attention.part import SequencePart
@@ -63,6 +64,7 @@ class StepAttention:
         self._selects = bool(selected)
         self._selected = SelectedAttention(spec, store, ring, selected)
         self._choice = SurvivorChoice(spec, store, ring)
+        self._errors = EncodingErrors(store)
         self._encoded_parts = [part for part in parts if part.codec != EXACT]
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}
@@ -88,7 +90,7 @@ class StepAttention:
                 if inside is not None:
                     partials[part] = merge(partials[part], inside) if part in partials else inside
         for part in self._encoded_parts if is_stored else ():
-            self._encode_full(layer, part)
+            self._encode_full(layer, part, q_THD)
         for kept in self._survivors_in(self._groups[layer]):
             if kept.is_observed or kept.ends_epoch:
                 self._choice.after_rows(layer, kept, self._keys(layer, kept.reader), q_THD, sinks_H)
@@ -99,15 +101,20 @@ class StepAttention:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
 
+    def encoding_errors(self) -> dict[SequencePart, tuple[float, float]]:
+        """What encoding did to attention in all layers so far: see `EncodingErrors.sums`."""
+        return self._errors.sums()
+
     def _unselected(self, layer: int) -> Sequence[SequencePart]:
         """The parts whose rows read all that they may in the layer."""
         if not self._selects:
             return self._parts
         return [part for part in self._parts if not self._selected.serves(layer, part)]
 
-    def _encode_full(self, layer: int, part: SequencePart) -> None:
+    def _encode_full(self, layer: int, part: SequencePart, q_THD: Tensor) -> None:
         """Blocks that are read exact no more go where encoded ones are."""
-        if part.codec_in(self._spec.layers[layer].window) == EXACT:
+        geometry = self._spec.layers[layer]
+        if part.codec_in(geometry.window) == EXACT:
             return
         full = part.full_blocks(self._groups[layer])
         if full is not None:
@@ -115,9 +122,14 @@ class StepAttention:
             arrays = [
                 whole_blocks(plane.transpose(0, 1), part.block_size) for plane in exact.planes
             ]
-            blocks = keys_and_values(arrays, self._spec.layers[layer])
+            blocks = keys_and_values(arrays, geometry)
             positions_BS = consecutive(full.starts_B, part.block_size)
             self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, positions_BS)
+            if part.num_rows[self._ring.rank]:
+                last_1HD = q_THD[part.rows][-1:]
+                encoded = EncodedKeys(part.codec, full.encoded_ids_B, positions_BS, 0)
+                before = keys_and_values(exact.planes, geometry)
+                self._errors.measure(layer, part, last_1HD, before, encoded, geometry)
 
     def _row_places(self, group: int, device: torch.device) -> Places:
         places = self._places_by_group.get(group)

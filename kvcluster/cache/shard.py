@@ -59,6 +59,10 @@ class SequenceMap:
         return len(self._owned)
 
     @property
+    def num_groups(self) -> int:
+        return len(self._released)
+
+    @property
     def capacity_tokens(self) -> int:
         """Tokens that the table has room for."""
         return len(self._owners) * self.block_size

@@ -144,5 +144,10 @@ def _summary(report: GenerateReport) -> str:
     if timings.output_tokens_per_s is not None:
         parts.append(f"{timings.output_tokens_per_s:.1f} tokens/s")
     policy = report.policy + (f" for {report.policy_bound}" if report.policy_bound else "")
-    parts.append(f"{usage.kv_bytes / 1024**2:.1f} MiB of cache ({policy})")
+    cache = f"{usage.kv_bytes / 1024**2:.1f} MiB of cache ({policy}"
+    if 0 < usage.kv_bytes < usage.kv_bytes_uncompressed:
+        cache += f", {usage.kv_bytes_uncompressed / usage.kv_bytes:.1f} times smaller"
+    if usage.attention_error:
+        cache += f", attention error {usage.attention_error:.1%}"
+    parts.append(cache + ")")
     return ", ".join(parts)

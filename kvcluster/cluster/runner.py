@@ -21,12 +21,12 @@ from kvcluster.attention.survivors import SequenceSurvivors, SurvivorPart
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
 from kvcluster.engine.plan import (
-    RankResult,
+    EncodingError,
+    RankAnswer,
     SampledToken,
     ScoredTokens,
     SequenceStep,
     StepPlan,
-    StepResult,
     TopLogprob,
 )
 from kvcluster.errors import RankLost
@@ -62,9 +62,9 @@ class ThreadShare:
 class StepOutcome:
     """What a step gave on one rank."""
 
-    result: RankResult
+    answer: RankAnswer
     answering_ranks: tuple[int, ...]
-    """The ranks whose result is not empty, ascending: the same answer on every rank."""
+    """The ranks that have something to say, ascending: the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,19 @@ class StepRunner:
         self._remember(sampled_before)
         self._apply(plan)
         rows = self._lay_out(plan)
-        result = self._compute(rows) if rows else RankResult()
+        answer = self._compute(rows) if rows else RankAnswer()
         for sequence in plan.ended:
             self._sequences.pop(sequence, None)
-        answering = (
+        return StepOutcome(answer, self._answering(rows))
+
+    def _answering(self, rows: Sequence[_Rows]) -> tuple[int, ...]:
+        measuring = {rank for row in rows for rank in row.part.measuring_ranks(self._spec.windows)}
+        return tuple(
             rank
             for rank in range(self._ring.size)
-            if any(row.sampling_rank == rank or row.scored_by(rank) for row in rows)
+            if rank in measuring
+            or any(row.sampling_rank == rank or row.scored_by(rank) for row in rows)
         )
-        return StepOutcome(result, tuple(answering))
 
     def _remember(self, sampled: Sequence[SampledToken]) -> None:
         for token in sampled:
@@ -262,7 +266,7 @@ class StepRunner:
             part, state.table, state.selecting, step.num_prompt_tokens, self._model.device
         )
 
-    def _compute(self, rows: Sequence[_Rows]) -> RankResult:
+    def _compute(self, rows: Sequence[_Rows]) -> RankAnswer:
         if self._share is not None:
             busy = [
                 rank
@@ -303,9 +307,15 @@ class StepRunner:
             logit_rows_R.to(device),
             attention,
         )
-        return RankResult(
+        errors = attention.encoding_errors()
+        return RankAnswer(
             tuple(self._sample(here, logits_RV[: len(here)])),
             tuple(_scores(scored, logits_RV[len(here) :])),
+            tuple(
+                EncodingError(row.step.sequence, *errors[row.part])
+                for row in rows
+                if row.part in errors
+            ),
         )
 
     def _scored_pieces(
@@ -353,19 +363,6 @@ class StepRunner:
             )
             for row, position, choice in zip(here, positions, choices, strict=True)
         ]
-
-
-def step_result(plan: StepPlan, results: Sequence[RankResult]) -> StepResult:
-    """The results of all ranks in the plan's order; scored tokens also by position."""
-    place = {step.sequence: index for index, step in enumerate(plan.sequences)}
-    sampled = [token for result in results for token in result.sampled]
-    scored = [tokens for result in results for tokens in result.scored]
-    return StepResult(
-        plan.epoch,
-        plan.step,
-        tuple(sorted(sampled, key=lambda token: place[token.sequence])),
-        tuple(sorted(scored, key=lambda tokens: (place[tokens.sequence], tokens.first))),
-    )
 
 
 def _scores(pieces: Sequence[_ScoredPiece], logits_RV: Tensor) -> list[ScoredTokens]:

@@ -20,12 +20,12 @@ from kvcluster.attention.ring import LoneRing
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.control import LEADER, ControlChannel
-from kvcluster.cluster.runner import StepRunner, ThreadShare, step_result
+from kvcluster.cluster.runner import StepRunner, ThreadShare
 from kvcluster.cluster.socket_ring import SocketRing
 from kvcluster.cluster.torch_ring import TorchRing
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.config import ClusterConfig, TransportKind
-from kvcluster.engine.plan import RankResult, SampledToken, StepPlan
+from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, result_of
 from kvcluster.errors import RankLost
 from kvcluster.model.codecs import load_codecs
 from kvcluster.model.loader import LoadedModel, load_model
@@ -133,15 +133,17 @@ class Worker:
         control.broadcast(msgspec.msgpack.encode(order))
         try:
             outcome = runner.run(plan, self._sampled_before)
+            answers = [outcome.answer]
             others = [rank for rank in outcome.answering_ranks if rank != LEADER]
-            results = [outcome.result]
-            for answer in control.collect(others):
-                results.append(msgspec.msgpack.decode(answer, type=RankResult))
+            answers += [
+                msgspec.msgpack.decode(answer, type=RankAnswer)
+                for answer in control.collect(others)
+            ]
         except BaseException:
             # The others may be waiting for this rank in the middle of a layer: let them go.
             self.disconnect()
             raise
-        result = step_result(plan, results)
+        result = result_of(plan, answers)
         self._sampled_before = result.sampled
         return msgspec.msgpack.encode(result)
 
@@ -157,7 +159,7 @@ class Worker:
                 outcome = runner.run(order.plan, order.sampled_before)
                 # Rank 0 knows from the plan who has something to say, and waits for nobody else.
                 if self._rank in outcome.answering_ranks:
-                    control.reply(msgspec.msgpack.encode(outcome.result))
+                    control.reply(msgspec.msgpack.encode(outcome.answer))
         finally:
             self.disconnect()
 

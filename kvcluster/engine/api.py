@@ -81,6 +81,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     """Largest number of cache bytes that the generation held, open blocks included."""
     kv_bytes_uncompressed: int
+    """What the tokens of that moment would take uncompressed."""
+    attention_error: float = 0.0
+    """What encoding did to attention, measured: the norm of the outputs' difference over the norm
+    of the outputs, root mean square over layers and encoded blocks. 0 where none was encoded."""
 
 
 class PolicySource(StrEnum):

@@ -231,6 +231,7 @@ class Engine:
                 continue
             if request.sequence == part.sequence:
                 request.num_computed = part.start + part.num_tokens
+                request.count_errors(result.errors)
             if scored:
                 self.find(request.generation).deliver_scores(scored)
             if sampled is not None:

@@ -148,6 +148,7 @@ class Generation:
             output_tokens=request.num_output_tokens,
             kv_bytes=request.peak_kv_bytes,
             kv_bytes_uncompressed=request.peak_tokens * self._model.kv_bytes_per_token,
+            attention_error=request.attention_error,
         )
 
     def record(self) -> GenerationRecord:

@@ -5,6 +5,8 @@ collective is taken on numbers that all ranks share. A plan holds only what chan
 keeps, per sequence, the block table that the plans so far have built.
 """
 
+from collections.abc import Iterable
+
 import msgspec
 
 from kvcluster.types import Policy, Route, SamplingParams
@@ -118,18 +120,50 @@ class ScoredTokens(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...] = ()
 
 
-class RankResult(msgspec.Struct, frozen=True, array_like=True):
-    """What a step gave on one rank."""
+class EncodingError(msgspec.Struct, frozen=True, array_like=True):
+    """What encoding a sequence's blocks did to attention in one step on one rank, as two sums
+    (defined in `attention/encoding_error.py`)."""
+
+    sequence: int
+    squared_error: float
+    squared_size: float
+
+
+class RankAnswer(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank found in a step."""
 
     sampled: tuple[SampledToken, ...] = ()
     scored: tuple[ScoredTokens, ...] = ()
+    errors: tuple[EncodingError, ...] = ()
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """What a step gave: the sampled tokens of all ranks, in the plan's order."""
+    """What a step gave: the sampled tokens of all ranks, in the plan's order, and what they
+    measured."""
 
     epoch: int
     step: int
     sampled: tuple[SampledToken, ...]
     scored: tuple[ScoredTokens, ...] = ()
-    """Of all ranks, in the plan's order and by position."""
+    """In the plan's order, and by position."""
+    errors: tuple[EncodingError, ...] = ()
+    """Any number for each sequence: one for each rank that encoded blocks of it."""
+
+
+def result_of(plan: StepPlan, answers: Iterable[RankAnswer]) -> StepResult:
+    """The result of a step from what its ranks found."""
+    place = {step.sequence: index for index, step in enumerate(plan.sequences)}
+    sampled: list[SampledToken] = []
+    scored: list[ScoredTokens] = []
+    errors: list[EncodingError] = []
+    for answer in answers:
+        sampled += answer.sampled
+        scored += answer.scored
+        errors += answer.errors
+    return StepResult(
+        plan.epoch,
+        plan.step,
+        tuple(sorted(sampled, key=lambda token: place[token.sequence])),
+        tuple(sorted(scored, key=lambda tokens: (place[tokens.sequence], tokens.first))),
+        tuple(errors),
+    )

@@ -8,13 +8,15 @@ Planning runs ahead of results: a step's tokens count as planned when the step i
 computed when its result is in. A sampled token whose value is still on the ranks is *pending*.
 """
 
+import math
 import sys
 from array import array
+from collections.abc import Iterable
 from enum import StrEnum
 
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.engine.api import GenerationRequest
-from kvcluster.engine.plan import Scoring
+from kvcluster.engine.plan import EncodingError, Scoring
 from kvcluster.engine.survivor_table import SurvivorTable
 from kvcluster.types import GenerationId, Policy, SequenceId
 
@@ -65,6 +67,23 @@ class Request:
         """A plan since the last start samples: from there on every step is a decode."""
         self.peak_kv_bytes = 0
         self.peak_tokens = 0
+        self.squared_error = 0.0
+        self.squared_size = 0.0
+        """Sums of `EncodingError` over all ranks and steps."""
+
+    def count_errors(self, errors: Iterable[EncodingError]) -> None:
+        """Add those that are of this request's sequence."""
+        for error in errors:
+            if error.sequence == self.sequence:
+                self.squared_error += error.squared_error
+                self.squared_size += error.squared_size
+
+    @property
+    def attention_error(self) -> float:
+        """Relative error of attention over the blocks that were encoded; 0 where none was."""
+        if not self.squared_size:
+            return 0.0
+        return math.sqrt(self.squared_error / self.squared_size)
 
     @property
     def order(self) -> tuple[int, int]:

@@ -167,6 +167,7 @@ def usage_to_proto(usage: Usage) -> common_pb2.Usage:
         output_tokens=usage.output_tokens,
         kv_bytes=usage.kv_bytes,
         kv_bytes_uncompressed=usage.kv_bytes_uncompressed,
+        attention_error=usage.attention_error,
     )
 
 
@@ -177,6 +178,7 @@ def usage_from_proto(message: common_pb2.Usage) -> Usage:
         output_tokens=message.output_tokens,
         kv_bytes=message.kv_bytes,
         kv_bytes_uncompressed=message.kv_bytes_uncompressed,
+        attention_error=message.attention_error,
     )
 
 

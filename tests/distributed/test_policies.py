@@ -123,6 +123,19 @@ async def test_usage_and_estimate_fall_with_the_bits() -> None:
     assert estimated[EXACT] > estimated["int8"] > estimated["int4"] >= estimated["int2"]
 
 
+@pytest.mark.parametrize("num_ranks", [1, 3])
+async def test_the_attention_error_falls_with_the_bits(num_ranks: int) -> None:
+    async with running_engine(model(), config(num_ranks, exact_recent_tokens=0)) as (service, _):
+        errors = {
+            policy: (await generate(service, policy, seed=0))[1].attention_error
+            for policy in (EXACT, "int8", "int4", "int2")
+        }
+
+    assert errors[EXACT] == 0
+    # A step of a code of 8 bits is a 17th of one of 4 bits, and that a fifth of one of 2 bits.
+    assert 0 < 8 * errors["int8"] < errors["int4"] < errors["int2"] / 2 < 0.5
+
+
 async def test_a_window_bounds_what_a_sequence_holds() -> None:
     async with running_engine(model(), config(num_ranks=3)) as (service, _):
         estimated = [

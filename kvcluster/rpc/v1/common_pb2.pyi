@@ -379,6 +379,7 @@ class Usage(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     KV_BYTES_UNCOMPRESSED_FIELD_NUMBER: _builtins.int
+    ATTENTION_ERROR_FIELD_NUMBER: _builtins.int
     input_tokens: _builtins.int
     """Tokens of the prompt."""
     cached_input_tokens: _builtins.int
@@ -389,6 +390,10 @@ class Usage(_message.Message):
     """Most cache bytes held at one time, over all ranks."""
     kv_bytes_uncompressed: _builtins.int
     """What `kv_bytes` would be without compression."""
+    attention_error: _builtins.float
+    """What encoding did to attention, measured: norm of the difference of its outputs over their
+    norm, root mean square over layers and encoded blocks. 0 where nothing was encoded.
+    """
     def __init__(
         self,
         *,
@@ -397,10 +402,11 @@ class Usage(_message.Message):
         output_tokens: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
         kv_bytes_uncompressed: _builtins.int = ...,
+        attention_error: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_input_tokens", b"cached_input_tokens", "input_tokens", b"input_tokens", "kv_bytes", b"kv_bytes", "kv_bytes_uncompressed", b"kv_bytes_uncompressed", "output_tokens", b"output_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_error", b"attention_error", "cached_input_tokens", b"cached_input_tokens", "input_tokens", b"input_tokens", "kv_bytes", b"kv_bytes", "kv_bytes_uncompressed", b"kv_bytes_uncompressed", "output_tokens", b"output_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,5 @@
 from kvcluster.cache.block_table import BlockTable
+from kvcluster.engine.plan import EncodingError
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.types import GenerationId, Policy, SequenceId
 from tests.fake_engine import packed, request
@@ -84,3 +85,17 @@ def test_the_known_length_is_what_was_declared_or_uploaded() -> None:
     undeclared = made()
     undeclared.append_prompt(packed([1, 2, 3]))
     assert undeclared.known_length == 3
+
+
+def test_the_attention_error_is_of_all_ranks_and_steps_of_the_request_s_own_sequence() -> None:
+    running = made()
+    running.sequence = SequenceId(3)
+
+    running.count_errors([EncodingError(3, 1.0, 10.0), EncodingError(4, 9.0, 9.0)])
+    running.count_errors([EncodingError(3, 3.0, 6.0)])
+
+    assert running.attention_error == 0.5
+
+
+def test_a_request_of_which_nothing_was_encoded_has_no_attention_error() -> None:
+    assert made().attention_error == 0

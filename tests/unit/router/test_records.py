@@ -32,6 +32,7 @@ USAGE = Usage(
     output_tokens=3,
     kv_bytes=2**40,
     kv_bytes_uncompressed=2**41,
+    attention_error=0.125,
 )
 
 

@@ -1,0 +1,55 @@
+"""What encoding does to attention, measured while a rank still has both forms of a block.
+
+When blocks become encoded, one query at hand, this rank's last row in the step, attends to those
+blocks alone: as they were and as they will be read. With o the outputs of all heads, the attention
+error of a sequence is
+
+    sqrt(sum |o_encoded - o_exact|^2 / sum |o_exact|^2),
+
+summed over all layers, ranks and blocks that were encoded. The query sees all of the blocks, those
+beyond a layer's window too: what counts is the blocks. A rank without a row in a step measures
+nothing there; of a cache that is never encoded the error is 0.
+
+The cost is one row of attention and one reading of the new blocks: nothing beside the rows that
+filled them.
+
+Shape letters: H query heads, K KV heads, S keys, D head dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcluster.attention.encoded import EncodedKeys, attend_encoded
+from kvcluster.attention.local import attend
+from kvcluster.attention.part import SequencePart
+from kvcluster.cache.store import KVStore, Piece
+from kvcluster.types import LayerGeometry
+
+
+class EncodingErrors:
+    """The sums of one step on this rank, by part. Reads the store."""
+
+    def __init__(self, store: KVStore) -> None:
+        self._store = store
+        self._sums: dict[SequencePart, Tensor] = {}
+
+    def sums(self) -> dict[SequencePart, tuple[float, float]]:
+        """By part in which blocks were encoded: sum |o_encoded - o_exact|^2, sum |o_exact|^2.
+        Waits for the device."""
+        return {part: (float(sums[0]), float(sums[1])) for part, sums in self._sums.items()}
+
+    def measure(
+        self,
+        layer: int,
+        part: SequencePart,
+        q_1HD: Tensor,
+        exact: Piece,
+        encoded: EncodedKeys,
+        geometry: LayerGeometry,
+    ) -> None:
+        """Add one query over blocks that were just encoded. `exact` has k_KSD and v_KSD of the same
+        blocks' tokens."""
+        before_1HD = attend(q_1HD, *exact, geometry).out_THD
+        after_1HD = attend_encoded(q_1HD, self._store, layer, encoded, geometry).out_THD
+        sums = torch.stack([(after_1HD - before_1HD).square().sum(), before_1HD.square().sum()])
+        self._sums[part] = self._sums[part] + sums if part in self._sums else sums
