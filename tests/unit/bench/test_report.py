@@ -47,7 +47,9 @@ def test_a_report_says_where_and_how_its_numbers_were_taken() -> None:
 
 
 def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="no benchmark 'e3e'; there are e2e, upload, step"):
+    with pytest.raises(
+        ConfigError, match="no benchmark 'e3e'; there are e2e, upload, memory, step"
+    ):
         benchmark("e3e")
 
 
