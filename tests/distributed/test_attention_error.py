@@ -32,8 +32,9 @@ def defined(group: AttentionGroup, rank: int, start: int, end: int) -> tuple[flo
         encoded = []
         for codec, x_KSD in zip(CODECS.layers(group.rules.codec)[layer], exact, strict=True):
             x_BKSD = x_KSD.unflatten(1, (-1, BLOCK_SIZE)).transpose(0, 1)
-            planes = codec.encode(x_BKSD, torch.tensor(blocks))
-            encoded.append(codec.decode(planes, torch.tensor(blocks)).transpose(0, 1).flatten(1, 2))
+            positions_BS = tokens.reshape(-1, BLOCK_SIZE)
+            planes = codec.encode(x_BKSD, positions_BS)
+            encoded.append(codec.decode(planes, positions_BS).transpose(0, 1).flatten(1, 2))
         q_1HD = q_THD[own[-1]][None]
         before, after = (
             attend_plain(q_1HD, k_KSD, v_KSD, MODEL.spec.layers[layer]).out_THD
