@@ -22,7 +22,8 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python protos/generate.py --check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not ray and not long and not gpu"
+	$(BIN)/pytest -m ray
 
 $(READY): pyproject.toml deploy/models.txt deploy/environment.sh
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" deploy/environment.sh
