@@ -71,6 +71,8 @@ class StepAttention:
         self._questions_by_group: dict[int, _Questions] = {}
         self._read_parts: dict[SequencePart, Piece] = {}
         """Of the layer in hand: the keys here, read once for all who ask."""
+        self._read_pieces: dict[SequencePart, list[Piece]] = {}
+        """Of the layer in hand: the exact keys that single rows read."""
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
@@ -83,6 +85,7 @@ class StepAttention:
             self._store.write(layer, places, k_TKD, v_TKD)
         self._selected.keep(layer)
         self._read_parts.clear()
+        self._read_pieces.clear()
         partials = self._attend_history(layer, q_THD) | self._selected.attend(layer, q_THD)
         for part in self._unselected(layer):
             if part.has_chunk:
@@ -189,6 +192,8 @@ class StepAttention:
             for part in parts:
                 if part.has_chunk:
                     self._keys(layer, part)
+                else:
+                    self._exact_pieces(layer, part)
         found = {
             part: [self._read_own(layer, part, q_THD[part.rows], ring.rank)]
             for part in self._readers(layer)
@@ -256,14 +261,21 @@ class StepAttention:
         """The part's one row over its keys on this rank, which only one rank asks for."""
         geometry = self._spec.layers[layer]
         history = part.history(self._groups[layer], geometry.window)
-        exact = self._store.pieces(layer, history.runs)
-        partial = attend_pieces(q_1HD, exact, geometry)
+        partial = attend_pieces(q_1HD, self._exact_pieces(layer, part), geometry)
         held = history.ranks[self._ring.rank]
         if not held.num_blocks:
             return partial
         positions_BS = part.encoded_positions(held, part.sent_positions(layer, q_1HD))
         keys = EncodedKeys(part.codec, history.encoded_ids_B, positions_BS, held.num_skipped)
         return merge(partial, attend_encoded(q_1HD, self._store, layer, keys, geometry))
+
+    def _exact_pieces(self, layer: int, part: SequencePart) -> list[Piece]:
+        """The exact keys of a row's history on this rank."""
+        found = self._read_pieces.get(part)
+        if found is None:
+            history = part.history(self._groups[layer], self._spec.layers[layer].window)
+            found = self._read_pieces[part] = self._store.pieces(layer, history.runs)
+        return found
 
     def _keys(self, layer: int, part: SequencePart) -> Piece:
         """The keys of a chunk's history on this rank: several ranks may ask for them."""
