@@ -61,9 +61,8 @@ class StepAttention:
         self._parts = parts
         self._survivors = survivors
         self._chunks = ChunkAttention(spec, store, ring)
-        self._selects = bool(selected)
-        self._selected = SelectedAttention(spec, store, ring, selected)
-        self._choice = SurvivorChoice(spec, store, ring)
+        self._selected = SelectedAttention(spec, store, ring, selected) if selected else None
+        self._choice = SurvivorChoice(spec, store, ring) if survivors else None
         self._errors = EncodingErrors(store)
         self._encoded_parts = [part for part in parts if part.codec != EXACT]
         self._groups = [spec.group_of(layer) for layer in spec.layers]
@@ -83,20 +82,20 @@ class StepAttention:
         if len(q_THD) and is_stored:
             places = self._row_places(self._groups[layer], k_TKD.device)
             self._store.write(layer, places, k_TKD, v_TKD)
-        self._selected.keep(layer)
+        if self._selected is not None:
+            self._selected.keep(layer)
         self._read_parts.clear()
         self._read_pieces.clear()
-        partials = self._attend_history(layer, q_THD) | self._selected.attend(layer, q_THD)
+        partials = self._attend_history(layer, q_THD)
+        if self._selected is not None:
+            partials |= self._selected.attend(layer, q_THD)
         for part in self._unselected(layer):
             if part.has_chunk:
                 inside = self._chunks.attend(layer, part, q_THD, k_TKD, v_TKD)
                 if inside is not None:
                     partials[part] = merge(partials[part], inside) if part in partials else inside
-        for part in self._encoded_parts if is_stored else ():
-            self._encode_full(layer, part, q_THD)
-        for kept in self._survivors_in(self._groups[layer]):
-            if kept.is_observed or kept.ends_epoch:
-                self._choice.after_rows(layer, kept, self._keys(layer, kept.reader), q_THD, sinks_H)
+        if is_stored:
+            self._settle(layer, q_THD, sinks_H)
         if not partials:
             return q_THD
         whole = concatenate([partials[part] for part in self._parts if part in partials])
@@ -104,15 +103,27 @@ class StepAttention:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
 
+    def _settle(self, layer: int, q_THD: Tensor, sinks_H: Tensor | None) -> None:
+        """Leave the layer's cache as the next step finds it."""
+        for part in self._encoded_parts:
+            self._encode_full(layer, part, q_THD)
+        if self._choice is None:
+            return
+        for kept in self._survivors_in(self._groups[layer]):
+            if kept.is_observed or kept.ends_epoch:
+                keys = self._keys(layer, kept.reader)
+                self._choice.after_rows(layer, kept, keys, q_THD, sinks_H)
+
     def encoding_errors(self) -> dict[SequencePart, tuple[float, float]]:
         """What encoding did to attention in all layers so far: see `EncodingErrors.sums`."""
         return self._errors.sums()
 
     def _unselected(self, layer: int) -> Sequence[SequencePart]:
         """The parts whose rows read all that they may in the layer."""
-        if not self._selects:
+        selected = self._selected
+        if selected is None:
             return self._parts
-        return [part for part in self._parts if not self._selected.serves(layer, part)]
+        return [part for part in self._parts if not selected.serves(layer, part)]
 
     def _encode_full(self, layer: int, part: SequencePart, q_THD: Tensor) -> None:
         """Blocks that are read exact no more go where encoded ones are."""

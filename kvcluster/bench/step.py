@@ -20,6 +20,7 @@ from kvcluster.cluster.worker import Worker
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
 from kvcluster.engine.api import GenerationRequest, Output, TokenChunk
 from kvcluster.model.attention_hook import LayerAttention
+from kvcluster.model.codecs import codec_layouts
 from kvcluster.model.loader import LoadedModel
 from kvcluster.serve.app import start_local_ray, stop_ray
 from kvcluster.serve.assembly import engine_service
@@ -67,6 +68,7 @@ class IdleWorker(Worker):
             weights_digest="",
             tokenizer_digest="",
         )
+        self._codecs = codec_layouts(spec, calibration=None)
         self._model = IdleModel(spec=spec, module=_weightless(), device=torch.device("cpu"))
         return spec
 

@@ -36,7 +36,7 @@ from kvcluster.model.scorer import score
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.registry import scored_retention
 from kvcluster.selection.registry import build_selection
-from kvcluster.types import Policy
+from kvcluster.types import EXACT, Policy
 
 
 @dataclass(frozen=True)
@@ -186,13 +186,15 @@ class StepRunner:
         return StepOutcome(answer, self._answering(rows))
 
     def _answering(self, rows: Sequence[_Rows]) -> tuple[int, ...]:
-        measuring = {rank for row in rows for rank in row.part.measuring_ranks(self._spec.windows)}
-        return tuple(
-            rank
-            for rank in range(self._ring.size)
-            if rank in measuring
-            or any(row.sampling_rank == rank or row.scored_by(rank) for row in rows)
-        )
+        answering: set[int] = set()
+        for row in rows:
+            if row.sampling_rank is not None:
+                answering.add(row.sampling_rank)
+            if row.step.scoring is not None:
+                answering |= {rank for rank in range(self._ring.size) if row.scored_by(rank)}
+            if row.part.codec != EXACT:
+                answering |= row.part.measuring_ranks(self._spec.windows)
+        return tuple(sorted(answering))
 
     def _remember(self, sampled: Sequence[SampledToken]) -> None:
         for token in sampled:
