@@ -300,8 +300,9 @@ class StepRunner:
         ids_T = torch.cat(own_ids)
         here = [row for row in rows if row.sampling_rank == self._ring.rank]
         # The last piece of a part holds its last row: the rows of a part lie together, ascending.
-        sampling_rows = torch.tensor([row.part.rows.stop - 1 for row in here], dtype=torch.long)
-        logit_rows_R = torch.cat([sampling_rows, *(piece.rows_R for piece in scored)])
+        logit_rows_R = torch.tensor([row.part.rows.stop - 1 for row in here], dtype=torch.long)
+        if scored:
+            logit_rows_R = torch.cat([logit_rows_R, *(piece.rows_R for piece in scored)])
         device = self._model.device
         logits_RV = self._model.forward(
             ids_T.to(device),
@@ -312,7 +313,7 @@ class StepRunner:
         errors = attention.encoding_errors()
         return RankAnswer(
             tuple(self._sample(here, logits_RV[: len(here)])),
-            tuple(_scores(scored, logits_RV[len(here) :])),
+            tuple(_scores(scored, logits_RV[len(here) :])) if scored else (),
             tuple(
                 EncodingError(row.step.sequence, *errors[row.part])
                 for row in rows
@@ -370,7 +371,7 @@ class StepRunner:
 def _scores(pieces: Sequence[_ScoredPiece], logits_RV: Tensor) -> list[ScoredTokens]:
     """Of the rows of the pieces, one piece after the other."""
     found = []
-    by_piece = torch.split(logits_RV, [len(piece.rows_R) for piece in pieces]) if pieces else ()
+    by_piece = torch.split(logits_RV, [len(piece.rows_R) for piece in pieces])
     for piece, logits_piece in zip(pieces, by_piece, strict=True):
         scores = score(logits_piece, piece.wanted_R.to(logits_RV.device), piece.num_top)
         found.append(

@@ -1,6 +1,7 @@
 """Sharded over any number of ranks, what a policy selects is what its plain definition selects."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.full import FullRetention
@@ -15,9 +17,9 @@ from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.window import WindowRetention
 from kvcluster.selection.registry import METHODS, build_selection
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import calibrated_codecs
+from tests.codec_models import calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
-from tests.scripted_model import ScriptedModel, geometry
+from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
 MAX_TOKENS = 240
 MODEL = ScriptedModel(
@@ -26,7 +28,8 @@ MODEL = ScriptedModel(
     geometry(softcap=5.0),
     max_tokens=MAX_TOKENS,
 )
-MODEL_CODECS = calibrated_codecs(MODEL.spec)
+LATENT_MODEL = ScriptedModel(latent_geometry(), latent_geometry(window=24), max_tokens=MAX_TOKENS)
+SHARING_MODEL = ScriptedModel(geometry(), geometry(kv_layer=0), max_tokens=MAX_TOKENS)
 SELECTIONS = (
     "block_sparse:local=2,stride=3",
     "block_sparse:local=1,sinks=0,random=2,seed=3",
@@ -63,13 +66,27 @@ class Serving:
         return self.num_prompt_tokens + self.num_decoded
 
 
-def defined(policy: Policy, serving: Serving) -> list[Tensor]:
+class Served(NamedTuple):
+    """What is served, and the codecs it has."""
+
+    model: ScriptedModel
+    codecs: ModelCodecs
+
+
+ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))
+OTHERS = {
+    "values in keys": Served(LATENT_MODEL, plain_codecs(LATENT_MODEL.spec)),
+    "a layer that reads another's": Served(SHARING_MODEL, plain_codecs(SHARING_MODEL.spec)),
+}
+
+
+def defined(policy: Policy, serving: Serving, subject: Served = ORDINARY) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
-    layers = () if policy.codec == EXACT else MODEL_CODECS.layers(policy.codec)
+    layers = () if policy.codec == EXACT else subject.codecs.layers(policy.codec)
     size = serving.block_size
     recent = recent_blocks(policy.retention, size)
     attention = RetainedAttention(
-        MODEL.spec,
+        subject.model.spec,
         FullRetention()
         if recent is None
         else WindowRetention(recent=recent * size, block_size=size),
@@ -80,37 +97,37 @@ def defined(policy: Policy, serving: Serving) -> list[Tensor]:
     )
     return [
         attention.attend(layer, *(x[: serving.num_tokens] for x in qkv), None)
-        for layer, qkv in enumerate(MODEL.script)
+        for layer, qkv in enumerate(subject.model.script)
     ]
 
 
-def recorded(num_tokens: int) -> list[Tensor]:
+def recorded(num_tokens: int, model: ScriptedModel = MODEL) -> list[Tensor]:
     return [
-        torch.stack([MODEL.recorded[layer, position] for position in range(num_tokens)])
-        for layer in range(len(MODEL.script))
+        torch.stack([model.recorded[layer, position] for position in range(num_tokens)])
+        for layer in range(len(model.script))
     ]
 
 
-def new_group(serving: Serving) -> ReferenceGroup:
-    MODEL.recorded.clear()
+def new_group(serving: Serving, subject: Served = ORDINARY) -> ReferenceGroup:
+    subject.model.recorded.clear()
     return ReferenceGroup(
-        MODEL.loaded,
+        subject.model.loaded,
         num_ranks=serving.num_ranks,
         block_size=serving.block_size,
-        codecs=MODEL_CODECS,
+        codecs=subject.codecs,
         exact_blocks=serving.exact_blocks,
     )
 
 
-def served(policy: Policy, serving: Serving) -> list[Tensor]:
-    group = new_group(serving)
+def served(policy: Policy, serving: Serving, subject: Served = ORDINARY) -> list[Tensor]:
+    group = new_group(serving, subject)
     group.start(7, [3] * serving.num_prompt_tokens, policy)
     ranks = [(serving.turn + rank) % serving.num_ranks for rank in range(serving.num_ranks)]
     for size in serving.chunks:
         group.run({7: size}, owners=[*ranks, *reversed(ranks)], route=serving.route)
     for index in range(serving.num_decoded):
         group.run({7: 1}, owners=[ranks[index % serving.num_ranks]])
-    return recorded(serving.num_tokens)
+    return recorded(serving.num_tokens, subject.model)
 
 
 def check(ours: list[Tensor], wanted: list[Tensor]) -> None:
@@ -134,6 +151,20 @@ def test_every_selection_is_served_as_it_is_defined(
     # And it selects: most rows differ from those that read everything.
     full_THD = defined(Policy(codec=codec), serving)[0]
     assert float((ours[0][-16:] - full_THD[-16:]).abs().amax(dim=(1, 2)).min()) > 1e-3
+
+
+@pytest.mark.parametrize("subject", OTHERS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("codec", [EXACT, "int4"])
+def test_other_ways_to_hold_keys_and_values_are_served_as_defined(
+    codec: str, selection: str, subject: str
+) -> None:
+    policy = Policy(codec=codec, selection=selection)
+    serving = Serving(3, chunks=(64, 80, 22), num_decoded=20, exact_blocks=1)
+
+    ours = served(policy, serving, OTHERS[subject])
+
+    check(ours, defined(policy, serving, OTHERS[subject]))
 
 
 def test_every_method_is_tested() -> None:
