@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.registry import scored_retention
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import LATENT, calibrated_codecs
+from tests.codec_models import LATENT, calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
-from tests.scripted_model import ScriptedModel, geometry
+from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
 MAX_TOKENS = 240
 MODEL = ScriptedModel(
@@ -24,13 +26,24 @@ MODEL = ScriptedModel(
     geometry(softcap=5.0),
     max_tokens=MAX_TOKENS,
 )
-MODEL_CODECS = calibrated_codecs(MODEL.spec)
+LATENT_MODEL = ScriptedModel(latent_geometry(), latent_geometry(window=24), max_tokens=MAX_TOKENS)
 METHODS = (
     "heavy_hitters:budget=0.4,epoch=32",
     "snap:budget=0.5,recent=0.2,epoch=64,queries=20",
     "key_diversity:budget=0.3,epoch=32",
 )
 CODECS = (EXACT, "fp8", "int4", "int4:values=rotated3", "int3:value_group=16,windowed=exact")
+
+
+class Served(NamedTuple):
+    """What is served, and the codecs it has."""
+
+    model: ScriptedModel
+    codecs: ModelCodecs
+
+
+ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))
+VALUES_IN_KEYS = Served(LATENT_MODEL, plain_codecs(LATENT_MODEL.spec))
 
 
 @dataclass(frozen=True)
@@ -48,20 +61,20 @@ class Serving:
     block_size: int = 16
 
 
-def defined(policy: Policy, num_tokens: int, serving: Serving) -> list[Tensor]:
+def defined(policy: Policy, num_tokens: int, serving: Serving, subject: Served) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
-    layers = () if policy.codec == EXACT else MODEL_CODECS.layers(policy.codec)
+    layers = () if policy.codec == EXACT else subject.codecs.layers(policy.codec)
     retention = scored_retention(policy.retention, serving.block_size)
     assert retention is not None
     attention = RetainedAttention(
-        MODEL.spec,
+        subject.model.spec,
         retention,
         lambda layer: LayerCodecs(*layers[layer]) if layers else None,
         exact=ExactTokens(block_size=serving.block_size, lag=serving.exact_blocks),
     )
     return [
         attention.attend(layer, *(x[:num_tokens] for x in qkv), None)
-        for layer, qkv in enumerate(MODEL.script)
+        for layer, qkv in enumerate(subject.model.script)
     ]
 
 
@@ -74,13 +87,14 @@ def chunks(epoch_tokens: int, serving: Serving) -> Sequence[int]:
     return sizes
 
 
-def served(policy: Policy, serving: Serving) -> list[Tensor]:
-    MODEL.recorded.clear()
+def served(policy: Policy, serving: Serving, subject: Served) -> list[Tensor]:
+    model = subject.model
+    model.recorded.clear()
     group = ReferenceGroup(
-        MODEL.loaded,
+        model.loaded,
         num_ranks=serving.num_ranks,
         block_size=serving.block_size,
-        codecs=MODEL_CODECS,
+        codecs=subject.codecs,
         exact_blocks=serving.exact_blocks,
     )
     group.start(7, [3] * serving.num_prompt_tokens, policy)
@@ -93,15 +107,16 @@ def served(policy: Policy, serving: Serving) -> list[Tensor]:
         group.run({7: 1}, owners=[ranks[index % serving.num_ranks]])
     num_tokens = serving.num_prompt_tokens + serving.num_decoded
     return [
-        torch.stack([MODEL.recorded[layer, position] for position in range(num_tokens)])
-        for layer in range(len(MODEL.script))
+        torch.stack([model.recorded[layer, position] for position in range(num_tokens)])
+        for layer in range(len(model.script))
     ]
 
 
-def check(policy: Policy, serving: Serving) -> None:
-    ours = served(policy, serving)
+def check(policy: Policy, serving: Serving, subject: Served = ORDINARY) -> None:
+    ours = served(policy, serving, subject)
 
-    for ours_THD, defined_THD in zip(ours, defined(policy, len(ours[0]), serving), strict=True):
+    wanted = defined(policy, len(ours[0]), serving, subject)
+    for ours_THD, defined_THD in zip(ours, wanted, strict=True):
         # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
         torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
 
@@ -112,6 +127,16 @@ def test_every_method_is_served_as_it_is_defined(retention: str, codec: str) -> 
     serving = Serving(3, num_prompt_tokens=150, chunk=48, num_decoded=30, exact_blocks=1)
 
     check(Policy(codec=codec, retention=retention), serving)
+
+
+@pytest.mark.parametrize("codec", [EXACT, "int4", "rotated3"])
+@pytest.mark.parametrize("retention", METHODS)
+def test_tokens_whose_values_are_in_their_keys_are_kept_as_defined(
+    retention: str, codec: str
+) -> None:
+    serving = Serving(3, num_prompt_tokens=150, chunk=48, num_decoded=12, exact_blocks=1)
+
+    check(Policy(codec=codec, retention=retention), serving, VALUES_IN_KEYS)
 
 
 @pytest.mark.parametrize("codec", LATENT)
