@@ -1,5 +1,7 @@
 """The codecs of models that exist in tests only."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from kvcluster.codec.pooled import fit_pools
 from kvcluster.codec.registry import CODECS
 from kvcluster.model.rotary import Pairing, Rotary
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec
+from tests.scripted_model import ScriptedModel
 
 CPU = torch.device("cpu")
 PLAIN = sorted(set(CODECS) - {"latent"})
@@ -44,6 +47,13 @@ POOLED = (
 """Heads grouped, and the groups written by a codec."""
 EVERY_STORAGE = (*EVERY_CODEC, *POOLED)
 """All that a `Policy.storage` can be."""
+
+
+class Served(NamedTuple):
+    """A model that is served, and the codecs it has."""
+
+    model: ScriptedModel
+    codecs: ModelCodecs
 
 
 def plain_codecs(spec: ModelSpec) -> ModelCodecs:

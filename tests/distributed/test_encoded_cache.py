@@ -1,7 +1,6 @@
 """Sharded over any number of ranks, an encoded cache gives what its plain definition says."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.codec.registry import STORAGE_MENU
 from kvcluster.policy import parse_policy
 from kvcluster.quality.retained import RetainedAttention
@@ -19,7 +17,7 @@ from kvcluster.retention.full import FullRetention
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.window import WindowRetention
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import EVERY_STORAGE, PLAIN, calibrated_codecs, plain_codecs
+from tests.codec_models import EVERY_STORAGE, PLAIN, Served, calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
@@ -39,13 +37,6 @@ LATENT_MODEL = ScriptedModel(
 )
 CODECS_OF_LATENTS = (EXACT, *PLAIN, "int4:key_group=16,scale_bits=8", "int3:windowed=exact")
 """Those that such a model can have."""
-
-
-class Served(NamedTuple):
-    """What is served, and the codecs it has."""
-
-    model: ScriptedModel
-    codecs: ModelCodecs
 
 
 ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))

@@ -1,7 +1,6 @@
 """Sharded over any number of ranks, what a policy selects is what its plain definition selects."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.full import FullRetention
@@ -17,7 +15,7 @@ from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.window import WindowRetention
 from kvcluster.selection.registry import METHODS, build_selection
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import calibrated_codecs, plain_codecs
+from tests.codec_models import Served, calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
@@ -64,13 +62,6 @@ class Serving:
     @property
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + self.num_decoded
-
-
-class Served(NamedTuple):
-    """What is served, and the codecs it has."""
-
-    model: ScriptedModel
-    codecs: ModelCodecs
 
 
 ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))

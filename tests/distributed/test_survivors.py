@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.registry import scored_retention
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import LATENT, calibrated_codecs, plain_codecs
+from tests.codec_models import LATENT, Served, calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
@@ -33,13 +31,6 @@ METHODS = (
     "key_diversity:budget=0.3,epoch=32",
 )
 CODECS = (EXACT, "fp8", "int4", "int4:values=rotated3", "int3:value_group=16,windowed=exact")
-
-
-class Served(NamedTuple):
-    """What is served, and the codecs it has."""
-
-    model: ScriptedModel
-    codecs: ModelCodecs
 
 
 ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))
