@@ -1,9 +1,9 @@
 """What a sequence's rows read besides their own chunk, and where it lies.
 
 Tokens are kept exact or, a whole block at a time, encoded. In a sequence with a codec the first
-block stays exact (it holds the attention sinks, whose error would reach every token) and so does
-the block that is being filled; the others are encoded. What a row reads exact is thus a matter of
-its position alone: its own block and the first one.
+block stays exact (it holds the attention sinks, whose error would reach every token) and so do the
+block that is being filled and some before it; the others are encoded. What a row reads exact is
+thus a matter of its position alone.
 
 In a sequence that keeps what is latest, a row reads the first block and the latest ones.
 """

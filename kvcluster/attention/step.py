@@ -260,10 +260,10 @@ class StepAttention:
 
     def _read_own(self, layer: int, part: SequencePart, q_THD: Tensor, asker: int) -> Partial:
         """A rank's rows over the part's keys on this rank."""
-        geometry = self._spec.layers[layer]
-        history = part.history(self._groups[layer], geometry.window)
         if not part.has_chunk:
             return self._read_row(layer, part, q_THD)
+        geometry = self._spec.layers[layer]
+        history = part.history(self._groups[layer], geometry.window)
         k_KSD, v_KSD = self._keys(layer, part)
         mask_TS = part.mask(history, geometry.window, asker, self._ring.rank, q_THD.device)
         return attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
