@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -28,6 +29,7 @@ DEPTHS: Final = 8
 _PANELS_PER_ROW: Final = 4
 _LINEAR_PERCENT: Final = 1.0
 """Perplexity is drawn linearly up to here and by its logarithm beyond."""
+_PERCENT_TICKS: Final = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000)
 
 
 def write_pareto(path: Path, report: SweepReport) -> None:
@@ -127,15 +129,16 @@ def found_share(
 def markdown_table(report: SweepReport) -> str:
     """A row for each recipe, in the order of ratios."""
     rows = [
-        "| policy | bytes/token | ratio | perplexity increase, mean ± s.e. | worst text | KL "
-        "| top-1 | needles found of exact's |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| policy | bytes/token | ratio | keys read | perplexity increase, mean ± s.e. "
+        "| worst text | KL | top-1 | needles found of exact's |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for score in sorted(report.scores, key=lambda score: score.storage.ratio):
         worst = score.worst_text
         rows.append(
             f"| `{score.policy}` "
             f"| {score.storage.bytes_per_token:,.0f} | {score.storage.ratio:.2f} "
+            f"| {score.read_share:.0%} "
             f"| {_percent(score.perplexity_increase_percent)} "
             f"| {'-' if worst is None else _percent(worst.perplexity_increase_percent)} "
             f"| {'-' if score.kl is None else f'{score.kl.value:.4f}'} "
@@ -165,7 +168,9 @@ def _dress_pareto(axes: "Axes", ratios: Sequence[float], report: SweepReport) ->
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.set_xlim(min(ratios) / 1.1, max(ratios) * 1.15)
     axes.set_yscale("symlog", linthresh=_LINEAR_PERCENT)
-    axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
+    limits = axes.get_ylim()
+    axes.set_yticks(_PERCENT_TICKS, [f"{tick:g}" for tick in _PERCENT_TICKS])
+    axes.set_ylim(*limits)
     axes.axhline(_LINEAR_PERCENT, color="grey", linewidth=0.8, linestyle=":")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.grid(alpha=0.3)
@@ -190,7 +195,9 @@ def _list(axes: "Axes", scores: Sequence[RecipeScore]) -> None:
 
 
 def _dress_panel(axes: "Axes", name: str, lengths: Sequence[int], *, is_first: bool) -> None:
-    axes.set_title(_short(name, 42), fontsize=8)
+    # Policies have no blanks inside a method: they are broken after commas.
+    lines = wrap(name.replace(",", ", "), 42)
+    axes.set_title("\n".join(lines).replace(", ", ","), fontsize=8)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
     marks = (-0.5, DEPTHS / 2 - 0.5, DEPTHS - 0.5)
     axes.set_yticks(marks, ["start", "middle", "end"] if is_first else [""] * 3, fontsize=7)

@@ -40,9 +40,11 @@ _CHARACTERS_PER_TOKEN: Final = 16
 
 
 class CountingAttention(LayerAttention, Protocol):
-    """A `LayerAttention` that says how many bytes its cache takes."""
+    """A `LayerAttention` that says how many bytes its cache takes, and how much of it is read."""
 
     def stored(self) -> StoredBytes: ...
+
+    def read_share(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +165,7 @@ def exact_document(model: LoadedModel, document: NeedleDocument) -> ExactDocumen
 
 def text_score(model: LoadedModel, policy: MeasuredPolicy, exact: ExactText) -> TextScore:
     """Run the policy over the text and compare it with the exact cache, token by token."""
-    states_TE, stored = _run(model, policy, exact.token_ids_T)
+    states_TE, attention = _run(model, policy, exact.token_ids_T)
     tokens = _compare(
         model,
         exact.states_RE,
@@ -182,14 +184,15 @@ def text_score(model: LoadedModel, policy: MeasuredPolicy, exact: ExactText) -> 
         perplexity_increase_percent=perplexity_increase(increase),
         kl=mean_over_spans(tokens.kl_R),
         top1_agreement=mean_over_spans(tokens.is_same_R),
-        storage=Storage.of(stored),
+        storage=Storage.of(attention.stored()),
+        read_share=attention.read_share(),
     )
 
 
 def recall_score(model: LoadedModel, policy: MeasuredPolicy, exact: ExactDocument) -> RecallScore:
     """Run the policy over the document and see which answers it finds."""
     document = exact.document
-    states_TE, stored = _run(model, policy, torch.tensor(document.token_ids, dtype=torch.int64))
+    states_TE, attention = _run(model, policy, torch.tensor(document.token_ids, dtype=torch.int64))
     by_policy = found(model, states_TE, document)
     needles = tuple(
         NeedleScore(
@@ -210,7 +213,7 @@ def recall_score(model: LoadedModel, policy: MeasuredPolicy, exact: ExactDocumen
         num_found=sum(by_policy),
         num_found_by_exact=sum(exact.found),
         num_found_of_exact=sum(n.is_found and n.is_found_by_exact for n in needles),
-        storage=Storage.of(stored),
+        storage=Storage.of(attention.stored()),
     )
 
 
@@ -260,14 +263,14 @@ EXACT: Final = strict_policy("exact", lambda _layer: None, ExactTokens(block_siz
 
 def _run(
     model: LoadedModel, policy: MeasuredPolicy, token_ids_T: Tensor
-) -> tuple[Tensor, StoredBytes]:
+) -> tuple[Tensor, CountingAttention]:
     if len(token_ids_T) > model.spec.max_context_tokens:
         raise ValueError(
             f"{len(token_ids_T)} tokens, and {model.spec.name} reads at most "
             f"{model.spec.max_context_tokens}"
         )
     attention = policy.attention(model.spec)
-    return final_states(model, token_ids_T, attention), attention.stored()
+    return final_states(model, token_ids_T, attention), attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,9 @@ class TextScore(msgspec.Struct, frozen=True, kw_only=True):
     top1_agreement: Mean
     """Share of tokens for which both find the same token most likely."""
     storage: Storage
+    read_share: float = 1.0
+    """Keys that queries read, of all that come before them: what a selection leaves of attention's
+    work, in layers without a window of the model's own."""
 
 
 class NeedleScore(msgspec.Struct, frozen=True, kw_only=True):

@@ -97,6 +97,10 @@ class StrictAttention:
         """Bytes of the layers attended so far."""
         return self._stored
 
+    def read_share(self) -> float:
+        """Of the keys before a query, those that it reads: all."""
+        return 1.0
+
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
     ) -> Tensor:

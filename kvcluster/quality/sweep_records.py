@@ -100,6 +100,13 @@ class RecipeScore(msgspec.Struct, frozen=True, kw_only=True):
         return _mean([score.top1_agreement for score in self.texts])
 
     @property
+    def read_share(self) -> float:
+        """Mean over texts; 1 where none was read."""
+        if not self.texts:
+            return 1.0
+        return sum(score.read_share for score in self.texts) / len(self.texts)
+
+    @property
     def needles(self) -> tuple[RecallScore, ...]:
         """Of the documents with needles."""
         return tuple(score for score in self.recall if score.kind not in TASKS)

@@ -22,8 +22,11 @@ from kvcluster.quality.measure import (
 from kvcluster.quality.needles import NeedleDocument, Question
 from kvcluster.quality.passes import final_states, logits_of
 from kvcluster.quality.records import QualityReport, TextScore, from_json, to_json
+from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention
 from kvcluster.quality.texts import Purpose, Text
+from kvcluster.retention.full import FullRetention
+from kvcluster.selection.block_sparse import BlockSparse
 from tests.architectures import VOCAB_SIZE
 from tests.unit.quality.toys import Coarse, Same, character_tokenizer, tiny_model
 
@@ -127,6 +130,23 @@ def test_storage_counts_every_layer(model: LoadedModel) -> None:
     assert storage.stored.encoded_elements == 10 * 8 * elements
     assert storage.stored.exact_elements == (8 + 2) * elements
     assert storage.payload_ratio == 2
+
+
+def test_a_score_says_how_many_keys_were_read(model: LoadedModel) -> None:
+    block_sparse = MeasuredPolicy(
+        name="sparse",
+        attention=lambda spec: RetainedAttention(
+            spec,
+            FullRetention(),
+            exact=EXACT_TOKENS,
+            selection=BlockSparse(local=1, sinks=0, block_size=8),
+        ),
+    )
+
+    # A query of 90 reads the keys of its own block of 8, up to itself.
+    num_read = sum(place % 8 + 1 for place in range(90))
+    assert scored(model, block_sparse).read_share == num_read / (90 * 91 / 2)
+    assert scored(model, COARSE).read_share == 1
 
 
 @pytest.mark.parametrize("first_scored", [0, 90])
