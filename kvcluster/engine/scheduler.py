@@ -15,16 +15,13 @@ from operator import attrgetter
 from typing import Protocol
 
 from kvcluster.cache.block_table import BlockTable
-from kvcluster.cache.partition import Partition, block_bytes_per_group
+from kvcluster.cache.partition import Partition
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.engine.footprint import blocks_under
 from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep, StepPlan
 from kvcluster.engine.releases import BlockReleases
 from kvcluster.engine.request import Request, RequestState
-from kvcluster.engine.sharding import zigzag
-from kvcluster.engine.survivor_table import survivor_table
-from kvcluster.retention.offered import recent_blocks
-from kvcluster.types import EXACT, LayerGeometry, ModelSpec, Rank, Route, SequenceId
+from kvcluster.engine.sequence_blocks import SequenceBlocks
+from kvcluster.types import LayerGeometry, ModelSpec, Route, SequenceId
 
 _MAX_SCORED_LOGITS = 1 << 26
 """Of the rows of a step that score their prompt: 256 MiB of float32."""
@@ -93,18 +90,17 @@ class Scheduler:
         self.running: list[Request] = []
         """Both in order: the first is served first."""
         self._spec = spec
-        self._windows = spec.windows
         self._block_size = cache.block_size
         self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
         self._scored_tokens = max(_MAX_SCORED_LOGITS // spec.vocab_size, cache.block_size)
         self._config = engine
         self._partition = partition
         self._choose_route = choose_route
-        self._block_bytes = block_bytes_per_group(spec, cache.block_size)
         self._num_sequences = 0
+        self._blocks = SequenceBlocks(spec, cache=cache, engine=engine, partition=partition)
         self._releases = BlockReleases(
             partition,
-            self._windows,
+            spec.windows,
             block_size=cache.block_size,
             exact_recent=cache.exact_recent_blocks,
         )
@@ -180,7 +176,7 @@ class Scheduler:
     def _extend(self, draft: _Draft, request: Request, end: int) -> int:
         """Plan a running request up to `end`, or as far as its blocks go; returns its tokens."""
         start = request.num_planned
-        covered, appended = self._cover(request, end)
+        covered, appended = self._blocks.cover(request, end)
         if covered <= start:
             self._make_room(draft, request)
             return 0
@@ -206,42 +202,18 @@ class Scheduler:
 
     def _admit(self, draft: _Draft, request: Request, budget: int) -> int:
         is_full = len(self.running) >= self._config.max_running
-        if is_full or request.num_steps_in_flight or not self._has_room(request):
+        if is_full or request.num_steps_in_flight:
+            return 0
+        if self.running and not self._blocks.has_room(request, len(self.running)):
             return 0
         return self._start(draft, request, budget)
 
-    def _has_room(self, request: Request) -> bool:
-        if not self.running:
-            return True
-        blocks = blocks_under(
-            request.policy,
-            self._windows,
-            max(request.known_length, len(request.tokens)) + 1,
-            self._partition,
-            block_size=self._block_size,
-            chunk_tokens=self._chunk_tokens,
-        )
-        if request.policy.storage != EXACT:
-            # A chunk is exact until its step has run.
-            in_chunk = -(-self._chunk_tokens // self._block_size)
-            blocks = tuple(count + in_chunk for count in blocks)
-        # Each running request will soon want one more; without it the newcomer is preempted.
-        return self._partition.has_room([count + len(self.running) for count in blocks])
-
     def _start(self, draft: _Draft, request: Request, budget: int) -> int:
-        survivors = survivor_table(request.policy, self._windows, self._block_size)
-        table = BlockTable(
-            len(self._windows),
-            request.policy.storage,
-            recent_blocks=recent_blocks(request.policy.retention, self._block_size),
-            epoch_group=None if survivors is None else survivors.group,
-        )
-        request.hold(table, survivors)
+        self._blocks.open(request)
         end = self._chunk_end(request, budget)
-        covered, appended = self._cover(request, end)
+        covered, appended = self._blocks.cover(request, end)
         if not covered:
-            for held in request.tables:
-                self._partition.release_all(held)
+            self._blocks.release(request.tables)
             request.let_go()
             if end and not self.running and not self._leaving:
                 draft.refused.append(request)
@@ -254,53 +226,6 @@ class Scheduler:
         draft.started.append(SequenceStart(sequence, request.spec.sampling, request.policy))
         self._add_step(draft, request, covered, appended)
         return covered
-
-    def _cover(self, request: Request, end: int) -> tuple[int, list[NewBlock]]:
-        """Take the blocks that positions below `end` need; returns how far there are enough, and
-        the entries that were added for positions."""
-        assert request.table is not None, "a request that is planned has a table"
-        survivors = request.survivors
-        if survivors is not None and survivors.ends_epoch(end):
-            kept = survivors.num_survivors(end)
-            survivors.note(self._append_blocks(request, survivors.table, kept))
-            if len(survivors.table) * self._block_size < kept:
-                # The epoch's last block waits until the survivors have a place.
-                end = max(request.num_planned, end - self._block_size)
-        appended = self._append_blocks(request, request.table, end)
-        return min(end, len(request.table) * self._block_size), appended
-
-    def _append_blocks(self, request: Request, table: BlockTable, end: int) -> list[NewBlock]:
-        """Add the entries that positions below `end` need, as far as there are blocks."""
-        count = -(-end // self._block_size) - len(table)
-        if count < 1:
-            return []
-        appended: list[NewBlock] = []
-        for rank in self._owners(request, table, count):
-            entry = self._partition.append(table, rank)
-            if entry is None:
-                emptiest = self._emptiest_first(table)[0]
-                entry = self._partition.append(table, emptiest)
-            if entry is None:
-                break
-            appended.append(NewBlock(entry.rank, entry.block_ids, entry.encoded_ids))
-        return appended
-
-    def _owners(self, request: Request, table: BlockTable, count: int) -> Sequence[Rank]:
-        if request.known_length >= self._config.shard_min_tokens:
-            return zigzag(count, self._emptiest_first(table))
-        owners = [held.owners[-1] for held in (table, *request.tables) if held.owners]
-        return [owners[0] if owners else self._emptiest_first(table)[0]] * count
-
-    def _emptiest_first(self, table: BlockTable) -> list[Rank]:
-        partition = self._partition
-        after_last = table.owners[-1] + 1 if table.owners else 0
-
-        def emptiness(rank: Rank) -> tuple[bool, int, int]:
-            # Equal ranks take turns, starting after the sequence's last one.
-            turn = (rank - after_last) % partition.num_ranks
-            return (not partition.can_append(table, rank), -partition.free_blocks(rank), turn)
-
-        return sorted((Rank(rank) for rank in range(partition.num_ranks)), key=emptiness)
 
     def _add_step(
         self, draft: _Draft, request: Request, end: int, appended: Sequence[NewBlock]
@@ -350,18 +275,6 @@ class Scheduler:
             stored_share=self._partition.stored_share(request.policy.storage),
         )
 
-    def _note_peak(self, request: Request) -> None:
-        """Take note of what the request holds between steps."""
-        held = sum(
-            num_blocks * num_bytes
-            for table in request.tables
-            for num_blocks, num_bytes in zip(
-                self._partition.held(table), self._block_bytes, strict=True
-            )
-        )
-        request.peak_kv_bytes = max(request.peak_kv_bytes, round(held))
-        request.peak_tokens = max(request.peak_tokens, request.num_planned)
-
     def _seal(self, draft: _Draft, *, epoch: int, step: int, is_idle: bool) -> Schedule:
         refused = tuple(draft.refused)
         must_tell = self._leaving or (self._released and is_idle)
@@ -379,7 +292,7 @@ class Scheduler:
         self._free_leaving()
         for part, request in zip(draft.parts, draft.requests, strict=True):
             self._released += self._releases.after_step(part, request)
-            self._note_peak(request)
+            self._blocks.note_peak(request)
         return Schedule(step=PlannedStep(plan, tuple(draft.requests)), refused=refused)
 
     def _leave(self, request: Request) -> None:
@@ -388,6 +301,5 @@ class Scheduler:
 
     def _free_leaving(self) -> None:
         for _, tables in self._leaving:
-            for table in tables:
-                self._partition.release_all(table)
+            self._blocks.release(tables)
         self._leaving.clear()

@@ -1,0 +1,125 @@
+"""The blocks of one request after the other: what its next positions need, and from which ranks."""
+
+from collections.abc import Iterable, Sequence
+
+from kvcluster.cache.block_table import BlockTable
+from kvcluster.cache.partition import Partition, block_bytes_per_group
+from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.engine.footprint import blocks_under
+from kvcluster.engine.plan import NewBlock
+from kvcluster.engine.request import Request
+from kvcluster.engine.sharding import zigzag
+from kvcluster.engine.survivor_table import survivor_table
+from kvcluster.retention.offered import recent_blocks
+from kvcluster.types import EXACT, ModelSpec, Rank
+
+
+class SequenceBlocks:
+    """Takes blocks for requests, through the partition, and counts what they hold."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        cache: CacheConfig,
+        engine: EngineConfig,
+        partition: Partition,
+    ) -> None:
+        self._windows = spec.windows
+        self._block_size = cache.block_size
+        self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
+        self._config = engine
+        self._partition = partition
+        self._block_bytes = block_bytes_per_group(spec, cache.block_size)
+
+    def has_room(self, request: Request, num_running: int) -> bool:
+        """Whether a request could start beside so many that run."""
+        blocks = blocks_under(
+            request.policy,
+            self._windows,
+            max(request.known_length, len(request.tokens)) + 1,
+            self._partition,
+            block_size=self._block_size,
+            chunk_tokens=self._chunk_tokens,
+        )
+        if request.policy.storage != EXACT:
+            # A chunk is exact until its step has run.
+            in_chunk = -(-self._chunk_tokens // self._block_size)
+            blocks = tuple(count + in_chunk for count in blocks)
+        # Each running request will soon want one more; without it the newcomer is preempted.
+        return self._partition.has_room([count + num_running for count in blocks])
+
+    def open(self, request: Request) -> None:
+        """Give the request empty tables."""
+        survivors = survivor_table(request.policy, self._windows, self._block_size)
+        table = BlockTable(
+            len(self._windows),
+            request.policy.storage,
+            recent_blocks=recent_blocks(request.policy.retention, self._block_size),
+            epoch_group=None if survivors is None else survivors.group,
+        )
+        request.hold(table, survivors)
+
+    def release(self, tables: Iterable[BlockTable]) -> None:
+        """Free all blocks of a request's tables."""
+        for table in tables:
+            self._partition.release_all(table)
+
+    def cover(self, request: Request, end: int) -> tuple[int, list[NewBlock]]:
+        """Take the blocks that positions below `end` need; returns how far there are enough, and
+        the entries that were added for positions."""
+        assert request.table is not None, "a request that is planned has a table"
+        survivors = request.survivors
+        if survivors is not None and survivors.ends_epoch(end):
+            kept = survivors.num_survivors(end)
+            survivors.note(self._append_blocks(request, survivors.table, kept))
+            if len(survivors.table) * self._block_size < kept:
+                # The epoch's last block waits until the survivors have a place.
+                end = max(request.num_planned, end - self._block_size)
+        appended = self._append_blocks(request, request.table, end)
+        return min(end, len(request.table) * self._block_size), appended
+
+    def _append_blocks(self, request: Request, table: BlockTable, end: int) -> list[NewBlock]:
+        """Add the entries that positions below `end` need, as far as there are blocks."""
+        count = -(-end // self._block_size) - len(table)
+        if count < 1:
+            return []
+        appended: list[NewBlock] = []
+        for rank in self._owners(request, table, count):
+            entry = self._partition.append(table, rank)
+            if entry is None:
+                emptiest = self._emptiest_first(table)[0]
+                entry = self._partition.append(table, emptiest)
+            if entry is None:
+                break
+            appended.append(NewBlock(entry.rank, entry.block_ids, entry.encoded_ids))
+        return appended
+
+    def _owners(self, request: Request, table: BlockTable, count: int) -> Sequence[Rank]:
+        if request.known_length >= self._config.shard_min_tokens:
+            return zigzag(count, self._emptiest_first(table))
+        owners = [held.owners[-1] for held in (table, *request.tables) if held.owners]
+        return [owners[0] if owners else self._emptiest_first(table)[0]] * count
+
+    def _emptiest_first(self, table: BlockTable) -> list[Rank]:
+        partition = self._partition
+        after_last = table.owners[-1] + 1 if table.owners else 0
+
+        def emptiness(rank: Rank) -> tuple[bool, int, int]:
+            # Equal ranks take turns, starting after the sequence's last one.
+            turn = (rank - after_last) % partition.num_ranks
+            return (not partition.can_append(table, rank), -partition.free_blocks(rank), turn)
+
+        return sorted((Rank(rank) for rank in range(partition.num_ranks)), key=emptiness)
+
+    def note_peak(self, request: Request) -> None:
+        """Take note of what the request holds between steps."""
+        held = sum(
+            num_blocks * num_bytes
+            for table in request.tables
+            for num_blocks, num_bytes in zip(
+                self._partition.held(table), self._block_bytes, strict=True
+            )
+        )
+        request.peak_kv_bytes = max(request.peak_kv_bytes, round(held))
+        request.peak_tokens = max(request.peak_tokens, request.num_planned)
