@@ -107,6 +107,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """The layers that read this one's K and V; none, where it has none of its own."""
         return tuple(i for i in range(len(self.layers)) if self.kv_layer_of(i) == layer)
 
+    def is_last_reader(self, layer: int) -> bool:
+        """Whether no later layer reads the K and V that this one reads."""
+        source = self.kv_layer_of(layer)
+        return all(self.kv_layer_of(i) != source for i in range(layer + 1, len(self.layers)))
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of exact K and V of one token in every layer that stores them."""

@@ -3,7 +3,7 @@
 import asyncio
 import queue
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -46,6 +46,8 @@ class ThreadExecutor:
             )
             for ring in ThreadRing.group(config.ring.num_ranks)
         ]
+        self.after_step: Callable[[StepPlan], None] = lambda _plan: None
+        """Called when all ranks have run a step, before its answer is out."""
         self._sampled: tuple[SampledToken, ...] = ()
         # One thread: plans run in the order of the calls, as they do in a ring group.
         self._steps = ThreadPoolExecutor(1)
@@ -69,6 +71,7 @@ class ThreadExecutor:
             assert (rank in outcome.answering_ranks) == (outcome.answer != RankAnswer())
         result = result_of(plan, [outcome.answer for outcome in outcomes])
         self._sampled = result.sampled
+        self.after_step(plan)
         return result
 
 

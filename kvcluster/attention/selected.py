@@ -29,7 +29,8 @@ from kvcluster.attention.ring import Message, Ring
 from kvcluster.attention.selected_part import RankBlocks, SelectedPart, Tile
 from kvcluster.cache.store import KVStore, Piece, in_blocks, in_line, keys_and_values
 from kvcluster.codec.array import consecutive
-from kvcluster.selection.base import Need, pooled
+from kvcluster.selection.base import pooled
+from kvcluster.selection.need import Need
 from kvcluster.types import ModelSpec
 
 
@@ -69,11 +70,18 @@ class SelectedAttention:
         for part in self._parts:
             if part.selecting.selection.needs is Need.NOTHING:
                 continue
-            part.selecting.forget(layer, part.part.start // part.part.block_size)
             blocks_B = part.filled_blocks()
             if len(blocks_B):
                 k_BKSD, _ = self._store.read_blocks(layer, part.filled_ids(group))
                 part.selecting.add(layer, blocks_B, k_BKSD)
+
+    def forget(self, layer: int) -> None:
+        """Drop what no row after this step may read. Called when the layer has attended."""
+        if self._spec.layers[layer].window is not None or not self._spec.is_last_reader(layer):
+            return
+        source = self._spec.kv_layer_of(layer)
+        for part in self._parts:
+            part.selecting.forget(source, part.part.end // part.part.block_size)
 
     def attend(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Partials of this rank's rows over all that they read, by part."""

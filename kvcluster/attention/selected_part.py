@@ -43,7 +43,7 @@ class Selecting:
 
     A block is summed up when its last token is written, and never again. What is kept takes, for
     each block and KV head of a layer, 2 D numbers of the keys' dtype (`Need.BOUNDS`) or D float32
-    ones (`Need.MEANS`), beside the pages of the cache.
+    ones (`Need.MEANS`), and for the block an index, beside the pages of the cache.
     """
 
     def __init__(self, selection: BlockSelection, recent_blocks: int | None) -> None:
@@ -54,7 +54,7 @@ class Selecting:
     @property
     def num_bytes(self) -> int:
         """Bytes of all summaries on this rank."""
-        return sum(kept.keys.num_bytes for kept in self._kept.values())
+        return sum(kept.blocks_B.nbytes + kept.keys.num_bytes for kept in self._kept.values())
 
     def add(self, layer: int, blocks_B: Tensor, k_BKOD: Tensor) -> None:
         """Sum up whole blocks that come after those of the layer before."""

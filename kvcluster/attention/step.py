@@ -89,6 +89,7 @@ class StepAttention:
         partials = self._attend_history(layer, q_THD)
         if self._selected is not None:
             partials |= self._selected.attend(layer, q_THD)
+            self._selected.forget(layer)
         for part in self._unselected(layer):
             if part.has_chunk:
                 inside = self._chunks.attend(layer, part, q_THD, k_TKD, v_TKD)

@@ -33,6 +33,10 @@ class Marks(NamedTuple):
     """int64, by place, then the open epoch's tokens as far as they were observed: 8 bytes a head
     and token. None: nothing was given since the epoch began."""
 
+    @property
+    def num_bytes(self) -> int:
+        return self.positions_KJ.nbytes + (0 if self.mass_KS is None else self.mass_KS.nbytes)
+
 
 @dataclass
 class SequenceSurvivors:
@@ -44,6 +48,11 @@ class SequenceSurvivors:
     table: SequenceMap
     marks: dict[int, Marks] = field(default_factory=dict)
     """By layer; none before the first epoch ends."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all marks on this rank, which `retention.base.Budgeted.marks` counts."""
+        return sum(marks.num_bytes for marks in self.marks.values())
 
     def marks_of(self, layer: int, num_heads: int, device: torch.device) -> Marks:
         """The layer's marks; empty ones where there are none yet."""

@@ -54,6 +54,8 @@ class BlockTable:
         """The same for encoded blocks."""
         self.released_below: list[int] = [0] * num_groups
         """Per group: entries before this one are released; the first one may be held on."""
+        self.num_beside: list[int] = [0] * num_groups
+        """Per group: what the partition counts beside all blocks."""
         self._last_ids: list[dict[Rank, BlockId]] = [{} for _ in range(num_groups)]
         self._num_exact = [0] * num_groups
         self._num_encoded = [0] * num_groups

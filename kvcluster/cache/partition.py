@@ -31,7 +31,7 @@ class PartitionStatistics:
 
     tenant: TenantId
     num_used: int
-    """Blocks that this tenant holds, over all ranks and groups."""
+    """Blocks that this tenant holds, over all ranks and groups, and what is counted beside them."""
     limit_blocks: int | None
     ranks: tuple[RankStatistics, ...]
 
@@ -59,6 +59,7 @@ class Partition:
         self.limit_blocks = limit_blocks
         self._pools = tuple(tuple(groups) for groups in pools)
         self._used = [0] * self.num_groups
+        self._beside = [0] * self.num_groups
         self._encoded_per_page = encoded_per_page
         self._exact_recent = exact_recent
         self._encoded: dict[str, tuple[tuple[EncodedPool, ...], ...]] = {}
@@ -73,7 +74,7 @@ class Partition:
 
     @property
     def num_used(self) -> int:
-        return sum(self._used)
+        return sum(self._used) + sum(self._beside)
 
     def can_append(self, table: BlockTable, rank: Rank) -> bool:
         """Whether `rank` could still take an entry of the table for this tenant."""
@@ -131,9 +132,22 @@ class Partition:
                 continue
             self._release(table.codec, group, table.remove_exact(group, entry))
 
+    def count_beside(self, table: BlockTable, group: int, num_blocks: int) -> bool:
+        """Count memory that the ranks keep for the sequence of `table` beside all pages, so many
+        exact blocks' worth, in place of what was counted before. It takes no block of any pool,
+        but of what the tenant may hold. False, and nothing changed: there is too little left."""
+        more = num_blocks - table.num_beside[group]
+        if more > self.free_per_group()[group]:
+            return False
+        table.num_beside[group] = num_blocks
+        self._beside[group] += more
+        return True
+
     def release_all(self, table: BlockTable) -> None:
-        """Free every block of `table`."""
+        """Free every block of `table`, and what is counted beside it."""
         for group in range(self.num_groups):
+            self._beside[group] -= table.num_beside[group]
+            table.num_beside[group] = 0
             for held in table.remove_all(group):
                 self._release(table.codec, group, held)
 
@@ -268,9 +282,10 @@ class Partition:
             del self._encoded[codec]
 
     def _within_limit(self, group: int, num_free: int) -> int:
-        if self.limit_blocks is None:
-            return num_free
-        return min(num_free, self.limit_blocks - self._used[group])
+        limit = self.limit_blocks
+        if limit is None:
+            limit = sum(groups[group].num_blocks for groups in self._pools)
+        return min(num_free, max(0, limit - self._used[group] - self._beside[group]))
 
 
 def entries_per_group(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kvcluster.cache.partition import Partition
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import GenerationRequest
-from kvcluster.engine.footprint import blocks_under
+from kvcluster.engine.footprint import footprint
 from kvcluster.errors import (
     ClusterOverloaded,
     ContextTooLong,
@@ -99,14 +99,14 @@ def check_capacity(
     """Raises: QuotaExceeded when the tenant's share could not hold the request even when empty."""
     # The last output token is never fed back, so it needs no slot.
     num_tokens = num_prompt_tokens + request.max_output_tokens - 1
-    needed = blocks_under(
+    needed = footprint(
         policy,
-        spec.windows,
+        spec,
         num_tokens,
         partition,
         block_size=cache.block_size,
         chunk_tokens=cache.block_size,
-    )
+    ).blocks
     capacity = partition.capacity(policy.storage)
     short = next((group for group, count in enumerate(needed) if count > capacity[group]), None)
     if short is None:

@@ -79,7 +79,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     cached_input_tokens: int
     output_tokens: int
     kv_bytes: int
-    """Largest number of cache bytes that the generation held, open blocks included."""
+    """Largest number of cache bytes that the generation held, open blocks included, and what ranks
+    kept beside them to choose tokens and blocks."""
     kv_bytes_uncompressed: int
     """What the tokens of that moment would take uncompressed."""
     attention_error: float = 0.0

@@ -1,15 +1,62 @@
-"""How many blocks a sequence takes under its policy."""
+"""How much memory a sequence takes under its policy."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from kvcluster.cache.partition import Partition, entries_per_group
+from kvcluster.cache.partition import Partition, block_bytes_per_group, entries_per_group
+from kvcluster.engine.kept_beside import KeptBeside
 from kvcluster.engine.survivor_table import group_by_score
 from kvcluster.retention.base import Budgeted
 from kvcluster.retention.offered import budgeted, recent_blocks
-from kvcluster.types import Policy
+from kvcluster.types import ModelSpec, Policy
 
 
-def blocks_under(
+class Footprint(NamedTuple):
+    """Most memory that a sequence holds at one time."""
+
+    in_pages: tuple[int, ...]
+    """Exact blocks' worth, per KV group."""
+    num_bytes: int
+    """Of those, and of what is kept beside all pages."""
+    blocks: tuple[int, ...]
+    """Exact blocks' worth of both, per KV group: what the partition counts."""
+
+
+def footprint(
+    policy: Policy,
+    spec: ModelSpec,
+    num_tokens: int,
+    partition: Partition,
+    *,
+    block_size: int,
+    chunk_tokens: int,
+) -> Footprint:
+    """Of a sequence of `num_tokens`, when it is computed in chunks of at most `chunk_tokens`."""
+    in_pages = _blocks_in_pages(
+        policy,
+        spec.windows,
+        num_tokens,
+        partition,
+        block_size=block_size,
+        chunk_tokens=chunk_tokens,
+    )
+    block_bytes = block_bytes_per_group(spec, block_size)
+    beside = KeptBeside(policy, spec, block_size)
+    num_beside = beside.most_bytes(num_tokens)
+    blocks = tuple(
+        count + (blocks_beside(num_beside, size) if group == beside.group else 0)
+        for group, (count, size) in enumerate(zip(in_pages, block_bytes, strict=True))
+    )
+    num_bytes = sum(count * size for count, size in zip(in_pages, block_bytes, strict=True))
+    return Footprint(in_pages, num_bytes + num_beside, blocks)
+
+
+def blocks_beside(num_bytes: int, block_bytes: int) -> int:
+    """The exact blocks that bytes beside the pages stand for."""
+    return -(-num_bytes // block_bytes)
+
+
+def _blocks_in_pages(
     policy: Policy,
     windows: Sequence[int | None],
     num_tokens: int,
@@ -18,8 +65,6 @@ def blocks_under(
     block_size: int,
     chunk_tokens: int,
 ) -> tuple[int, ...]:
-    """Most exact blocks' worth of memory per KV group that a sequence of `num_tokens` holds at one
-    time, when it is computed in chunks of at most `chunk_tokens`."""
     entries = entries_per_group(
         windows,
         num_tokens,

@@ -1,17 +1,23 @@
 """The blocks of one request after the other: what its next positions need, and from which ranks."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Final
 
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition, block_bytes_per_group
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.engine.footprint import blocks_under
+from kvcluster.engine.footprint import blocks_beside, footprint
+from kvcluster.engine.kept_beside import KeptBeside
 from kvcluster.engine.plan import NewBlock
 from kvcluster.engine.request import Request
 from kvcluster.engine.sharding import zigzag
 from kvcluster.engine.survivor_table import survivor_table
 from kvcluster.retention.offered import recent_blocks
-from kvcluster.types import EXACT, ModelSpec, Rank
+from kvcluster.types import EXACT, ModelSpec, Policy, Rank
+
+_MAX_POLICIES: Final = 256
+"""Whose counts are kept at hand."""
 
 
 class SequenceBlocks:
@@ -25,23 +31,25 @@ class SequenceBlocks:
         engine: EngineConfig,
         partition: Partition,
     ) -> None:
+        self._spec = spec
         self._windows = spec.windows
         self._block_size = cache.block_size
         self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
         self._config = engine
         self._partition = partition
         self._block_bytes = block_bytes_per_group(spec, cache.block_size)
+        self._beside = lru_cache(_MAX_POLICIES)(self._kept_beside)
 
     def has_room(self, request: Request, num_running: int) -> bool:
         """Whether a request could start beside so many that run."""
-        blocks = blocks_under(
+        blocks = footprint(
             request.policy,
-            self._windows,
+            self._spec,
             max(request.known_length, len(request.tokens)) + 1,
             self._partition,
             block_size=self._block_size,
             chunk_tokens=self._chunk_tokens,
-        )
+        ).blocks
         if request.policy.storage != EXACT:
             # A chunk is exact until its step has run.
             in_chunk = -(-self._chunk_tokens // self._block_size)
@@ -69,6 +77,8 @@ class SequenceBlocks:
         """Take the blocks that positions below `end` need; returns how far there are enough, and
         the entries that were added for positions."""
         assert request.table is not None, "a request that is planned has a table"
+        if not self._count_beside(request, request.table, end):
+            return request.num_planned, []
         survivors = request.survivors
         if survivors is not None and survivors.ends_epoch(end):
             kept = survivors.num_survivors(end)
@@ -78,6 +88,18 @@ class SequenceBlocks:
                 end = max(request.num_planned, end - self._block_size)
         appended = self._append_blocks(request, request.table, end)
         return min(end, len(request.table) * self._block_size), appended
+
+    def _count_beside(self, request: Request, table: BlockTable, end: int) -> bool:
+        """Whether what the ranks keep beside the blocks, up to `end`, is the tenant's to have."""
+        beside = self._beside(request.policy)
+        if beside.group is None:
+            return True
+        num_bytes = beside.most_bytes(end)
+        num_blocks = blocks_beside(num_bytes, self._block_bytes[beside.group])
+        return self._partition.count_beside(table, beside.group, num_blocks)
+
+    def _kept_beside(self, policy: Policy) -> KeptBeside:
+        return KeptBeside(policy, self._spec, self._block_size)
 
     def _append_blocks(self, request: Request, table: BlockTable, end: int) -> list[NewBlock]:
         """Add the entries that positions below `end` need, as far as there are blocks."""
@@ -121,5 +143,6 @@ class SequenceBlocks:
                 self._partition.held(table), self._block_bytes, strict=True
             )
         )
+        held += self._beside(request.policy).num_bytes(request.num_planned)
         request.peak_kv_bytes = max(request.peak_kv_bytes, round(held))
         request.peak_tokens = max(request.peak_tokens, request.num_planned)

@@ -23,7 +23,7 @@ from kvcluster.engine.api import (
 )
 from kvcluster.engine.driver import EngineDriver, Executor
 from kvcluster.engine.engine import Engine
-from kvcluster.engine.footprint import blocks_under
+from kvcluster.engine.footprint import footprint
 from kvcluster.engine.generation import Generation
 from kvcluster.engine.intake import FEEDER_SILENCE_S, PromptIntake
 from kvcluster.engine.policies import choose_policy
@@ -188,7 +188,7 @@ class EngineService:
             message=message,
             first_token_s=first_token_s,
             total_s=total_s,
-            kv_bytes=_weighted(self._blocks(request, policy or Policy()), block_bytes),
+            kv_bytes=self._num_bytes(request, policy or Policy()),
             kv_bytes_left=_weighted(partition.free_per_group(), block_bytes),
             policy=str(policy or ""),
         )
@@ -249,15 +249,15 @@ class EngineService:
                 if self._engine.knows(generation)
             }
 
-    def _blocks(self, request: GenerationRequest, policy: Policy) -> tuple[int, ...]:
-        return blocks_under(
+    def _num_bytes(self, request: GenerationRequest, policy: Policy) -> int:
+        return footprint(
             policy,
-            self._parts.spec.windows,
+            self._parts.spec,
             (request.input_tokens or 1) + request.max_output_tokens - 1,
             self._parts.partition,
             block_size=self._parts.cache.block_size,
             chunk_tokens=self._parts.config.prefill_chunk_tokens,
-        )
+        ).num_bytes
 
 
 def _body(request: GenerationRequest) -> GenerationRequest:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 
 class Need(StrEnum):
@@ -49,6 +49,23 @@ class RetentionPolicy(Protocol):
         """Tokens that each KV head of a layer without window holds while the last of `num_tokens`
         tokens, which is at least one, reads: survivors and open epoch."""
         ...
+
+
+POSITION_BYTES: Final = 4
+"""A survivor's position, which each KV head of a layer has."""
+MASS_BYTES: Final = 8
+"""The attention that a token got, likewise."""
+
+
+class Marks(NamedTuple):
+    """How many numbers are kept beside the keys and values of one KV head."""
+
+    positions: int
+    masses: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.positions * POSITION_BYTES + self.masses * MASS_BYTES
 
 
 class Counts(NamedTuple):
@@ -118,6 +135,48 @@ class Budgeted:
         epoch_start = self.epoch_start(num_tokens - 1)
         return self.counts(epoch_start).kept + num_tokens - epoch_start
 
+    def marks(self, num_tokens: int) -> Marks:
+        """What each KV head has beside its tokens between two steps, when so many are computed."""
+        epoch_start = self.epoch_start(num_tokens)
+        kept = self.counts(epoch_start).kept
+        if num_tokens > self.first_observed(epoch_start):
+            return Marks(kept, kept + num_tokens - epoch_start)
+        return Marks(kept, kept if self.carries_mass else 0)
+
     def epoch_start(self, position: int) -> int:
         """Where the epoch of a position begins."""
         return position // self.epoch_tokens * self.epoch_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumsOfAllQueries(Budgeted):
+    """Of a policy by what all queries so far gave to a token."""
+
+    @property
+    def carries_mass(self) -> bool:
+        """See `ScoredRetention`."""
+        return True
+
+    def first_observed(self, epoch_start: int) -> int:
+        """See `ScoredRetention`."""
+        return epoch_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumsOfLastQueries(Budgeted):
+    """Of a policy by what the last queries of an epoch gave to a token."""
+
+    queries: int = 32
+    """Last queries of an epoch that are asked."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.queries <= self.epoch_tokens:
+            raise ValueError(
+                f"queries must be 1 to {self.epoch_tokens}, the tokens of an epoch, "
+                f"not {self.queries}"
+            )
+
+    def first_observed(self, epoch_start: int) -> int:
+        """See `ScoredRetention`."""
+        return epoch_start + self.epoch_tokens - self.queries

@@ -11,26 +11,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvcluster.retention.base import Budgeted, Need
+from kvcluster.retention.base import Need, SumsOfAllQueries
 from kvcluster.retention.candidates import Candidates
 from kvcluster.retention.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeavyHitters(Budgeted):
+class HeavyHitters(SumsOfAllQueries):
     """Keeps what queries look at most, on average over its life."""
 
     name: ClassVar[str] = "heavy_hitters"
     needs: ClassVar[Need] = Need.QUERIES
-
-    @property
-    def carries_mass(self) -> bool:
-        """See `ScoredRetention`."""
-        return True
-
-    def first_observed(self, epoch_start: int) -> int:
-        """See `ScoredRetention`."""
-        return epoch_start
 
     def score(
         self,

@@ -2,10 +2,11 @@
 engine counts by them.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from kvcluster.policy import Method, Parameter, PlugPoint, parse_choice
-from kvcluster.retention.base import Budgeted, Heads
+from kvcluster.policy import Choice, Method, Parameter, PlugPoint, Value, parse_choice
+from kvcluster.retention.base import Budgeted, Heads, SumsOfAllQueries, SumsOfLastQueries
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.window import WindowRetention
 
@@ -77,6 +78,12 @@ SCORED: Final = (
     ),
 )
 """Those that keep a share of the tokens, the best by some score."""
+_COUNTED: Final[Mapping[str, Callable[..., Budgeted]]] = {
+    "heavy_hitters": SumsOfAllQueries,
+    "snap": SumsOfLastQueries,
+    "key_diversity": Budgeted,
+}
+"""What each of these is to those who count: the base of its method, which has the same fields."""
 RETENTION_METHODS: Final = (
     Method(plug_point=PlugPoint.RETENTION, name=FullRetention.name, meaning="every token"),
     WINDOW,
@@ -101,15 +108,16 @@ def budgeted(retention: str, block_size: int) -> Budgeted | None:
     """How many tokens a retention by score keeps, and when; None: it is none by score.
 
     Raises: InvalidField for text that names no retention; ValueError for epochs that are not whole
-    blocks.
+    blocks, and other arguments that do not fit them.
     """
     choice = parse_choice(retention, RETENTION_METHODS)
-    if choice.name not in {method.name for method in SCORED}:
+    if choice.name not in _COUNTED:
         return None
-    return Budgeted(
-        budget=float(choice.arguments["budget"]),
-        recent=float(choice.arguments["recent"]),
-        heads=Heads(str(choice.arguments["heads"])),
-        block_size=block_size,
-        epoch_tokens=int(choice.arguments["epoch"]),
-    )
+    return _COUNTED[choice.name](**scored_arguments(choice), block_size=block_size)
+
+
+def scored_arguments(choice: Choice) -> dict[str, Value | Heads]:
+    """The fields of a method by score, as a policy names them."""
+    arguments: dict[str, Value | Heads] = dict(choice.arguments)
+    epoch_tokens, heads = arguments.pop("epoch"), Heads(str(arguments.pop("heads")))
+    return {**arguments, "heads": heads, "epoch_tokens": epoch_tokens}

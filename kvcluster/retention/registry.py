@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from kvcluster.policy import parse_choice
-from kvcluster.retention.base import Heads, RetentionPolicy
+from kvcluster.retention.base import RetentionPolicy
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.heavy_hitters import HeavyHitters
 from kvcluster.retention.key_diversity import KeyDiversity
-from kvcluster.retention.offered import RETENTION_METHODS
+from kvcluster.retention.offered import RETENTION_METHODS, scored_arguments
 from kvcluster.retention.scored import ScoredRetention
 from kvcluster.retention.snap import Snap
 from kvcluster.retention.window import WindowRetention
@@ -35,8 +35,4 @@ def scored_retention(retention: str, block_size: int) -> ScoredRetention | None:
     choice = parse_choice(retention, RETENTION_METHODS)
     if choice.name not in _SCORED:
         return None
-    arguments = dict(choice.arguments)
-    epoch_tokens, heads = arguments.pop("epoch"), Heads(str(arguments.pop("heads")))
-    return _SCORED[choice.name](
-        **arguments, heads=heads, epoch_tokens=epoch_tokens, block_size=block_size
-    )
+    return _SCORED[choice.name](**scored_arguments(choice), block_size=block_size)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from kvcluster.retention.base import Budgeted, Need
+from kvcluster.retention.base import Need, SumsOfLastQueries
 from kvcluster.retention.candidates import Candidates
 from kvcluster.retention.ranks import Ranks
 
@@ -23,26 +23,11 @@ POOLED: Final = 7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snap(Budgeted):
+class Snap(SumsOfLastQueries):
     """Keeps what is being looked at, and what stands around it."""
 
     name: ClassVar[str] = "snap"
     needs: ClassVar[Need] = Need.QUERIES
-
-    queries: int = 32
-    """Last queries of an epoch that are asked."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.queries <= self.epoch_tokens:
-            raise ValueError(
-                f"queries must be 1 to {self.epoch_tokens}, the tokens of an epoch, "
-                f"not {self.queries}"
-            )
-
-    def first_observed(self, epoch_start: int) -> int:
-        """See `ScoredRetention`."""
-        return epoch_start + self.epoch_tokens - self.queries
 
     def score(
         self,

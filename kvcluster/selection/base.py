@@ -15,25 +15,14 @@ Shape letters: T query tokens, J query blocks, B blocks, O tokens of a block, S 
 K KV heads, G heads that choose for themselves (1: all choose alike; K or H), D head dimension.
 """
 
-from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvcluster.selection.need import Need
 from kvcluster.types import LayerGeometry
-
-
-class Need(StrEnum):
-    """What a method looks at to compare blocks."""
-
-    NOTHING = "nothing"
-    """Positions alone."""
-    BOUNDS = "bounds"
-    """The least and the largest number of a block's keys in each dimension."""
-    MEANS = "means"
-    """The mean of a block's keys."""
 
 
 class Rows(NamedTuple):

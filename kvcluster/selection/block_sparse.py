@@ -14,7 +14,8 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from kvcluster.selection.base import KeySummaries, Need, QueryBlocks, pick_best
+from kvcluster.selection.base import KeySummaries, QueryBlocks, pick_best
+from kvcluster.selection.need import Need
 from kvcluster.types import LayerGeometry
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15

@@ -18,7 +18,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvcluster.selection.base import KeySummaries, Need, QueryBlocks, pick_best, upper_bounds
+from kvcluster.selection.base import KeySummaries, QueryBlocks, pick_best, upper_bounds
+from kvcluster.selection.need import Need
+from kvcluster.selection.offered import BY
 from kvcluster.types import LayerGeometry
 
 
@@ -48,13 +50,13 @@ class Estimated:
                 "give 0 or more sinks and 1 or more local blocks (the query's own counts), "
                 f"not {self.sinks} and {self.local}"
             )
-        if self.by not in ("mean", "bound"):
+        if self.by not in BY:
             raise ValueError(f"by must be mean or bound, not {self.by}")
 
     @property
     def needs(self) -> Need:
         """See `BlockSelection`."""
-        return Need.BOUNDS if self.by == "bound" else Need.MEANS
+        return BY[self.by]
 
     def covers(self, num_blocks: int) -> bool:
         """See `BlockSelection`."""

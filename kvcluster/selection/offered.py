@@ -4,7 +4,8 @@ lists them.
 
 from typing import Final
 
-from kvcluster.policy import Method, Parameter, PlugPoint
+from kvcluster.policy import Method, Parameter, PlugPoint, parse_choice
+from kvcluster.selection.need import Need
 from kvcluster.types import Policy
 
 _SINKS: Final = Parameter(
@@ -82,6 +83,18 @@ SELECTION_METHODS: Final = (
     ESTIMATED,
     QUEST,
 )
+BY: Final = {"mean": Need.MEANS, "bound": Need.BOUNDS}
+"""What `estimated` compares."""
+
+
+def needs_of(selection: str) -> Need:
+    """What is known of each block. Raises: InvalidField for text that names no selection."""
+    choice = parse_choice(selection, SELECTION_METHODS)
+    if choice.name == ESTIMATED.name:
+        return BY[str(choice.arguments["by"])]
+    return Need.BOUNDS if choice.name == QUEST.name else Need.NOTHING
+
+
 _IN_PLACE: Final = ("full", "window")
 """Retentions under which a token stays in the block that it was written to."""
 

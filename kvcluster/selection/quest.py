@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcluster.selection.base import KeySummaries, Need, QueryBlocks, pick_best, upper_bounds
+from kvcluster.selection.base import KeySummaries, QueryBlocks, pick_best, upper_bounds
+from kvcluster.selection.need import Need
 from kvcluster.types import LayerGeometry
 
 

@@ -200,7 +200,8 @@ async def test_usage_and_estimate_fall_with_the_budget() -> None:
 
 @pytest.mark.parametrize("codec", [EXACT, "int4"])
 async def test_usage_is_the_bytes_of_the_tensors_that_hold_survivors_and_epoch(codec: str) -> None:
-    """150 tokens: of the first 128, 70 survive, in 5 blocks; 22 are in the open epoch, in 2."""
+    """150 tokens: of the first 128, 70 survive, in 5 blocks; 22 are in the open epoch, in 2. Each
+    head has the survivors' positions, and a sum of attention for all 92."""
     llama, policy = model("llama"), f"{codec} + heavy_hitters:budget=0.54,epoch=32"
     async with running_engine(llama, config(num_ranks=1)) as (service, executor):
         opened = await service.open(
@@ -219,7 +220,8 @@ async def test_usage_is_the_bytes_of_the_tensors_that_hold_survivors_and_epoch(c
     num_exact, num_encoded = (7, 0) if codec == EXACT else (4, 4)
     finished = heard[-1]
     assert isinstance(finished, Finished)
-    held = num_exact * exact_bytes + num_encoded * encoded_bytes
+    marks = sum(layer.num_kv_heads for layer in llama.spec.layers) * (70 * 4 + 92 * 8)
+    held = num_exact * exact_bytes + num_encoded * encoded_bytes + marks
     assert finished.usage.kv_bytes == round(held)
 
 

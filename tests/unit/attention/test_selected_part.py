@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.selected_part import Selecting
-from kvcluster.selection.base import BlockSelection, Need, summaries
+from kvcluster.selection.base import BlockSelection, summaries
 from kvcluster.selection.estimated import Estimated
+from kvcluster.selection.need import Need
 from kvcluster.selection.quest import Quest
 
 SIZE = 4
@@ -70,5 +71,7 @@ def test_bytes_are_those_of_the_planes_that_the_method_needs() -> None:
             selecting.add(layer, torch.arange(5), blocks_of(random_keys(5, torch.bfloat16), 0, 5))
         found[selection.needs] = selecting.num_bytes
 
-    # 3 layers, 5 blocks, 2 KV heads, 8 dimensions: two planes in bfloat16, or one in float32.
-    assert found == {Need.BOUNDS: 3 * 5 * 2 * 8 * 4, Need.MEANS: 3 * 5 * 2 * 8 * 4}
+    # 3 layers, 5 blocks, 2 KV heads, 8 dimensions: two planes in bfloat16, or one in float32. And
+    # the index of each block.
+    expected = 3 * 5 * (2 * 8 * 4 + 8)
+    assert found == {Need.BOUNDS: expected, Need.MEANS: expected}

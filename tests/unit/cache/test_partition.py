@@ -61,6 +61,33 @@ def test_two_partitions_of_the_same_pools_never_share_a_block() -> None:
     assert (red.num_used, blue.num_used) == (2, 2)
 
 
+def test_what_is_counted_beside_the_blocks_is_part_of_the_share() -> None:
+    shared = pools((4,), (4,))
+    red, blue = Partition(shared, tenant=RED, limit_blocks=5), Partition(shared, tenant=BLUE)
+    table = BlockTable(1)
+    red.append(table, Rank(0))
+
+    assert red.count_beside(table, 0, 3)
+    assert not red.count_beside(table, 0, 5)
+    assert (red.num_used, red.free_per_group()) == (4, (1,))
+    assert red.count_beside(table, 0, 1)
+    assert (red.num_used, red.free_per_group()) == (2, (3,))
+    # It takes no block of any pool.
+    assert blue.free_per_group() == (7,)
+    red.release_all(table)
+    assert (red.num_used, red.free_per_group()) == (0, (5,))
+
+
+def test_without_a_limit_what_is_beside_counts_against_all_blocks() -> None:
+    partition = Partition(pools((2,), (2,)), tenant=RED)
+    table = BlockTable(1)
+
+    assert partition.count_beside(table, 0, 3)
+    assert partition.append(table, Rank(0)) is not None
+    assert partition.append(table, Rank(1)) is None
+    assert not partition.can_append(table, Rank(1))
+
+
 def test_releasing_everything_frees_what_is_left_of_every_group() -> None:
     partition = Partition(pools((4, 4)), tenant=RED)
     table = BlockTable(2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcluster.engine.footprint import blocks_under
+from kvcluster.engine.footprint import footprint
 from kvcluster.engine.survivor_table import survivor_table
 from kvcluster.errors import QuotaExceeded
 from kvcluster.policy import Menu, Method, PlugPoint
@@ -40,7 +40,10 @@ def test_a_sequence_holds_its_survivors_and_its_open_epoch() -> None:
     # 64 of the tokens are in epochs that ended: 32 survive. 7 are in the open one.
     held = [fake.partition.held(table) for table in request.tables]
     assert held == [(2,), (8,)]
-    assert fake.partition.num_used == 10
+    # 32 positions of 4 bytes and 39 sums of 8 are 440 bytes, 4 blocks' worth of 128.
+    assert fake.partition.num_used == 10 + 4
+    block_bytes = BLOCK_SIZE * fake.spec.kv_bytes_per_token
+    assert request.peak_kv_bytes == 10 * block_bytes + 440
 
 
 def test_encoded_survivors_are_exact_in_their_first_and_last_block_only() -> None:
@@ -84,9 +87,14 @@ def test_admission_counts_the_most_that_is_ever_held(codec: str, num_tokens: int
     """A sequence alone gets on in just the blocks that admission counted."""
     policy = Policy(codec=codec, retention=HALF)
     fake = cluster(num_ranks=1)
-    (needed,) = blocks_under(
-        policy, (None,), num_tokens, fake.partition, block_size=BLOCK_SIZE, chunk_tokens=BLOCK_SIZE
-    )
+    (needed,) = footprint(
+        policy,
+        fake.spec,
+        num_tokens,
+        fake.partition,
+        block_size=BLOCK_SIZE,
+        chunk_tokens=BLOCK_SIZE,
+    ).blocks
     prompt = list(range(1, num_tokens + 1))
     # Encoded blocks take whole pages.
     unit = 1 if codec == "exact" else PAGE_BLOCKS
@@ -102,12 +110,13 @@ def test_admission_counts_the_most_that_is_ever_held(codec: str, num_tokens: int
 
 
 def test_one_block_less_than_that_is_refused() -> None:
-    # Of 40 tokens 16 survive when 32 have been seen: 4 blocks beside the epoch's 4.
+    # Of 40 tokens 16 survive when 32 have been seen: 4 blocks beside the epoch's 4. Their positions
+    # and the sums of theirs and the 8 open tokens take 256 bytes, 2 blocks' worth.
     prompt, policy = list(range(1, 41)), "heavy_hitters:budget=0.5,epoch=16"
-    short, enough = (cluster(num_ranks=1, num_blocks=count) for count in (7, 8))
+    short, enough = (cluster(num_ranks=1, num_blocks=count) for count in (9, 10))
 
     generation = enough.submit(prompt, 1, policy=policy)
-    with pytest.raises(QuotaExceeded, match="needs 8 cache blocks"):
+    with pytest.raises(QuotaExceeded, match="needs 10 cache blocks"):
         short.submit(prompt, 1, policy=policy)
 
     enough.run()
@@ -120,7 +129,7 @@ def test_one_block_less_than_that_is_refused() -> None:
 def test_requests_that_fight_for_blocks_all_get_their_own_tokens(
     windows: tuple[int | None, ...], lookahead: int, policy: str
 ) -> None:
-    fake = cluster(*windows, num_blocks=16)
+    fake = cluster(*windows, num_blocks=17)
     prompts = [[(start + place) % 100 + 1 for place in range(60)] for start in range(8)]
     generations = [fake.submit(prompt, 60, policy=policy) for prompt in prompts]
 

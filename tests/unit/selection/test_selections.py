@@ -13,7 +13,6 @@ from torch import Tensor
 from kvcluster.selection import base
 from kvcluster.selection.base import (
     BlockSelection,
-    Need,
     Rows,
     share_of_work,
     summaries,
@@ -21,6 +20,7 @@ from kvcluster.selection.base import (
 )
 from kvcluster.selection.block_sparse import BlockSparse
 from kvcluster.selection.estimated import Estimated
+from kvcluster.selection.need import Need
 from kvcluster.selection.quest import Quest
 from kvcluster.selection.registry import METHODS
 from kvcluster.types import LayerGeometry
