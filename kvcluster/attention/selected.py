@@ -75,6 +75,22 @@ class SelectedAttention:
                 k_BKSD, _ = self._store.read_blocks(layer, part.filled_ids(group))
                 part.selecting.add(layer, blocks_B, k_BKSD)
 
+    def knows_keys(self, part: SequencePart) -> bool:
+        """Whether something is kept of the keys of the part's blocks."""
+        return any(
+            chosen.part is part and chosen.selecting.selection.needs is not Need.NOTHING
+            for chosen in self._parts
+        )
+
+    def keep_survivors(
+        self, layer: int, part: SequencePart, blocks_B: Tensor, k_KSD: Tensor
+    ) -> None:
+        """Know the survivors of an epoch that has ended, in place of all blocks until then:
+        the blocks of their lists on this rank, and their keys as they are read."""
+        for chosen in self._parts:
+            if chosen.part is part:
+                chosen.selecting.replace(layer, blocks_B, k_KSD, part.block_size)
+
     def forget(self, layer: int) -> None:
         """Drop what no row after this step may read. Called when the layer has attended."""
         if self._spec.layers[layer].window is not None or not self._spec.is_last_reader(layer):
@@ -191,7 +207,9 @@ class SelectedAttention:
         pieces = []
         if len(stored_B):
             planes = self._store.read_encoded(layer, codec, blocks.encoded_ids_B[stored_B])
-            positions_BS = consecutive(blocks.blocks_B[stored_B] * size, size)
+            positions_BS = part.encoded_positions(
+                self._spec.kv_layer_of(layer), blocks.blocks_B[stored_B]
+            )
             pieces.append(self._store.decode(layer, codec, planes, positions_BS))
         if len(coming_B):
             written = self._store.read_blocks(layer, blocks.exact_ids_B[coming_B])
@@ -227,7 +245,12 @@ class SelectedAttention:
                 places_B = restored.places_B[far_B]
                 pieces.insert(0, Piece(*(x[places_B, kv_heads] for x in restored.kv_BKSD)))
             k_KSD, v_KSD = (in_line(torch.cat(planes)) for planes in zip(*pieces, strict=True))
-            mask_TS = _mask(part, tile, reads_GJB[choosing][:, torch.cat((far_B, near_B))])
+            read_B = torch.cat((far_B, near_B))
+            mask_TS = _mask(part, tile, reads_GJB[choosing][:, read_B])
+            held_S = part.held_tokens(blocks.blocks_B[read_B])
+            if held_S is not None:
+                k_KSD, v_KSD = k_KSD[:, held_S], v_KSD[:, held_S]
+                mask_TS = None if mask_TS is None else mask_TS[:, held_S]
             partials.append(attend(q_THD[:, q_heads], k_KSD, v_KSD, geometry, mask_TS))
         earlier = Partial(*(torch.cat(planes, dim=1) for planes in zip(*partials, strict=True)))
         own = self._attend_own(layer, part, tile, q_THD)
@@ -241,7 +264,7 @@ class SelectedAttention:
         place_B = (blocks.blocks_B == tile.own).nonzero()[:, 0]
         if not len(place_B):
             return None
-        first = part.part.start + tile.rows.start - tile.own * part.part.block_size
+        first = (part.part.start + tile.rows.start) % part.part.block_size
         k_KSD, v_KSD = (
             in_line(plane)[:, : first + len(q_THD)]
             for plane in self._store.read_blocks(layer, blocks.exact_ids_B[place_B])

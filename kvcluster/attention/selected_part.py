@@ -20,6 +20,7 @@ from torch import Tensor
 from kvcluster.attention.part import SequencePart
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import in_line
+from kvcluster.codec.array import consecutive
 from kvcluster.selection.base import (
     BlockSelection,
     KeySummaries,
@@ -66,6 +67,14 @@ class Selecting:
                 torch.cat((earlier.blocks_B, blocks_B)), earlier.keys.followed_by(kept.keys)
             )
         self._kept[layer] = kept
+
+    def replace(self, layer: int, blocks_B: Tensor, k_KSD: Tensor, block_size: int) -> None:
+        """Know these blocks of a layer and no others. Their tokens are in line; the last block may
+        be short."""
+        self._kept.pop(layer, None)
+        if len(blocks_B):
+            needs = self.selection.needs
+            self._kept[layer] = KeptSummaries(blocks_B, summaries(k_KSD, block_size, needs))
 
     def forget(self, layer: int, own_block: int) -> None:
         """Drop what no row from this block on may read."""
@@ -130,6 +139,7 @@ class SelectedPart:
         is_whole = part.start % self._size == 0 or part.start >= num_prompt_tokens
         assert is_whole, "rows of the prompt in one block choose together"
         self._spans = self._readable_spans()
+        self._shift = self._num_before()
 
     @property
     def is_choosing(self) -> bool:
@@ -141,12 +151,13 @@ class SelectedPart:
     @property
     def num_blocks(self) -> int:
         """Of the sequence, up to the end of the part."""
-        return -(-self.part.end // self._size)
+        return -(-self.part.end // self._size) + self._shift
 
     @cached_property
     def query_blocks(self) -> QueryBlocks:
         positions_T = torch.arange(self.part.start, self.part.end, device=self._device)
-        return query_blocks(positions_T // self._size, positions_T < self._num_prompt)
+        own_T = positions_T // self._size + self._shift
+        return query_blocks(own_T, positions_T < self._num_prompt)
 
     @cached_property
     def readable_blocks(self) -> Tensor:
@@ -160,8 +171,9 @@ class SelectedPart:
         tiles = []
         first = row = 0
         for own, count in zip(owns.tolist(), counts.tolist(), strict=True):
-            last_row = min(self.part.end, (own + 1) * self._size) - self.part.start
-            is_near_B = (blocks_B == 0) | (blocks_B >= self._first_exact(own))
+            block_end = (own - self._shift + 1) * self._size
+            last_row = min(self.part.end, block_end) - self.part.start
+            is_near_B = self._is_exact(blocks_B, own)
             is_earlier_B = blocks_B < own
             tiles.append(
                 Tile(
@@ -178,7 +190,7 @@ class SelectedPart:
     @cached_property
     def holders(self) -> tuple[int, ...]:
         """The ranks that hold what some row may read, ascending. Those with rows are among them."""
-        return tuple(rank for rank in range(self._table.num_ranks) if len(self._starts(rank)))
+        return tuple(rank for rank in range(self._table.num_ranks) if len(self._blocks(rank)))
 
     @cached_property
     def offsets(self) -> tuple[Tensor, ...]:
@@ -191,14 +203,26 @@ class SelectedPart:
     @cached_property
     def compared_blocks(self) -> tuple[Tensor, ...]:
         """By rank: the blocks that rows compare, whole ones that some row may read, ascending."""
-        size, end = self._size, self.part.end
-        starts = [self._starts(rank) for rank in range(self._table.num_ranks)]
-        return tuple(starts_B[starts_B + size <= end] // size for starts_B in starts)
+        num_whole = self.part.end // self._size + self._shift
+        blocks = [self._blocks(rank) for rank in range(self._table.num_ranks)]
+        return tuple(blocks_B[blocks_B < num_whole] for blocks_B in blocks)
 
     @cached_property
     def blocks_here(self) -> Tensor:
         """blocks_B: those of this rank that some row may read, ascending."""
-        return self._starts(self.part.rank) // self._size
+        return self._blocks(self.part.rank)
+
+    def held_tokens(self, blocks_B: Tensor) -> Tensor | None:  # noqa: ARG002
+        """held_S: which tokens of these blocks, one after the other, are there; None: all."""
+        return None
+
+    def encoded_positions(self, layer: int, blocks_B: Tensor) -> Tensor:  # noqa: ARG002
+        """positions_BS of the tokens of encoded blocks, as their codec was told them."""
+        return consecutive(blocks_B * self._size, self._size)
+
+    def _is_exact(self, blocks_B: Tensor, own: int) -> Tensor:
+        """Which blocks the rows of a block read exact, if they read them."""
+        return (blocks_B == 0) | (blocks_B >= self._first_exact(own))
 
     def _first_exact(self, own_block: int) -> int:
         """The first block that rows of a block read exact, but for block 0."""
@@ -224,7 +248,7 @@ class SelectedPart:
     def filled_blocks(self) -> Tensor:
         """Blocks of this rank whose last token this part writes, ascending."""
         starts = self._table.block_starts(self.part.rank, *self._filled_span())
-        return self._tensor([starts]) // self._size
+        return self._tensor([starts]) // self._size + self._shift
 
     def filled_ids(self, group: int) -> Tensor:
         """Where those are."""
@@ -234,8 +258,14 @@ class SelectedPart:
         first, last = self.part.start // self._size, self.part.end // self._size
         return first * self._size, last * self._size
 
-    def _starts(self, rank: int) -> Tensor:
-        return self._tensor([self._table.block_starts(rank, *span) for span in self._spans])
+    def _blocks(self, rank: int) -> Tensor:
+        """blocks_B of a rank that some row may read, ascending."""
+        starts = [self._table.block_starts(rank, *span) for span in self._spans]
+        return self._tensor(starts) // self._size + self._shift
+
+    def _num_before(self) -> int:
+        """Blocks in front of those of the positions, less the positions' that are gone."""
+        return 0
 
     def _tensor(self, arrays: Sequence[NDArray[np.int64]]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)

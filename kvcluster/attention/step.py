@@ -114,6 +114,16 @@ class StepAttention:
             if kept.is_observed or kept.ends_epoch:
                 keys = self._keys(layer, kept.reader)
                 self._choice.after_rows(layer, kept, keys, q_THD, sinks_H)
+            if kept.ends_epoch:
+                self._know_survivors(layer, kept)
+
+    def _know_survivors(self, layer: int, kept: SurvivorPart) -> None:
+        """Tell a selection of the lists that an epoch has left."""
+        if self._selected is None or not self._selected.knows_keys(kept.part):
+            return
+        k_KSD, _ = self._keys(layer, kept.next_reader)
+        blocks_B = kept.blocks_after(self._ring.rank).to(k_KSD.device)
+        self._selected.keep_survivors(layer, kept.part, blocks_B, k_KSD)
 
     def encoding_errors(self) -> dict[SequencePart, tuple[float, float]]:
         """What encoding did to attention in all layers so far: see `EncodingErrors.sums`."""
@@ -176,8 +186,9 @@ class StepAttention:
         unselected = self._unselected(layer)
         if not self._survivors:
             return unselected
-        kept = self._survivors_in(self._groups[layer])
-        return [*unselected, *(survivors.reader for survivors in kept if survivors.num_before)]
+        survivors = self._survivors_in(self._groups[layer])
+        read = [kept.reader for kept in survivors if kept.num_before and kept.part in unselected]
+        return [*unselected, *read]
 
     def _pass_queries(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Queries travel: ask every rank that holds keys, answer every rank that asks.

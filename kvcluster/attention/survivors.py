@@ -11,6 +11,7 @@ heads.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,16 @@ class SurvivorPart:
         self.is_observed = part.end > method.first_observed(self.epoch_start)
         """Whether some of the rows' queries give mass."""
         self.reader = SurvivorReader(part, survivors, self.num_before)
+
+    @cached_property
+    def next_reader(self) -> "SurvivorReader":
+        """The lists as they are when the epoch has ended."""
+        return SurvivorReader(self.part, self.survivors, self.num_after)
+
+    def blocks_after(self, rank: int) -> Tensor:
+        """The blocks of those lists on a rank, ascending."""
+        lists = self.survivors.table
+        return torch.from_numpy(lists.block_starts(rank, 0, self.num_after)) // lists.block_size
 
 
 class SurvivorReader(SequencePart):

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvcluster.attention.part import CacheRules, SequencePart
 from kvcluster.attention.ring import Ring
 from kvcluster.attention.selected_part import SelectedPart, Selecting
+from kvcluster.attention.selected_survivors import SelectedSurvivors
 from kvcluster.attention.step import StepAttention
 from kvcluster.attention.survivors import SequenceSurvivors, SurvivorPart
 from kvcluster.cache.shard import SequenceMap
@@ -74,6 +75,7 @@ class _Rows:
     state: "_SequenceState"
     step: SequenceStep
     part: SequencePart
+    survivors: SurvivorPart | None
     selected: SelectedPart | None
 
     @property
@@ -256,17 +258,24 @@ class StepRunner:
                 row_offset=offset,
             )
             offset += part.num_rows[self._ring.rank]
-            rows.append(_Rows(state, step, part, self._selected(state, step, part)))
+            survivors = None if state.survivors is None else SurvivorPart(part, state.survivors)
+            selected = self._selected(state, step, part, survivors)
+            rows.append(_Rows(state, step, part, survivors, selected))
         return rows
 
     def _selected(
-        self, state: _SequenceState, step: SequenceStep, part: SequencePart
+        self,
+        state: _SequenceState,
+        step: SequenceStep,
+        part: SequencePart,
+        survivors: SurvivorPart | None,
     ) -> SelectedPart | None:
         if state.selecting is None:
             return None
-        return SelectedPart(
-            part, state.table, state.selecting, step.num_prompt_tokens, self._model.device
-        )
+        device, num_prompt = self._model.device, step.num_prompt_tokens
+        if survivors is not None:
+            return SelectedSurvivors(survivors, state.selecting, num_prompt, device)
+        return SelectedPart(part, state.table, state.selecting, num_prompt, device)
 
     def _compute(self, rows: Sequence[_Rows]) -> RankAnswer:
         if self._share is not None:
@@ -282,11 +291,7 @@ class StepRunner:
             self._ring,
             [row.part for row in rows],
             [row.selected for row in rows if row.selected is not None],
-            [
-                SurvivorPart(row.part, row.state.survivors)
-                for row in rows
-                if row.state.survivors is not None
-            ],
+            [row.survivors for row in rows if row.survivors is not None],
         )
         own_ids: list[Tensor] = []
         own_positions: list[Tensor] = []

@@ -116,18 +116,16 @@ def _attention(
         for codec, geometry in zip(layers, spec.layers, strict=True):
             _check_blocks(codec, geometry, exact.block_size)
     by_score = scored_retention(policy.retention, exact.block_size)
-    if by_score is not None:
-        if by_score.heads is Heads.OWN:
-            for codec, geometry in zip(layers, spec.layers, strict=True):
-                if geometry.window is None:
-                    check_single_heads(*codec, geometry, exact.block_size)
-        return partial(
-            RetainedAttention, retention=by_score, codecs_of_layer=layers.__getitem__, exact=exact
-        )
+    if by_score is not None and by_score.heads is Heads.OWN:
+        for codec, geometry in zip(layers, spec.layers, strict=True):
+            if geometry.window is None:
+                check_single_heads(*codec, geometry, exact.block_size)
     num_blocks = recent_blocks(policy.retention, exact.block_size)
     selection = build_selection(policy.selection, exact.block_size)
     retention: RetentionPolicy = FullRetention()
-    if num_blocks is not None:
+    if by_score is not None:
+        retention = by_score
+    elif num_blocks is not None:
         recent = num_blocks * exact.block_size
         retention = WindowRetention(recent=recent, block_size=exact.block_size)
     elif selection is None:

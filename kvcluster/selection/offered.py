@@ -93,18 +93,3 @@ def needs_of(selection: str) -> Need:
     if choice.name == ESTIMATED.name:
         return BY[str(choice.arguments["by"])]
     return Need.BOUNDS if choice.name == QUEST.name else Need.NOTHING
-
-
-_IN_PLACE: Final = ("full", "window")
-"""Retentions under which a token stays in the block that it was written to."""
-
-
-def check_retention(policy: Policy) -> None:
-    """Raises: ValueError, saying what to give, for a selection beside a retention that moves
-    tokens: blocks of survivors are other ones after each epoch, and differ by head."""
-    retention = policy.retention.partition(":")[0]
-    if policy.selection != Policy().selection and retention not in _IN_PLACE:
-        raise ValueError(
-            f"{policy.selection} picks blocks that stay where they are, and {retention} moves "
-            f"tokens between blocks: combine it with {' or '.join(_IN_PLACE)}"
-        )

@@ -8,7 +8,6 @@ from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
 from kvcluster.retention.base import Heads
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.registry import scored_retention
-from kvcluster.selection.offered import check_retention
 from kvcluster.selection.registry import build_selection
 from kvcluster.types import EXACT, ModelSpec, Policy
 
@@ -32,7 +31,6 @@ class PolicyChecks:
         try:
             recent_blocks(policy.retention, self._block_size)
             build_selection(policy.selection, self._block_size)
-            check_retention(policy)
             if policy.storage != EXACT:
                 self.encoded_per_page(policy.storage)
             self._check_survivors(policy)

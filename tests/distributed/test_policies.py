@@ -38,6 +38,8 @@ POLICIES = (
     "quest:tokens=64",
     "int4 + estimated:share=40%",
     "block_sparse:local=2,random=1 + window:recent=64",
+    "int4 + heavy_hitters:budget=0.5,epoch=32 + quest:tokens=48",
+    "snap:budget=0.4,epoch=64,queries=8 + estimated:share=40%",
 )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.registry import scored_retention
+from kvcluster.selection.registry import build_selection
 from kvcluster.types import EXACT, Policy, Route
 from tests.codec_models import LATENT, Served, calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
@@ -62,6 +63,8 @@ def defined(policy: Policy, num_tokens: int, serving: Serving, subject: Served) 
         retention,
         lambda layer: LayerCodecs(*layers[layer]) if layers else None,
         exact=ExactTokens(block_size=serving.block_size, lag=serving.exact_blocks),
+        selection=build_selection(policy.selection, serving.block_size),
+        num_prompt_tokens=serving.num_prompt_tokens,
     )
     return [
         attention.attend(layer, *(x[:num_tokens] for x in qkv), None)

@@ -144,6 +144,24 @@ def test_tokens_kept_by_score_are_measured_as_they_are_defined(model: LoadedMode
     assert attention.stored().ratio > 1
 
 
+def test_a_selection_of_survivors_is_measured_as_it_is_defined(model: LoadedModel) -> None:
+    [policy] = served(model, "int4 + key_diversity:budget=0.5,epoch=32 + quest:tokens=48")
+
+    attention = policy.measured.attention(model.spec)
+    layers = codecs_of(model, None).layers("int4")
+    alone = RetainedAttention(
+        model.spec,
+        KeyDiversity(budget=0.5, epoch_tokens=32, block_size=BLOCK_SIZE),
+        lambda layer: LayerCodecs(*layers[layer]),
+        exact=ExactTokens(block_size=BLOCK_SIZE, lag=2),
+        selection=Quest(tokens=48, block_size=BLOCK_SIZE),
+        num_prompt_tokens=0,
+    )
+    ids_T = torch.arange(3, 153)
+    assert torch.equal(final_states(model, ids_T, attention), final_states(model, ids_T, alone))
+    assert 0 < alone.read_share() < 1
+
+
 def test_latents_are_measured_where_heads_share_their_tokens(model: LoadedModel) -> None:
     codecs, text = codecs_of(model, calibration_of(model.spec)), "latent:r=0.5 + snap:epoch=32"
     exact = ExactTokens(block_size=BLOCK_SIZE)

@@ -8,10 +8,9 @@ from kvcluster.errors import InvalidField
 from kvcluster.policy import Menu, parse_choice, parse_policy
 from kvcluster.selection.block_sparse import BlockSparse
 from kvcluster.selection.estimated import Estimated
-from kvcluster.selection.offered import SELECTION_METHODS, check_retention
+from kvcluster.selection.offered import SELECTION_METHODS
 from kvcluster.selection.quest import Quest
 from kvcluster.selection.registry import METHODS, build_selection
-from kvcluster.types import Policy
 
 OFFERED = {method.name: method for method in SELECTION_METHODS}
 
@@ -70,15 +69,6 @@ def test_text_that_names_no_selection_is_refused(text: str, rule: str) -> None:
 def test_a_budget_that_is_no_whole_blocks_or_too_few_is_refused(tokens: int) -> None:
     with pytest.raises(ValueError, match=f"give 48 or more, not {tokens}"):
         build_selection(f"quest:tokens={tokens}", 16)
-
-
-@pytest.mark.parametrize("selection", METHODS)
-def test_a_retention_that_moves_tokens_is_refused_beside_a_selection(selection: str) -> None:
-    with pytest.raises(ValueError, match="combine it with full or window"):
-        check_retention(Policy(retention="heavy_hitters:budget=0.2", selection=selection))
-
-    check_retention(Policy(retention="heavy_hitters:budget=0.2"))
-    check_retention(Policy(retention="window:recent=64", selection=selection))
 
 
 def test_canonical_text_leaves_defaults_out() -> None:
