@@ -3,7 +3,7 @@
 Shape letters: T this rank's rows, S keys of the chunk, H query heads, K KV heads, D head dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,14 @@ from kvcluster.attention.local import attend_causal, attend_earlier
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge
 from kvcluster.attention.ring import Ring
-from kvcluster.cache.store import KVStore, Piece, keys_and_values, stored_arrays
+from kvcluster.cache.store import (
+    KVStore,
+    Piece,
+    in_blocks,
+    in_line,
+    keys_and_values,
+    stored_arrays,
+)
 from kvcluster.codec.array import consecutive
 from kvcluster.types import EXACT, ModelSpec
 
@@ -81,13 +88,37 @@ class ChunkAttention:
         geometry = self._spec.layers[layer]
         near_start = part.near_start(geometry.window)
         span = slice(encoded.start - near_start, encoded[-1] + part.block_size - near_start)
-        blocks = [whole_blocks(plane[:, span].transpose(0, 1), part.block_size) for plane in near]
+        blocks = Piece(*(in_blocks(plane[:, span], part.block_size) for plane in near))
         read = [plane.clone() for plane in stored_arrays(near, geometry)]
-        positions_BS = consecutive(torch.tensor(encoded), part.block_size)
-        restored = self._store.round_trip(layer, part.codec, Piece(*blocks), positions_BS)
-        for plane, x_KSD in zip(read, restored, strict=True):
+        for plane, x_KSD in zip(read, self._restored(layer, part, blocks, encoded), strict=True):
             plane[:, span] = x_KSD
         return keys_and_values(read, geometry)
+
+    def _restored(
+        self, layer: int, part: SequencePart, blocks: Piece, encoded: range
+    ) -> Sequence[Tensor]:
+        """Near blocks in line, as the codec restores them: those of this rank, which are encoded
+        already, from where they are; for those of other ranks it is found out here."""
+        size, here = part.block_size, self._ring.rank
+        first, last = encoded.start, encoded[-1] + size
+        positions_BS = consecutive(torch.tensor(encoded), size)
+        own_starts = torch.from_numpy(part.table.block_starts(here, first, last))
+        is_own_B = torch.isin(positions_BS[:, 0], own_starts)
+        if not bool(is_own_B.any()):
+            return self._store.round_trip(layer, part.codec, blocks, positions_BS)
+        group = self._spec.group_of(self._spec.layers[layer])
+        ids_B = torch.from_numpy(part.table.encoded_ids(here, group, first, last))
+        planes = self._store.read_encoded(layer, part.codec, ids_B)
+        own = self._store.decode(layer, part.codec, planes, positions_BS[is_own_B])
+        if bool(is_own_B.all()):
+            return own
+        theirs = Piece(*(plane[~is_own_B] for plane in blocks))
+        others = self._store.round_trip(layer, part.codec, theirs, positions_BS[~is_own_B])
+        order_B = torch.cat((is_own_B.nonzero(), (~is_own_B).nonzero()))[:, 0].argsort()
+        return [
+            in_line(in_blocks(torch.cat(pair, dim=1), size)[order_B])
+            for pair in zip(own, others, strict=True)
+        ]
 
     def _gather(self, layer: int, part: SequencePart, k_TKD: Tensor, v_TKD: Tensor) -> Piece | None:
         """k_KSD and v_KSD of the near keys, everybody's, in order of position; None for a rank
@@ -138,11 +169,6 @@ class ChunkAttention:
         runs = part.near_runs(self._spec.group_of(geometry), geometry.window)
         cached = self._store.gather(layer, runs).planes
         return tuple(torch.cat(planes, dim=1) for planes in zip(cached, rows, strict=True))
-
-
-def whole_blocks(x_TKD: Tensor, block_size: int) -> Tensor:
-    """x_BKSD of tokens that are whole blocks."""
-    return x_TKD.reshape(-1, block_size, *x_TKD.shape[1:]).transpose(1, 2)
 
 
 def _own_blocks(part: SequencePart) -> Iterator[range]:

@@ -10,7 +10,7 @@ is little. For each layer without a window of the model's own,
 
 The rows of a chunk are written before they are read, so the chunk's own keys need no way of their
 own: a row reads its own block, and blocks that are exact to it, as they were written; other blocks
-of the chunk as they will be read.
+of the chunk as they are encoded by then.
 
 Shape letters: T rows, J query blocks, B blocks, S keys, H query heads, K KV heads, G heads that
 choose, D head dimension.
@@ -28,7 +28,6 @@ from kvcluster.attention.partial import Partial, concatenate, merge
 from kvcluster.attention.ring import Message, Ring
 from kvcluster.attention.selected_part import RankBlocks, SelectedPart, Tile
 from kvcluster.cache.store import KVStore, Piece, in_blocks, in_line, keys_and_values
-from kvcluster.codec.array import consecutive
 from kvcluster.selection.base import pooled
 from kvcluster.selection.need import Need
 from kvcluster.types import ModelSpec
@@ -193,31 +192,20 @@ class SelectedAttention:
     def _restore(
         self, layer: int, part: SelectedPart, blocks: RankBlocks, reads_GJB: Tensor
     ) -> _Restored | None:
-        """Decode what some row reads encoded; what is not encoded yet as it will be."""
+        """Decode what some row reads encoded."""
         is_read_JB = reads_GJB.any(dim=0)
         is_read_B = torch.zeros_like(is_read_JB[0])
         for tile in part.tiles:
             is_read_B |= is_read_JB[tile.query_blocks].any(dim=0) & tile.is_far_B
         if not bool(is_read_B.any()):
             return None
-        is_encoded_B = blocks.encoded_ids_B >= 0
-        stored_B = (is_read_B & is_encoded_B).nonzero()[:, 0]
-        coming_B = (is_read_B & ~is_encoded_B).nonzero()[:, 0]
-        codec, size = part.part.codec, part.part.block_size
-        pieces = []
-        if len(stored_B):
-            planes = self._store.read_encoded(layer, codec, blocks.encoded_ids_B[stored_B])
-            positions_BS = part.encoded_positions(
-                self._spec.kv_layer_of(layer), blocks.blocks_B[stored_B]
-            )
-            pieces.append(self._store.decode(layer, codec, planes, positions_BS))
-        if len(coming_B):
-            written = self._store.read_blocks(layer, blocks.exact_ids_B[coming_B])
-            positions_BS = consecutive(blocks.blocks_B[coming_B] * size, size)
-            pieces.append(self._store.round_trip(layer, codec, written, positions_BS))
-        arrays = [in_blocks(torch.cat(planes, dim=1), size) for planes in zip(*pieces, strict=True)]
+        read_B = is_read_B.nonzero()[:, 0]
+        codec, source = part.part.codec, self._spec.kv_layer_of(layer)
+        planes = self._store.read_encoded(layer, codec, blocks.encoded_ids_B[read_B])
+        positions_BS = part.encoded_positions(source, blocks.blocks_B[read_B])
+        restored = self._store.decode(layer, codec, planes, positions_BS)
+        arrays = [in_blocks(x_KSD, part.part.block_size) for x_KSD in restored]
         places_B = torch.full_like(blocks.blocks_B, -1)
-        read_B = torch.cat((stored_B, coming_B))
         places_B[read_B] = torch.arange(len(read_B), device=read_B.device)
         return _Restored(keys_and_values(arrays, self._spec.layers[layer]), places_B)
 

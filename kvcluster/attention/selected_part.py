@@ -101,7 +101,7 @@ class RankBlocks(NamedTuple):
     exact_ids_B: Tensor
     """Where they are in full precision, as long as they are."""
     encoded_ids_B: Tensor
-    """Where those are that were encoded before this step; -1: it was not."""
+    """Where those are that some row reads encoded; -1: none does."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class SelectedPart:
 
     def own_blocks(self, group: int) -> RankBlocks:
         """Where `blocks_here` lie in a KV group."""
-        rank, encoded_below = self.part.rank, self._first_exact(self.part.start // self._size)
+        rank, encoded_below = self.part.rank, self._first_exact((self.part.end - 1) // self._size)
         encoded_end = encoded_below * self._size
         exact_ids = [self._table.block_ids(rank, group, *span) for span in self._spans]
         encoded_ids = [

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcluster.attention.chunk import ChunkAttention, whole_blocks
+from kvcluster.attention.chunk import ChunkAttention
 from kvcluster.attention.encoded import EncodedKeys, attend_encoded
-from kvcluster.attention.encoding_error import EncodingErrors
+from kvcluster.attention.encoding import BlockEncoding
 from kvcluster.attention.history import History, RankHistory
 from kvcluster.attention.local import attend, attend_pieces
 from kvcluster.attention.part import SequencePart
@@ -26,7 +26,6 @@ from kvcluster.attention.selected_part import SelectedPart
 from kvcluster.attention.survivor_choice import SurvivorChoice
 from kvcluster.attention.survivors import SurvivorPart
 from kvcluster.cache.store import KVStore, Piece, Places, keys_and_values
-from kvcluster.codec.array import consecutive
 from kvcluster.codec.base import EncodedKV
 from kvcluster.types import EXACT, ModelSpec, Route
 
@@ -63,8 +62,7 @@ class StepAttention:
         self._chunks = ChunkAttention(spec, store, ring)
         self._selected = SelectedAttention(spec, store, ring, selected) if selected else None
         self._choice = SurvivorChoice(spec, store, ring) if survivors else None
-        self._errors = EncodingErrors(store)
-        self._encoded_parts = [part for part in parts if part.codec != EXACT]
+        self._encoding = BlockEncoding(spec, store, ring.rank, parts)
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}
         self._questions_by_group: dict[int, _Questions] = {}
@@ -79,9 +77,8 @@ class StepAttention:
         """out_THD of this rank's rows, in q's dtype. All ranks must be in the same layer: one
         without rows calls this with T = 0, because its keys are read all the same."""
         is_stored = self._spec.layers[layer].kv_layer is None
-        if len(q_THD) and is_stored:
-            places = self._row_places(self._groups[layer], k_TKD.device)
-            self._store.write(layer, places, k_TKD, v_TKD)
+        if is_stored:
+            self._keep(layer, q_THD, k_TKD, v_TKD)
         if self._selected is not None:
             self._selected.keep(layer)
         self._read_parts.clear()
@@ -96,7 +93,7 @@ class StepAttention:
                 if inside is not None:
                     partials[part] = merge(partials[part], inside) if part in partials else inside
         if is_stored:
-            self._settle(layer, q_THD, sinks_H)
+            self._choose_survivors(layer, q_THD, sinks_H)
         if not partials:
             return q_THD
         whole = concatenate([partials[part] for part in self._parts if part in partials])
@@ -104,10 +101,15 @@ class StepAttention:
             whole = merge_sinks(whole, sinks_H)
         return whole.out_THD.to(q_THD.dtype)
 
-    def _settle(self, layer: int, q_THD: Tensor, sinks_H: Tensor | None) -> None:
-        """Leave the layer's cache as the next step finds it."""
-        for part in self._encoded_parts:
-            self._encode_full(layer, part, q_THD)
+    def _keep(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """Write this rank's rows, and encode the blocks that they leave full."""
+        if len(q_THD):
+            places = self._row_places(self._groups[layer], k_TKD.device)
+            self._store.write(layer, places, k_TKD, v_TKD)
+        self._encoding.encode_full(layer, q_THD)
+
+    def _choose_survivors(self, layer: int, q_THD: Tensor, sinks_H: Tensor | None) -> None:
+        """Leave survivors as the next step finds them."""
         if self._choice is None:
             return
         for kept in self._survivors_in(self._groups[layer]):
@@ -127,7 +129,7 @@ class StepAttention:
 
     def encoding_errors(self) -> dict[SequencePart, tuple[float, float]]:
         """What encoding did to attention in all layers so far: see `EncodingErrors.sums`."""
-        return self._errors.sums()
+        return self._encoding.errors()
 
     def _unselected(self, layer: int) -> Sequence[SequencePart]:
         """The parts whose rows read all that they may in the layer."""
@@ -135,26 +137,6 @@ class StepAttention:
         if selected is None:
             return self._parts
         return [part for part in self._parts if not selected.serves(layer, part)]
-
-    def _encode_full(self, layer: int, part: SequencePart, q_THD: Tensor) -> None:
-        """Blocks that are read exact no more go where encoded ones are."""
-        geometry = self._spec.layers[layer]
-        if part.codec_in(geometry.window) == EXACT:
-            return
-        full = part.full_blocks(self._groups[layer])
-        if full is not None:
-            exact = self._store.gather(layer, full.runs)
-            arrays = [
-                whole_blocks(plane.transpose(0, 1), part.block_size) for plane in exact.planes
-            ]
-            blocks = keys_and_values(arrays, geometry)
-            positions_BS = consecutive(full.starts_B, part.block_size)
-            self._store.encode(layer, part.codec, full.encoded_ids_B, blocks, positions_BS)
-            if part.num_rows[self._ring.rank]:
-                last_1HD = q_THD[part.rows][-1:]
-                encoded = EncodedKeys(part.codec, full.encoded_ids_B, positions_BS, 0)
-                before = keys_and_values(exact.planes, geometry)
-                self._errors.measure(layer, part, last_1HD, before, encoded, geometry)
 
     def _row_places(self, group: int, device: torch.device) -> Places:
         places = self._places_by_group.get(group)
