@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvcluster.codec.calibration import (
     Calibration,
+    GroupCalibration,
     LayerCalibration,
     LayerPools,
     fit_keys,
@@ -18,6 +19,7 @@ from kvcluster.codec.moments import MomentSums
 from kvcluster.codec.pooled import fit_pools
 from kvcluster.codec.registry import CODECS
 from kvcluster.model.rotary import Pairing, Rotary
+from kvcluster.quality.joined_moments import groups_of, side_by_side
 from kvcluster.types import EXACT, LayerGeometry, ModelSpec
 from tests.scripted_model import ScriptedModel
 
@@ -29,6 +31,12 @@ LATENT = (
     "latent:r=0.5,bits=4,values=rotated3,ranks=adaptive",
     "latent:r=0.25,bits=3,keys=int4,windowed=int8",
 )
+JOINED = (
+    "latent:r=0.25,layers=2",
+    "latent:r=0.25,bits=4,values=rotated3,ranks=adaptive,layers=3",
+    "latent:r=0.5,bits=8,keys=int4,windowed=int8,layers=2",
+)
+"""Latents of several layers, which some models have."""
 EVERY_CODEC = (
     EXACT,
     *PLAIN,
@@ -74,15 +82,22 @@ def calibrated_codecs(spec: ModelSpec) -> ModelCodecs:
 
 
 def calibration_of(spec: ModelSpec) -> Calibration:
-    """Bases of all directions of random keys and values."""
+    """Bases of all directions of random keys and values, of up to three layers together."""
+    stored = [spec.layers[index] for index in spec.storing_layers]
     return Calibration(
         weights_digest=spec.weights_digest,
         text_digests=(),
         num_tokens=1024,
-        layers=tuple(
-            _layer(spec.layers[index], seed) for seed, index in enumerate(spec.storing_layers)
+        layers=tuple(_layer(layer, seed) for seed, layer in enumerate(stored)),
+        groups=tuple(
+            _group(group, side_by_side(stored, group)) for group in groups_of(stored, (2, 3))
         ),
     )
+
+
+def _group(group: range, whole: LayerGeometry) -> GroupCalibration:
+    fitted = _layer(whole, seed=100 + group[0])
+    return GroupCalibration(group, fitted.keys, fitted.values)
 
 
 def _layer(layer: LayerGeometry, seed: int) -> LayerCalibration:

@@ -136,6 +136,8 @@ class FakeCluster:
     menu: Menu = field(default_factory=Menu)
     encoded_per_page: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """By the text of a codec of the menu."""
+    encoded_steps: Mapping[str, int] = field(default_factory=dict)
+    """By the text of a codec whose blocks are encoded so many at a time."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """By the text of a policy, why it is refused."""
     recipes: Sequence[MeasuredRecipe] = ()
@@ -150,6 +152,7 @@ class FakeCluster:
             exact_recent=self.cache.exact_recent_blocks,
             pool_sizes=[(self.num_blocks,) * num_groups] * self.num_ranks,
             encoded_per_page=self.encoded_per_page,
+            encoded_step=self.encoded_steps.get,
         )
         self.partition = Partition(
             [
@@ -159,6 +162,7 @@ class FakeCluster:
             tenant=DEFAULT_TENANT,
             encoded_per_page=lambda codec: self.encoded_per_page[codec],
             exact_recent=self.cache.exact_recent_blocks,
+            encoded_step=self.encoded_steps.get,
         )
         ids = iter(range(1, 1_000_000))
         self.engine = Engine(

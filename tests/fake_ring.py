@@ -4,9 +4,10 @@ hash of all tokens that a sequence holds. So equal tokens mean that equal tokens
 
 import hashlib
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.engine.plan import (
     NewBlock,
     Release,
@@ -78,6 +79,7 @@ class FakeRing:
         pool_sizes: list[tuple[int, ...]],
         encoded_per_page: Mapping[str, Sequence[int]],
         exact_recent: int = 0,
+        encoded_step: Callable[[str], int | None] = lambda _codec: None,
         epoch: int = 1,
     ) -> None:
         self.spec = spec
@@ -89,6 +91,7 @@ class FakeRing:
         self.pool_sizes = pool_sizes
         self.encoded_per_page = encoded_per_page
         self.exact_recent = exact_recent
+        self.encoded_step = encoded_step
         self._known: set[int] = set()
         self._users: dict[Held, int] = {}
         self._contents: dict[tuple[int, int, int], list[str]] = {}
@@ -137,6 +140,9 @@ class FakeRing:
         if group_by_score(self.spec.windows) is None:
             return None
         return budgeted(sequence.policy.retention, self.block_size)
+
+    def _exact_region(self, sequence: FakeSequence) -> ExactRegion:
+        return ExactRegion(self.exact_recent, self.encoded_step(sequence.policy.storage))
 
     def _kept_exact(self, sequence: FakeSequence) -> set[int]:
         """Groups in which positions are never encoded."""
@@ -203,6 +209,8 @@ class FakeRing:
         assert len(sequence.owners) == blocks, "a table covers what is computed and no more"
         assert step.samples or end % self.block_size == 0, "chunks end with a block or the tokens"
         self._check_epoch(sequence, step)
+        region = self._exact_region(sequence)
+        assert end == region.chunk_end(step.start, end, self.block_size), "a chunk is of one step"
         is_decode = not step.token_ids
         assert is_decode or step.start % self.block_size == 0, "chunks begin with blocks"
         for group in range(len(self.spec.windows)):
@@ -270,7 +278,8 @@ class FakeRing:
         sequence = self.sequences[step.sequence]
         if sequence.policy.storage == EXACT:
             return
-        last = (step.start + step.num_tokens) // self.block_size - self.exact_recent
+        end = step.start + step.num_tokens
+        last = self._exact_region(sequence).first_block(end // self.block_size)
         kept_exact = self._kept_exact(sequence)
         full = [
             holding
@@ -278,7 +287,7 @@ class FakeRing:
             for group, holding in enumerate(sequence.entries[entry])
             if group not in kept_exact
         ]
-        retention, end = self._retention(sequence), step.start + step.num_tokens
+        retention = self._retention(sequence)
         if retention is not None and end % retention.epoch_tokens == 0:
             last = retention.counts(end).kept // self.block_size
             full += [holding for groups in sequence.survivors[1:last] for holding in groups]

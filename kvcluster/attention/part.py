@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcluster.attention.history import History, RankHistory, history
 from kvcluster.attention.local import visible, visible_blocks
+from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.shard import Piece, SequenceMap
 from kvcluster.codec.array import consecutive
 from kvcluster.types import EXACT, Route
@@ -26,13 +27,15 @@ class CacheRules(NamedTuple):
     """`Policy.storage`: how blocks are written."""
     exact_blocks: int = 0
     """With a codec, a row in block j reads block 0 and the blocks from j - exact_blocks on exact,
-    the others encoded."""
+    and with `encoded_step` some before them; the others encoded."""
     recent_blocks: int | None = None
     """In layers without a window, a row in block j reads block 0 and the blocks after
     j - recent_blocks; None: all."""
     epoch_tokens: int | None = None
     """In layers without a window, a row reads the tokens of its own epoch, exact, and what survived
     the ones before it (`survivors.SurvivorPart`); None: there are no epochs."""
+    encoded_step: int | None = None
+    """See `ExactRegion.step_blocks`."""
 
 
 class FullBlocks(NamedTuple):
@@ -70,7 +73,10 @@ class SequencePart:
         self.rules = rules
         self.codec = rules.codec
         self.recent_blocks = rules.recent_blocks
-        self._exact_blocks = rules.exact_blocks
+        self._exact = ExactRegion(rules.exact_blocks, rules.encoded_step)
+        assert self.end <= self._exact.chunk_end(start, self.end, table.block_size), (
+            "rows that are computed together lie in one step"
+        )
         self.pieces = table.pieces(start, self.end)
         self.num_rows = tuple(
             sum(piece.end - piece.start for piece in self.pieces if piece.rank == other)
@@ -116,7 +122,7 @@ class SequencePart:
         if self.codec_in(window) == EXACT or not self.has_chunk:
             return self.start
         size = self.table.block_size
-        block = self.start // size - self._exact_blocks
+        block = self._exact.first_block(self.start // size)
         if window is not None:
             block = max(block, (self.start - window + 1) // size)
         elif self.recent_blocks is not None:
@@ -137,7 +143,7 @@ class SequencePart:
 
     def exact_start(self, position: int) -> int:
         """First position that the row reads exact, but for the first block."""
-        return max(0, position // self.table.block_size - self._exact_blocks) * self.block_size
+        return self._exact.first_block(position // self.block_size) * self.block_size
 
     def slots(self, group: int) -> Tensor:
         """Slots of this rank's rows."""

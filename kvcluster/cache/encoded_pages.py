@@ -8,12 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kvcluster.cache.pages import aligned
 from kvcluster.codec.array import BlockShape, Plane
+from kvcluster.codec.joined import holds_planes
 from kvcluster.codec.method import LayerCodec
 from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
 
 
-def planes_of(codec: LayerCodec, geometry: LayerGeometry, block_size: int) -> tuple[Plane, ...]:
-    """What one block becomes: the planes of its keys, then those of its values, unless these are
+def planes_of(
+    codec: LayerCodec, geometry: LayerGeometry, block_size: int
+) -> tuple[tuple[Plane, ...], ...]:
+    """What is read of one block: the planes of its keys, and those of its values, unless these are
     part of the keys.
 
     Raises: ValueError where the codec cannot encode such blocks.
@@ -21,8 +24,21 @@ def planes_of(codec: LayerCodec, geometry: LayerGeometry, block_size: int) -> tu
     heads = geometry.num_kv_heads
     keys = codec.keys.planes(BlockShape(heads, block_size, geometry.key_dim))
     if geometry.values_in_keys:
-        return tuple(keys)
-    return (*keys, *codec.values.planes(BlockShape(heads, block_size, geometry.value_dim)))
+        return (tuple(keys),)
+    values = codec.values.planes(BlockShape(heads, block_size, geometry.value_dim))
+    return tuple(keys), tuple(values)
+
+
+def held_planes(codec: LayerCodec, geometry: LayerGeometry, block_size: int) -> tuple[Plane, ...]:
+    """Of those, what the layer itself stores: all, or what the first layer of its group does not
+    store for it. Raises: as `planes_of`."""
+    arrays = planes_of(codec, geometry, block_size)
+    return tuple(
+        plane
+        for array, planes in zip(codec, arrays, strict=False)
+        if holds_planes(array)
+        for plane in planes
+    )
 
 
 class EncodedLayout:
@@ -84,7 +100,7 @@ def group_layout(
     """The encoded pages of one group. Raises: ValueError where the codec cannot encode them."""
     in_group = list(layers_of(spec, group))
     return EncodedLayout(
-        {index: planes_of(layers[index], geometry, block_size) for index, geometry in in_group},
+        {index: held_planes(layers[index], geometry, block_size) for index, geometry in in_group},
         sum(
             sum(section_bytes(geometry, block_size, spec.bytes_per_element))
             for _, geometry in in_group

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable, HeldBlock, TableEntry
 from kvcluster.cache.encoded_pool import EncodedPool
+from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.types import EXACT, NO_BLOCK, PAGE_BLOCKS, BlockId, ModelSpec, Rank, TenantId
 
 
 def _no_codec(codec: str) -> Sequence[int]:
     raise AssertionError(f"no pages were laid out for {codec}")
+
+
+def _no_steps(codec: str) -> int | None:  # noqa: ARG001
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +57,11 @@ class Partition:
         limit_blocks: int | None = None,
         encoded_per_page: Callable[[str], Sequence[int]] = _no_codec,
         exact_recent: int = 0,
+        encoded_step: Callable[[str], int | None] = _no_steps,
     ) -> None:
         """`encoded_per_page`: how many blocks of a codec a page of each group holds.
-        `exact_recent`: full blocks that a table with a codec keeps exact, beside its first one."""
+        `exact_recent`: full blocks that a table with a codec keeps exact, beside its first one.
+        `encoded_step`: how many of a codec are encoded at a time: see `ExactRegion`."""
         self.tenant = tenant
         self.limit_blocks = limit_blocks
         self._pools = tuple(tuple(groups) for groups in pools)
@@ -62,6 +69,7 @@ class Partition:
         self._beside = [0] * self.num_groups
         self._encoded_per_page = encoded_per_page
         self._exact_recent = exact_recent
+        self._encoded_step = encoded_step
         self._encoded: dict[str, tuple[tuple[EncodedPool, ...], ...]] = {}
 
     @property
@@ -151,11 +159,15 @@ class Partition:
             for held in table.remove_all(group):
                 self._release(table.codec, group, held)
 
+    def exact_region(self, codec: str) -> ExactRegion:
+        """What a table with the codec keeps exact."""
+        return ExactRegion(self._exact_recent, self._encoded_step(codec))
+
     def blocks_for(self, entries: Sequence[int], codec: str) -> tuple[int, ...]:
         """Exact blocks' worth of memory that so many entries (one number per group) take between
         steps, in whole pages where they are encoded."""
         # The first one stays exact, the latest ones, and the one that is being filled.
-        num_exact = 2 + self._exact_recent
+        num_exact = 2 + self.exact_region(codec).most_blocks
         return tuple(
             self.blocks_in(group, count, codec, num_exact=num_exact)
             for group, count in enumerate(entries)

@@ -6,9 +6,9 @@ is no part of what is saved. Each rank reads and writes the blocks that are its 
 
 File: safetensors with a sealed record (`codec/sealed_file.py`). For layer i of KV group g the
 tensors `g.i.exact.keys` and, unless values are part of keys, `g.i.exact.values` [T, K, D] hold its
-exact tokens, and `g.i.encoded.N` [B, ...] plane N of its encoded blocks (those of the keys first);
-entries ascend, and the record lists them. Entry e covers positions [e * block_size, (e + 1) *
-block_size). Entries that the sequence has released are in neither list.
+exact tokens, and `g.i.encoded.N` [B, ...] plane N of the encoded blocks that it stores itself
+(those of the keys first); entries ascend, and the record lists them. Entry e covers positions
+[e * block_size, (e + 1) * block_size). Entries that the sequence has released are in neither list.
 
 Shape letters: T tokens, B blocks, K KV heads, D head dimension.
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.cache.encoded_pages import layers_of
+from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore, keys_and_values
 from kvcluster.codec.model_codecs import ModelCodecs
@@ -34,7 +35,7 @@ _EXACT: Final = "exact"
 _ENCODED: Final = "encoded"
 
 
-class StoredForm(msgspec.Struct, frozen=True, kw_only=True):
+class StoredForm(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What gives stored bytes their meaning: equal where they are saved and where they are read."""
 
     weights_digest: str
@@ -48,6 +49,8 @@ class StoredForm(msgspec.Struct, frozen=True, kw_only=True):
     """Empty for a codec that was not fitted."""
     exact_blocks: int
     """Blocks before the open one that are read exact."""
+    encoded_step: int | None = None
+    """See `ExactRegion.step_blocks`."""
 
 
 class HeldEntries(msgspec.Struct, frozen=True):
@@ -97,6 +100,7 @@ def stored_form(
         codec=codec,
         calibration_digest="" if codec == EXACT else codecs.calibration_digest(codec),
         exact_blocks=0 if codec == EXACT else exact_blocks,
+        encoded_step=codecs.encoded_step(codec, exact_blocks),
     )
 
 
@@ -120,7 +124,7 @@ def read_held(
             exact = [plane.transpose(0, 1) for plane in store.gather(layer, runs).planes]
             encoded = []
             if form.codec != EXACT:
-                encoded = store.read_encoded(layer, form.codec, ids_B)
+                encoded = store.read_held(layer, form.codec, ids_B)
             tensors |= _named(group, layer, exact, encoded)
     return SavedCache(
         header,
@@ -165,7 +169,7 @@ def write_held(store: KVStore, table: SequenceMap, *, rank: int, saved: SavedCac
         slots_T, ids_B = places.slots(own.exact), places.encoded_ids(own.encoded)
         for layer, geometry in layers_of(store.spec, group):
             exact = [plane.transpose(0, 1) for plane in store.empty(layer, 0).planes]
-            encoded = [] if codec == EXACT else store.empty_encoded(layer, codec, 0)
+            encoded = [] if codec == EXACT else store.read_held(layer, codec, ids_B[:0])
             stored = [
                 _joined(rows, name, like, own)
                 for name, like in _named(group, layer, exact, encoded).items()
@@ -173,7 +177,7 @@ def write_held(store: KVStore, table: SequenceMap, *, rank: int, saved: SavedCac
             kv_TKD = keys_and_values(stored[: len(exact)], geometry)
             store.write(layer, store.places(slots_T), *kv_TKD)
             if codec != EXACT:
-                store.write_encoded(layer, codec, ids_B, stored[len(exact) :])
+                store.write_held(layer, codec, ids_B, stored[len(exact) :])
 
 
 def write_file(path: Path, saved: SavedCache) -> None:
@@ -205,6 +209,7 @@ _MEANINGS: Final = {
     "codec": "codec",
     "calibration_digest": "calibration",
     "exact_blocks": "number of blocks that are read exact",
+    "encoded_step": "number of blocks that are encoded at a time",
 }
 
 
@@ -213,7 +218,8 @@ def _held(table: SequenceMap, group: int, form: StoredForm, num_tokens: int) -> 
     num_entries = -(-num_tokens // form.block_size)
     num_encoded = 1
     if form.codec != EXACT:
-        num_encoded = max(1, num_tokens // form.block_size - form.exact_blocks)
+        region = ExactRegion(form.exact_blocks, form.encoded_step)
+        num_encoded = max(1, region.first_block(num_tokens // form.block_size))
     released = table.released(group)
     kept = [entry for entry in range(num_entries) if entry not in released]
     encoded = tuple(entry for entry in kept if 1 <= entry < num_encoded)

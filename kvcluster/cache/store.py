@@ -9,20 +9,19 @@ Shape letters: T tokens written, P pages, S tokens read, K KV heads, D head dime
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcluster.cache.encoded_pages import group_layout, layers_of, planes_of, section_bytes
+from kvcluster.cache.encoded_pages import layers_of, section_bytes
+from kvcluster.cache.layer_pages import LayerPages, copies, joined_layers, lay_out
 from kvcluster.cache.pages import PageArena
-from kvcluster.codec.array import BlockShape
 from kvcluster.codec.base import EncodedKV
+from kvcluster.codec.joined import encode_together
 from kvcluster.codec.method import LayerCodec
 from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
 from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
-
-_WORDS: Final = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 class Piece(NamedTuple):
@@ -51,17 +50,6 @@ class Places(NamedTuple):
 
     pages_T: Tensor
     offsets_T: Tensor
-
-
-class _LayerPages(NamedTuple):
-    """The encoded blocks of one layer in the pages of its group."""
-
-    blocks_per_page: int
-    planes: list[Tensor]
-    """[pages, blocks, ...]"""
-    words: list[Tensor]
-    """The same memory as [pages, blocks, words] of the widest integers that divide a block: blocks
-    are picked word by word."""
 
 
 class KVStore:
@@ -117,6 +105,15 @@ class KVStore:
         """Tokens of a block."""
         return self._block_size
 
+    @property
+    def codecs(self) -> ModelCodecs:
+        """How blocks are written."""
+        return self._codecs
+
+    def joined_layers(self, layer: int, codec: str) -> tuple[int, ...]:
+        """See `layer_pages.joined_layers`."""
+        return joined_layers(self._spec, layer, self.layer_codec(layer, codec))
+
     def layer_codec(self, layer: int, codec: str) -> LayerCodec:
         """How blocks of the codec are written in the layer."""
         return self._codecs.layers(codec)[layer]
@@ -157,7 +154,7 @@ class KVStore:
         same_BK: Tensor | None = None,
     ) -> None:
         """Keep whole blocks in the layer's encoded blocks. `same_BK`: heads that keep the bytes
-        which are there."""
+        which are there. Raises: ValueError for a layer that is written together with others."""
         encoded = self._encoded(layer, codec, kv_BKSD, positions_BS)
         if same_BK is not None:
             before = self.read_encoded(layer, codec, encoded_ids_B)
@@ -165,38 +162,63 @@ class KVStore:
                 _keep_heads(old, written, same_BK)
                 for old, written in zip(before, encoded, strict=True)
             )
-        self.write_encoded(layer, codec, encoded_ids_B, encoded)
+        self.write_held(layer, codec, encoded_ids_B, encoded)
 
-    def write_encoded(
+    def encode_together(
+        self,
+        layers: Sequence[int],
+        codec: str,
+        encoded_ids_B: Tensor,
+        blocks: Sequence[Piece],
+        positions_BS: Tensor,
+    ) -> None:
+        """Keep whole blocks of `joined_layers`, given for each of them."""
+        held = encode_together(
+            [self.layer_codec(layer, codec) for layer in layers],
+            [
+                stored_arrays(kv_BKSD, self._spec.layers[layer])
+                for layer, kv_BKSD in zip(layers, blocks, strict=True)
+            ],
+            positions_BS,
+        )
+        for layer, planes in zip(layers, held, strict=True):
+            self.write_held(layer, codec, encoded_ids_B, planes)
+
+    def write_held(
         self, layer: int, codec: str, encoded_ids_B: Tensor, planes: Sequence[Tensor]
     ) -> None:
-        """Keep blocks that were encoded elsewhere, as `read_encoded` gave them."""
+        """Keep blocks that were encoded elsewhere, as `read_held` gave them."""
         pages = self._encoded_pages(layer, codec)
-        pages_B, blocks_B = _in_pages(encoded_ids_B, pages.blocks_per_page)
-        for plane, written in zip(pages.planes, planes, strict=True):
-            plane[pages_B, blocks_B] = written
+        pages_B, blocks_B = pages.places(encoded_ids_B)
+        for paged, written in zip(pages.held, planes, strict=True):
+            paged.plane[pages_B, blocks_B] = written
+
+    def read_held(self, layer: int, codec: str, encoded_ids_B: Tensor) -> list[Tensor]:
+        """Copies of the planes of encoded blocks that the layer itself stores: with those of the
+        other layers, each is there once."""
+        pages = self._encoded_pages(layer, codec)
+        return copies(pages.held, *pages.places(encoded_ids_B))
 
     def read_encoded(self, layer: int, codec: str, encoded_ids_B: Tensor) -> list[Tensor]:
-        """Copies of the planes of encoded blocks."""
-        pages = self._encoded_pages(layer, codec)
-        pages_B, blocks_B = _in_pages(encoded_ids_B, pages.blocks_per_page)
-        return [
-            words[pages_B, blocks_B].view(plane.dtype).view(-1, *plane.shape[2:])
-            for plane, words in zip(pages.planes, pages.words, strict=True)
-        ]
+        """Copies of all planes of encoded blocks that the layer reads."""
+        k_planes, v_planes = self.read_arrays(layer, codec, encoded_ids_B)
+        return [*k_planes, *v_planes]
 
     def read_arrays(
         self, layer: int, codec: str, encoded_ids_B: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The same, those of the keys and those of the values."""
-        planes = self.read_encoded(layer, codec, encoded_ids_B)
-        split = self._num_key_planes(layer, codec)
-        return planes[:split], planes[split:]
+        pages = self._encoded_pages(layer, codec)
+        places = pages.places(encoded_ids_B)
+        return copies(pages.keys, *places), copies(pages.values, *places)
 
     def empty_encoded(self, layer: int, codec: str, num_blocks: int) -> list[Tensor]:
         """Room for the planes of blocks that come from another rank."""
-        planes = self._encoded_pages(layer, codec).planes
-        return [plane.new_empty((num_blocks, *plane.shape[2:])) for plane in planes]
+        pages = self._encoded_pages(layer, codec)
+        return [
+            plane.new_empty((num_blocks, *plane.shape[2:]))
+            for plane, _ in (*pages.keys, *pages.values)
+        ]
 
     def decode(
         self, layer: int, codec: str, planes: Sequence[Tensor], positions_BS: Tensor
@@ -204,7 +226,7 @@ class KVStore:
         """k_KSD and v_KSD of encoded blocks, one after another, in the dtype of exact ones; as
         `gather`, without values that are part of the keys."""
         layer_codec = self.layer_codec(layer, codec)
-        num_key_planes = self._num_key_planes(layer, codec)
+        num_key_planes = len(self._encoded_pages(layer, codec).keys)
         dtype = self._planes[layer].k_PKSD.dtype
         arrays = [layer_codec.keys.decode(planes[:num_key_planes], positions_BS)]
         if not self._spec.layers[layer].values_in_keys:
@@ -227,37 +249,13 @@ class KVStore:
         coded = zip(self.layer_codec(layer, codec), arrays, strict=False)
         return tuple(plane for array, x in coded for plane in array.encode(x, positions_BS))
 
-    def _num_key_planes(self, layer: int, codec: str) -> int:
-        geometry = self._spec.layers[layer]
-        shape = BlockShape(geometry.num_kv_heads, self._block_size, geometry.key_dim)
-        return len(self.layer_codec(layer, codec).keys.planes(shape))
-
-    def _encoded_pages(self, layer: int, codec: str) -> _LayerPages:
+    def _encoded_pages(self, layer: int, codec: str) -> LayerPages:
         group = self._spec.group_of(self._spec.layers[layer])
         return self._lay_out_once(group, codec)[self._spec.kv_layer_of(layer)]
 
-    def _lay_out(self, group: int, codec: str) -> dict[int, _LayerPages]:
-        """The encoded pages of a group, by layer."""
-        codecs = self._codecs.layers(codec)
-        layout = group_layout(self._spec, group, codecs, self._block_size)
-        blocks, arena = layout.blocks_per_page, self._arenas[group]
-
-        def pages_of(layer: int, geometry: LayerGeometry) -> _LayerPages:
-            planes, words = [], []
-            for offset, plane in zip(
-                layout.offsets[layer],
-                planes_of(codecs[layer], geometry, self._block_size),
-                strict=True,
-            ):
-                word = next(word for word in _WORDS if plane.num_bytes % word.itemsize == 0)
-                num_words = plane.num_bytes // word.itemsize
-                planes.append(arena.plane(offset, (blocks, *plane.shape), plane.dtype))
-                words.append(arena.plane(offset, (blocks, num_words), word))
-            return _LayerPages(blocks, planes, words)
-
-        return {
-            layer: pages_of(layer, geometry) for layer, geometry in layers_of(self._spec, group)
-        }
+    def _lay_out(self, group: int, codec: str) -> dict[int, LayerPages]:
+        codecs, arena = self._codecs.layers(codec), self._arenas[group]
+        return lay_out(self._spec, group, codecs, self._block_size, arena)
 
     def pieces(self, layer: int, runs: Sequence[slice]) -> list[Piece]:
         """Views of the tokens of the runs, in order."""
@@ -330,11 +328,6 @@ def in_blocks(x_KSD: Tensor, block_size: int) -> Tensor:
     """x_BKSD of tokens in line that are whole blocks."""
     num_heads, num_tokens, dim = x_KSD.shape
     return x_KSD.reshape(num_heads, num_tokens // block_size, block_size, dim).transpose(0, 1)
-
-
-def _in_pages(encoded_ids_B: Tensor, blocks_per_page: int) -> tuple[Tensor, Tensor]:
-    """Each block's page, and its place there."""
-    return encoded_ids_B // blocks_per_page, encoded_ids_B % blocks_per_page
 
 
 def in_line(x_PKSD: Tensor) -> Tensor:

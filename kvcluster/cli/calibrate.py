@@ -33,6 +33,10 @@ def calibrate(
         int | None, typer.Option(help="Of each pass. Default: the model's context, at most 4096.")
     ] = None,
     documents: Annotated[int, typer.Option(min=0, help="With needles, of each style.")] = 2,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(help="Neighbouring layers that may share latents; repeatable. Default: none."),
+    ] = None,
     block_size: Annotated[int, typer.Option(help="As it is served.")] = _CACHE.block_size,
     exact_recent: Annotated[
         int, typer.Option(help="Latest tokens that are read exact, as it is served.")
@@ -56,6 +60,7 @@ def calibrate(
             policies=tuple(policy or ()),
             num_tokens=tokens,
             num_documents=documents,
+            joined=tuple(layers or ()),
             block_size=block_size,
             exact_recent_tokens=exact_recent,
         )

@@ -19,6 +19,7 @@ from kvcluster.attention.selected_part import SelectedPart, Selecting
 from kvcluster.attention.selected_survivors import SelectedSurvivors
 from kvcluster.attention.step import StepAttention
 from kvcluster.attention.survivors import SequenceSurvivors, SurvivorPart
+from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
 from kvcluster.engine.plan import (
@@ -119,15 +120,16 @@ class _SequenceState:
         sampling: SequenceSampling,
         policy: Policy,
         *,
-        exact_blocks: int,
+        exact: ExactRegion,
     ) -> None:
         self.table = table
         self.survivors = survivors
         self.rules = CacheRules(
             policy.storage,
-            exact_blocks,
+            exact.recent_blocks,
             recent_blocks(policy.retention, table.block_size),
             None if survivors is None else survivors.method.epoch_tokens,
+            exact.step_blocks,
         )
         selection = build_selection(policy.selection, table.block_size)
         self.selecting = (
@@ -212,7 +214,7 @@ class StepRunner:
                 self._no_survivors(start.policy),
                 SequenceSampling(params=start.sampling, end_token_ids=self._spec.eos_token_ids),
                 start.policy,
-                exact_blocks=self._exact_blocks,
+                exact=self._exact_region(start.policy),
             )
         for release in plan.released:
             self._sequences[release.sequence].table.release(
@@ -235,6 +237,10 @@ class StepRunner:
             num_ranks=self._ring.size,
             num_groups=len(self._spec.windows),
         )
+
+    def _exact_region(self, policy: Policy) -> ExactRegion:
+        step = self._store.codecs.encoded_step(policy.storage, self._exact_blocks)
+        return ExactRegion(self._exact_blocks, step)
 
     def _no_survivors(self, policy: Policy) -> SequenceSurvivors | None:
         """None where the policy keeps no tokens by score, or the model has windows throughout."""

@@ -13,8 +13,9 @@ state, with W_o^T W_o of a head's columns as its block.
 
 File: safetensors. For layer i and array keys or values the tensors `i.keys.mean` [F], `.down`
 [F, C], `.up` [C, F] (float32) and `.spectrum` [F] (float64), and `.pool_groups` [K, K] (int64) and
-`.pool_scales` [K, K] (float32), which are `HeadPools`; and one metadata entry, a JSON record
-(`_Header`) with a SHA-256 over itself and all tensors.
+`.pool_scales` [K, K] (float32), which are `HeadPools`. For layers i to j that can share a latent
+the first four as `i-j.keys.mean`, with the F of all of them, layer after layer. And one metadata
+entry, a JSON record (`_Header`) with a SHA-256 over itself and all tensors.
 
 Shape letters: F = KV heads * head dimension, C latent dimension, K KV heads, D head dimension,
 E hidden dimension.
@@ -103,6 +104,17 @@ class LayerCalibration:
     """None: of a file from before there were any."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupCalibration:
+    """Bases of neighbouring layers that share a latent: of their numbers side by side."""
+
+    layers: range
+    """As counted in `Calibration.layers`."""
+    keys: Basis
+    """Of keys before rotation."""
+    values: Basis
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
     """Bases of a model, in call order of its `storing_layers`, and what they were made from."""
@@ -111,6 +123,8 @@ class Calibration:
     text_digests: tuple[str, ...]
     num_tokens: int
     layers: tuple[LayerCalibration, ...]
+    groups: tuple[GroupCalibration, ...] = ()
+    """Of layers that can share a latent; a layer may be in several."""
     recipes_json: str = "[]"
     """What was measured with these bases, in the form that the measurement chose."""
 
@@ -273,6 +287,7 @@ def read_calibration(path: Path, weights_digest: str) -> Calibration:
         text_digests=header.text_digests,
         num_tokens=header.num_tokens,
         layers=tuple(_layer(tensors, index) for index in range(header.num_layers)),
+        groups=_groups(tensors),
         recipes_json=header.recipes_json,
     )
 
@@ -288,6 +303,10 @@ def _tensors(calibration: Calibration) -> dict[str, Tensor]:
         f"{index}.{name}": tensor
         for index, layer in enumerate(calibration.layers)
         for name, tensor in _named(layer).items()
+    } | {
+        f"{group.layers[0]}-{group.layers[-1]}.{name}": tensor
+        for group in calibration.groups
+        for name, tensor in _named_bases(group.keys, group.values).items()
     }
 
 
@@ -298,9 +317,13 @@ def _named(layer: LayerCalibration) -> dict[str, Tensor]:
         f"{array}.{name}": tensor
         for array, heads in arrays
         for name, tensor in (("pool_groups", heads.groups_NK), ("pool_scales", heads.scales_NK))
-    } | {
+    } | _named_bases(layer.keys, layer.values)
+
+
+def _named_bases(keys: Basis, values: Basis) -> dict[str, Tensor]:
+    return {
         f"{array}.{name}": tensor
-        for array, basis in (("keys", layer.keys), ("values", layer.values))
+        for array, basis in (("keys", keys), ("values", values))
         for name, tensor in (
             ("mean", basis.mean_F),
             ("down", basis.down_FC),
@@ -311,12 +334,6 @@ def _named(layer: LayerCalibration) -> dict[str, Tensor]:
 
 
 def _layer(tensors: Mapping[str, Tensor], index: int) -> LayerCalibration:
-    def basis(array: str) -> Basis:
-        mean_F, down_FC, up_CF, spectrum_F = (
-            tensors[f"{index}.{array}.{name}"] for name in ("mean", "down", "up", "spectrum")
-        )
-        return Basis(mean_F=mean_F, down_FC=down_FC, up_CF=up_CF, spectrum_F=spectrum_F)
-
     def heads(array: str) -> HeadPools:
         return HeadPools(
             *(tensors[f"{index}.{array}.pool_{name}"] for name in ("groups", "scales"))
@@ -325,4 +342,24 @@ def _layer(tensors: Mapping[str, Tensor], index: int) -> LayerCalibration:
     pools = None
     if f"{index}.keys.pool_groups" in tensors:
         pools = LayerPools(heads("keys"), heads("values"))
-    return LayerCalibration(basis("keys"), basis("values"), pools)
+    keys, values = (_basis(tensors, f"{index}.{array}") for array in ("keys", "values"))
+    return LayerCalibration(keys, values, pools)
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> tuple[GroupCalibration, ...]:
+    names = {name.partition(".")[0] for name in tensors}
+    ends = sorted(tuple(map(int, name.split("-"))) for name in names if "-" in name)
+    return tuple(
+        GroupCalibration(
+            range(first, last + 1),
+            *(_basis(tensors, f"{first}-{last}.{array}") for array in ("keys", "values")),
+        )
+        for first, last in ends
+    )
+
+
+def _basis(tensors: Mapping[str, Tensor], array: str) -> Basis:
+    mean_F, down_FC, up_CF, spectrum_F = (
+        tensors[f"{array}.{name}"] for name in ("mean", "down", "up", "spectrum")
+    )
+    return Basis(mean_F=mean_F, down_FC=down_FC, up_CF=up_CF, spectrum_F=spectrum_F)

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from typing import Final, Literal
 
 from kvcluster.codec.array import ArrayCodec
-from kvcluster.codec.calibration import Basis, adaptive_ranks
+from kvcluster.codec.calibration import (
+    Basis,
+    Calibration,
+    GroupCalibration,
+    LayerCalibration,
+    adaptive_ranks,
+)
+from kvcluster.codec.joined import LatentStorage, joined_keys, joined_values, layer_groups
 from kvcluster.codec.latent import LatentKeys, LatentValues
 from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec, refuse_values_in_keys
 from kvcluster.codec.plain_methods import PLAIN
@@ -12,6 +19,8 @@ from kvcluster.policy import Arguments, Method, Parameter, PlugPoint
 
 _LATENT: Final = "latent"
 _RANK_MULTIPLE: Final = 4
+MAX_JOINED_LAYERS: Final = 8
+"""Bases grow with the square of the layers, and each layer reads the latent of all."""
 _Array = Literal["keys", "values"]
 
 
@@ -40,45 +49,59 @@ def _latents(array: _Array, arguments: Arguments, model: CodecModel) -> list[Arr
             "latent codecs need a calibration file of the model: make one with "
             "`kvcluster calibrate` and serve with --set calibration=FILE"
         )
-    bases = [
-        (layer.keys if array == "keys" else layer.values).to(model.device)
-        for layer in calibration.layers
-    ]
-    bits = int(arguments["bits"])
-    stored_bits = None if bits == 16 else bits
-    group, scale_bits = int(arguments["group"]), int(arguments["scale_bits"])
+    groups = layer_groups(model.spec.layers, int(arguments["layers"]))
+    bases = [_basis(array, group, calibration, int(arguments["layers"])) for group in groups]
     codecs: list[ArrayCodec] = []
-    for index, (geometry, basis, rank) in enumerate(
-        zip(model.spec.layers, bases, _ranks(bases, arguments), strict=True)
-    ):
-        if array == "values":
-            codecs.append(
-                LatentValues(
-                    basis,
-                    num_heads=geometry.num_kv_heads,
-                    rank=rank,
-                    bits=stored_bits,
-                    group=group,
-                    scale_bits=scale_bits,
-                )
-            )
-        else:
-            codecs.append(
-                LatentKeys(
-                    basis,
-                    num_heads=geometry.num_kv_heads,
-                    rank=rank,
-                    rotation=None if model.rotations is None else model.rotations[index],
-                    bits=stored_bits,
-                    group=group,
-                    scale_bits=scale_bits,
-                )
-            )
+    for group, basis, rank in zip(groups, bases, _ranks(bases, arguments), strict=True):
+        codecs += _of_group(array, group, (basis.to(model.device), rank), arguments, model)
     return codecs
 
 
+def _basis(array: _Array, group: range, calibration: Calibration, num_layers: int) -> Basis:
+    found: LayerCalibration | GroupCalibration | None = calibration.layers[group[0]]
+    if len(group) > 1:
+        found = next((fitted for fitted in calibration.groups if fitted.layers == group), None)
+    if found is None:
+        raise ValueError(
+            f"layers={num_layers} needs bases of {num_layers} layers together, which the "
+            f"calibration file does not have: make one with `kvcluster calibrate --layers "
+            f"{num_layers}`"
+        )
+    return found.keys if array == "keys" else found.values
+
+
+def _of_group(
+    array: _Array,
+    group: range,
+    basis_and_rank: tuple[Basis, int],
+    arguments: Arguments,
+    model: CodecModel,
+) -> Sequence[ArrayCodec]:
+    """The codec of each layer of a group, or of one layer alone."""
+    basis, rank = basis_and_rank
+    bits = int(arguments["bits"])
+    storage = LatentStorage(
+        bits=None if bits == 16 else bits,
+        group=int(arguments["group"]),
+        scale_bits=int(arguments["scale_bits"]),
+    )
+    heads = model.spec.layers[group[0]].num_kv_heads
+    rotations = [None if model.rotations is None else model.rotations[layer] for layer in group]
+    alone = len(group) == 1
+    if array == "values":
+        if alone:
+            return [LatentValues(basis, num_heads=heads, rank=rank, **storage._asdict())]
+        return joined_values(basis, len(group), num_heads=heads, rank=rank, storage=storage)
+    if alone:
+        [rotation] = rotations
+        return [
+            LatentKeys(basis, num_heads=heads, rank=rank, rotation=rotation, **storage._asdict())
+        ]
+    return joined_keys(basis, num_heads=heads, rank=rank, rotations=rotations, storage=storage)
+
+
 def _ranks(bases: Sequence[Basis], arguments: Arguments) -> Sequence[int]:
-    """Latent dimension of each layer: multiples of 4."""
+    """Latent dimension of each layer, or group of them: multiples of 4."""
     share = float(arguments["r"])
     if arguments["ranks"] == "adaptive":
         mean_rank = share * sum(len(basis.mean_F) for basis in bases) / len(bases)
@@ -126,6 +149,13 @@ LATENT: Final = CodecMethod(
                 meaning="one latent dimension for all layers, or each what its spectrum asks for",
                 default="fixed",
                 choices=("fixed", "adaptive"),
+            ),
+            Parameter(
+                name="layers",
+                meaning="neighbouring layers that share one latent",
+                default=1,
+                lowest=1,
+                highest=MAX_JOINED_LAYERS,
             ),
             Parameter(
                 name="group",

@@ -1,5 +1,6 @@
 """The codecs of one model, by the text that policies name them with."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Final
@@ -7,6 +8,7 @@ from typing import Final
 import msgspec
 
 from kvcluster.codec.calibration import bases_digest
+from kvcluster.codec.joined import member_of
 from kvcluster.codec.latent import LatentKeys, LatentValues
 from kvcluster.codec.method import CodecModel, LayerCodec
 from kvcluster.codec.plain_methods import PLAIN
@@ -17,7 +19,7 @@ from kvcluster.codec.registry import (
     SHARINGS,
     STORAGE_MENU,
 )
-from kvcluster.policy import parse_choice, parse_policy
+from kvcluster.policy import Choice, parse_choice, parse_policy
 from kvcluster.types import EXACT, Policy
 
 MAX_KEPT: Final = 64
@@ -56,11 +58,26 @@ class ModelCodecs:
         )
         return bases_digest(calibration) if is_fitted and calibration is not None else ""
 
+    def encoded_step(self, storage: str, recent_blocks: int) -> int | None:
+        """How many blocks become encoded at a time (`ExactRegion.step_blocks`), where rows read
+        `recent_blocks` before their own exact: as many, where layers share what is written of a
+        block. Raises: as `layers`."""
+        if storage == EXACT or not self.joins_layers(storage):
+            return None
+        return max(1, recent_blocks)
+
+    def joins_layers(self, storage: str) -> bool:
+        """Whether some layers are written together. Raises: as `layers`."""
+        return any(
+            member_of(array) is not None for layer in self.layers(storage) for array in layer
+        )
+
     def _build(self, storage: str) -> tuple[LayerCodec, ...]:
         policy = parse_policy(storage, STORAGE_MENU)
         choice = parse_choice(policy.codec, CODEC_METHODS)
         codec = PLAIN[EXACT] if choice.name == EXACT else CODECS[choice.name]
         layers = codec.layers(choice.arguments, self._model)
+        _check_joined(choice, layers)
         if policy.sharing != Policy().sharing:
             sharing = parse_choice(policy.sharing, SHARING_METHODS)
             layers = SHARINGS[sharing.name].layers(layers, sharing.arguments, self._model)
@@ -76,3 +93,12 @@ def _storing(model: CodecModel) -> CodecModel:
         spec=msgspec.structs.replace(spec, layers=tuple(spec.layers[index] for index in stored)),
         rotations=None if rotations is None else [rotations[index] for index in stored],
     )
+
+
+def _check_joined(choice: Choice, layers: Sequence[LayerCodec]) -> None:
+    num_joined = int(choice.arguments.get("layers", 1))
+    if num_joined > 1 and all(member_of(array) is None for layer in layers for array in layer):
+        raise ValueError(
+            f"layers={num_joined} puts no layers together: it takes latents of neighbouring "
+            "layers of one shape and window, of which this model has none so written"
+        )

@@ -18,12 +18,10 @@ class BlockReleases:
         windows: Sequence[int | None],
         *,
         block_size: int,
-        exact_recent: int,
     ) -> None:
         self._partition = partition
         self._windows = windows
         self._block_size = block_size
-        self._exact_recent = exact_recent
 
     def after_step(self, part: SequenceStep, request: Request) -> list[Release]:
         """Free what the planned part leaves unread. The ranks must be told of the result before
@@ -39,8 +37,9 @@ class BlockReleases:
         """Free the exact blocks that no later row reads: the ranks encode them in this step."""
         if table.codec == EXACT:
             return
+        region = self._partition.exact_region(table.codec)
         first, last = (
-            position // self._block_size - self._exact_recent
+            region.first_block(position // self._block_size)
             for position in (part.start, part.start + part.num_tokens)
         )
         for entry in range(max(1, first), last):

@@ -98,12 +98,7 @@ class Scheduler:
         self._choose_route = choose_route
         self._num_sequences = 0
         self._blocks = SequenceBlocks(spec, cache=cache, engine=engine, partition=partition)
-        self._releases = BlockReleases(
-            partition,
-            spec.windows,
-            block_size=cache.block_size,
-            exact_recent=cache.exact_recent_blocks,
-        )
+        self._releases = BlockReleases(partition, spec.windows, block_size=cache.block_size)
         self._leaving: list[tuple[SequenceId, tuple[BlockTable, ...]]] = []
         self._released: list[Release] = []
 
@@ -164,6 +159,8 @@ class Scheduler:
 
     def _chunk_end(self, request: Request, budget: int) -> int:
         end = request.prefill_end(self._block_size)
+        region = self._partition.exact_region(request.policy.storage)
+        end = region.chunk_end(request.num_planned, end, self._block_size)
         if request.spec.sampling.prompt_logprobs is not None:
             budget = min(budget, self._scored_tokens)
         if request.survivors is not None:

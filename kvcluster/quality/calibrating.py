@@ -9,7 +9,7 @@ Shape letters: T tokens, H query heads, K KV heads, D head dimension, E hidden d
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -33,6 +33,13 @@ from kvcluster.errors import ConfigError
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.rotary import Rotary, check_rotary, read_rotary
 from kvcluster.model.tokenizer import TextTokenizer
+from kvcluster.quality.joined_moments import (
+    ErrorWeights,
+    JoinedSums,
+    fit_group,
+    groups_of,
+    side_by_side,
+)
 from kvcluster.quality.needles import STYLES, needle_document
 from kvcluster.quality.passes import final_states
 from kvcluster.quality.strict import ExactTokens, StrictAttention
@@ -70,11 +77,15 @@ class CalibrationText:
 
 
 class ModelMoments:
-    """Running sums of every layer that stores K and V, over calibration texts, apart for each kind
-    of text."""
+    """Running sums of every layer that stores K and V, and of groups of them, over calibration
+    texts, apart for each kind of text."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._layers = [spec.layers[index] for index in spec.storing_layers]
+    def __init__(self, spec: ModelSpec, joined: Collection[int] = ()) -> None:
+        """`joined`: sizes of the groups of layers that shall be able to share a latent."""
+        stored = [spec.layers[index] for index in spec.storing_layers]
+        self.groups = groups_of(stored, joined)
+        self._units = [*stored, *(side_by_side(stored, group) for group in self.groups)]
+        """Layers, and groups seen as a layer with all their heads."""
         self._kinds: dict[str, list[MomentSums]] = {}
         self._text_digests: list[str] = []
 
@@ -89,7 +100,10 @@ class ModelMoments:
         return self._sums(text.kind)
 
     def of_kinds(self) -> list[list[LayerMoments]]:
-        """For each kind, the moments of each layer. Raises: ConfigError when no text was added."""
+        """For each kind, the moments of each layer, then of each group.
+
+        Raises: ConfigError when no text was added.
+        """
         if not self._kinds:
             raise ConfigError("calibration: no text was added")
         return [[sums.moments() for sums in layers] for layers in self._kinds.values()]
@@ -113,16 +127,18 @@ class ModelMoments:
             kind, number, name = key.rsplit(".", 2)
             parts.setdefault((kind, int(number)), {})[name] = tensor
         for (kind, layer), named in parts.items():
-            if layer >= len(self._layers):
-                raise ValueError(f"the model has {len(self._layers)} layers, none is {layer}")
+            if layer >= len(self._units):
+                raise ValueError(f"want sums of {len(self._units)} layers and groups of layers")
             self._sums(kind)[layer].load(named)
+        if len(parts) != len(self._kinds) * len(self._units):
+            raise ValueError(f"want sums of {len(self._units)} layers and groups of layers")
         self._text_digests = list(text_digests)
 
     def _sums(self, kind: str) -> list[MomentSums]:
         if kind not in self._kinds:
             self._kinds[kind] = [
                 MomentSums(layer.num_kv_heads, layer.key_dim, layer.value_dim)
-                for layer in self._layers
+                for layer in self._units
             ]
         return self._kinds[kind]
 
@@ -167,10 +183,13 @@ def passes_over(
         yield from _passes("data", [*encoder.push(content), *encoder.finish()], num_tokens)
 
 
-def tokens_needed(spec: ModelSpec) -> int:
-    """Tokens that bases of this model are fitted from at least."""
+def tokens_needed(spec: ModelSpec, joined: Collection[int] = ()) -> int:
+    """Tokens that bases of this model are fitted from at least, those of `joined` layers together
+    among them."""
+    stored = [spec.layers[index] for index in spec.storing_layers]
+    groups = [side_by_side(stored, group) for group in groups_of(stored, joined)]
     return MIN_TOKENS_PER_DIRECTION * max(
-        layer.num_kv_heads * max(layer.key_dim, layer.value_dim) for layer in spec.layers
+        layer.num_kv_heads * max(layer.key_dim, layer.value_dim) for layer in (*stored, *groups)
     )
 
 
@@ -195,13 +214,17 @@ def add_text(
     A text that is cut off by an error may be counted in part: go on from tensors kept before it.
     """
     spec = model.spec
-    layers = dict(zip(spec.storing_layers, moments.count(text), strict=True))
+    sums = moments.count(text)
+    layers = dict(zip(spec.storing_layers, sums, strict=False))
+    joined = JoinedSums(spec, moments.groups, sums[len(layers) :])
 
     def observe(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
         rotary, source = rotaries[layer], spec.kv_layer_of(layer)
         queries = _unrotated(q_THD, rotary)
         if source == layer:
-            layers[layer].add(queries, _unrotated(k_TKD, rotary), v_TKD)
+            keys = _unrotated(k_TKD, rotary)
+            layers[layer].add(queries, keys, v_TKD)
+            joined.add(layer, keys, v_TKD)
         else:
             scale = spec.layers[layer].scale / spec.layers[source].scale
             layers[source].add_queries(queries, scale=scale)
@@ -218,19 +241,19 @@ def fitted(
     mixing: Mixing = Mixing.BOUND,
     largest_rank: int | None = None,
 ) -> Calibration:
-    """Bases of every layer with K and V of its own, up to full rank, or to `largest_rank` where
-    that is lower.
+    """Bases of every layer with K and V of its own, and of the groups of `moments`, up to full
+    rank, or to `largest_rank` where that is lower.
 
     Raises: ConfigError when the texts were too short.
     """
     kinds = moments.of_kinds()
     outputs = output_projections(model.module, model.spec.layers)
     mix = upper_bound if mixing is Mixing.BOUND else weighted_sum
-    layers = []
-    for place, index in enumerate(model.spec.storing_layers):
+    stored = model.spec.storing_layers
+    mixtures = [mix(kind, [float(m.num_tokens) for m in kind]) for kind in zip(*kinds, strict=True)]
+    layers, weights = [], []
+    for mixed, index in zip(mixtures, stored, strict=False):
         geometry = model.spec.layers[index]
-        sources = [kind[place] for kind in kinds]
-        mixed = mix(sources, [float(source.num_tokens) for source in sources])
         output_KDD = None
         if outputs is not None:
             output_KDD = torch.stack(
@@ -240,10 +263,12 @@ def fitted(
                 ]
             ).sum(0)
         limit = largest_rank or max(len(mixed.keys.mean_F), len(mixed.values.mean_F))
+        met = _met(mixed, rotaries[index], geometry, model.spec.max_context_tokens)
+        weights.append(ErrorWeights(met.query_KDD, output_KDD))
         layers.append(
             LayerCalibration(
                 keys=fit_keys(
-                    _met(mixed, rotaries[index], geometry, model.spec.max_context_tokens),
+                    met,
                     rank=min(limit, len(mixed.keys.mean_F)),
                     scale=geometry.scale,
                 ),
@@ -261,6 +286,16 @@ def fitted(
         text_digests=moments.text_digests,
         num_tokens=sum(kind[0].num_tokens for kind in kinds),
         layers=tuple(layers),
+        groups=tuple(
+            fit_group(
+                group,
+                mixed,
+                [weights[place] for place in group],
+                scale=model.spec.layers[stored[group[0]]].scale,
+                largest_rank=largest_rank,
+            )
+            for group, mixed in zip(moments.groups, mixtures[len(stored) :], strict=True)
+        ),
     )
 
 

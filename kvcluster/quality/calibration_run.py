@@ -4,7 +4,7 @@ Three sets of texts are kept apart: bases see texts for calibration (or the user
 measured on `held_out.CHOICE_TEXTS`, and what `kvcluster bench quality` reports is neither.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,13 @@ import msgspec
 from torch import Tensor
 
 from kvcluster.codec.calibration import Calibration, write_calibration
+from kvcluster.codec.latent_method import MAX_JOINED_LAYERS
+from kvcluster.codec.registry import CODEC_METHODS
 from kvcluster.config import CacheConfig
 from kvcluster.errors import ConfigError
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.tokenizer import TextTokenizer
-from kvcluster.policy import MeasuredRecipe, parse_policy
+from kvcluster.policy import MeasuredRecipe, parse_choice, parse_policy
 from kvcluster.quality.calibrating import (
     SHORTEST_TEXT,
     CalibrationText,
@@ -63,6 +65,9 @@ class CalibrationSettings:
     """Of each pass; None: as many as the model can read, but at most 4096."""
     num_documents: int = 2
     """With needles, of each style, to fit to and again to measure on; 0: none."""
+    joined: tuple[int, ...] = ()
+    """Numbers of neighbouring layers that shall be able to share a latent, beside those that
+    `policies` ask for."""
     block_size: int = CacheConfig().block_size
     exact_recent_tokens: int = CacheConfig().exact_recent_tokens
 
@@ -98,8 +103,7 @@ def calibrate(
     needles; recipes are measured on `texts` in any case.
     Raises: InvalidField, ConfigError, ModelUnsupported; OSError when a file cannot be written.
     """
-    for policy in settings.policies:
-        parse_policy(policy, MENU)
+    joined = _joined(settings)
     exact = recent_exact(settings.block_size, settings.exact_recent_tokens)
     num_tokens = _length(model, settings)
     try:
@@ -108,7 +112,7 @@ def calibrate(
     except ValueError as error:
         raise ConfigError(f"calibrate: {error}") from error
     partial = PartialMoments(settings.out, model.spec.weights_digest)
-    calibration = _fit(model, passes, partial, progress)
+    calibration = _fit(model, passes, partial, joined, progress)
     policies = _policies(settings, model, calibration, exact)
     measured = _measured(model, held_out, policies, settings, progress)
     recipes = tuple(filter(None, map(measured_recipe, measured.scores)))
@@ -124,6 +128,19 @@ def calibrate(
         num_needles=max((score.num_found_by_exact for score in measured.scores), default=0),
         recipes=recipes,
     )
+
+
+def _joined(settings: CalibrationSettings) -> frozenset[int]:
+    """How many layers latents shall be able to be of, one left out. Raises: InvalidField, also for
+    a policy that is none; ConfigError."""
+    named = (parse_policy(policy, MENU) for policy in settings.policies)
+    arguments = (parse_choice(policy.codec, CODEC_METHODS).arguments for policy in named)
+    asked = {int(given.get("layers", 1)) for given in arguments} | set(settings.joined)
+    if not asked <= set(range(1, MAX_JOINED_LAYERS + 1)):
+        raise ConfigError(
+            f"calibrate: want 1 to {MAX_JOINED_LAYERS} layers together, got {sorted(asked)}"
+        )
+    return frozenset(asked - {1})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,8 +200,11 @@ def _passes(
     )
 
 
-def _check_enough(model: LoadedModel, passes: Sequence[CalibrationText]) -> None:
-    given, needed = sum(len(text.token_ids) for text in passes), tokens_needed(model.spec)
+def _check_enough(
+    model: LoadedModel, passes: Sequence[CalibrationText], joined: Collection[int]
+) -> None:
+    given = sum(len(text.token_ids) for text in passes)
+    needed = tokens_needed(model.spec, joined)
     if given < needed:
         raise ConfigError(
             f"calibrate: {model.spec.name} needs at least {needed} tokens of text, got {given} (in "
@@ -196,11 +216,12 @@ def _fit(
     model: LoadedModel,
     passes: Sequence[CalibrationText],
     partial: PartialMoments,
+    joined: Collection[int],
     progress: Progress,
 ) -> Calibration:
-    _check_enough(model, passes)
+    _check_enough(model, passes, joined)
     rotaries = checked_rotaries(model)
-    moments = ModelMoments(model.spec)
+    moments = ModelMoments(model.spec, joined)
     partial.load_into(moments, {text.digest for text in passes})
     finished = set(moments.text_digests)
     for place, text in enumerate(passes):

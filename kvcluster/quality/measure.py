@@ -53,6 +53,8 @@ class MeasuredPolicy:
 
     name: str
     attention: Callable[[ModelSpec], CountingAttention]
+    run_tokens: int | None = None
+    """Positions of one forward pass; None: the whole sequence."""
 
 
 def strict_policy(name: str, codecs_of_layer: CodecsOfLayer, exact: ExactTokens) -> MeasuredPolicy:
@@ -270,7 +272,8 @@ def _run(
             f"{model.spec.max_context_tokens}"
         )
     attention = policy.attention(model.spec)
-    return final_states(model, token_ids_T, attention), attention
+    states_TE = final_states(model, token_ids_T, attention, run_tokens=policy.run_tokens)
+    return states_TE, attention
 
 
 @dataclass(frozen=True, slots=True)

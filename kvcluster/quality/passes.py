@@ -24,8 +24,15 @@ _SLICE_LOGITS_ON_GPU: Final = 1 << 28
 """1 GiB: the layers run on one token for each slice, which takes a GPU as long as many rows."""
 
 
-def final_states(model: LoadedModel, token_ids_T: Tensor, attention: LayerAttention) -> Tensor:
-    """Hidden states [T, E] before the head, of one sequence at positions 0 to T - 1.
+def final_states(
+    model: LoadedModel,
+    token_ids_T: Tensor,
+    attention: LayerAttention,
+    *,
+    run_tokens: int | None = None,
+) -> Tensor:
+    """Hidden states [T, E] before the head, of one sequence at positions 0 to T - 1: in one forward
+    pass, or in one for each `run_tokens` positions.
 
     Raises: ModelUnsupported for a model whose head cannot be told from its layers.
     """
@@ -34,10 +41,13 @@ def final_states(model: LoadedModel, token_ids_T: Tensor, attention: LayerAttent
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         found.append(output.last_hidden_state[0].clone())
 
+    positions_T = torch.arange(len(token_ids_T), device=model.device)
+    runs = torch.split(positions_T, run_tokens or len(token_ids_T))
     with _after_layers(model, keep):
-        positions_T = torch.arange(len(token_ids_T), device=model.device)
-        model.forward(token_ids_T.to(model.device), positions_T, positions_T[-1:], attention)
-    return found[0]
+        for run_T in runs:
+            last_R = torch.tensor([len(run_T) - 1], device=model.device)
+            model.forward(token_ids_T.to(model.device)[run_T], run_T, last_R, attention)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def logits_of(model: LoadedModel, states_RE: Tensor) -> Tensor:

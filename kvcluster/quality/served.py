@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from kvcluster.cache.exact_region import ExactRegion, check_in_steps
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.calibration import Calibration
 from kvcluster.codec.exact_array import ExactArray
@@ -22,6 +23,7 @@ from kvcluster.model.rotary import check_rotary, read_rotary
 from kvcluster.policy import Menu, PlugPoint, parse_choice, parse_policy
 from kvcluster.quality.measure import CountingAttention, MeasuredPolicy
 from kvcluster.quality.retained import RetainedAttention
+from kvcluster.quality.stepwise import StepwiseAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention, stored_dims
 from kvcluster.retention.base import Heads, RetentionPolicy
 from kvcluster.retention.full import FullRetention
@@ -93,6 +95,7 @@ def served_policies(
     for name, policy in policies.items():
         try:
             attention = _attention(policy, codecs, spec, exact)
+            step = codecs.encoded_step(policy.storage, exact.lag)
         except ValueError as error:
             raise ConfigError(f"policy {name}: {error}") from error
         codec = parse_choice(policy.codec, CODEC_METHODS).name
@@ -100,7 +103,11 @@ def served_policies(
         is_learned = sharing.arguments.get("by") == LEARNED
         found.append(
             ServedPolicy(
-                measured=MeasuredPolicy(name=name, attention=attention),
+                measured=MeasuredPolicy(
+                    name=name,
+                    attention=attention,
+                    run_tokens=None if step is None else step * exact.block_size,
+                ),
                 needs_calibration=is_learned or codec == LATENT.method.name,
             )
         )
@@ -115,6 +122,16 @@ def _attention(
         layers = [_written(layer) for layer in codecs.layers(policy.storage)]
         for codec, geometry in zip(layers, spec.layers, strict=True):
             _check_blocks(codec, geometry, exact.block_size)
+    step = codecs.encoded_step(policy.storage, exact.lag)
+    if step is not None:
+        check_in_steps(policy)
+        return partial(
+            StepwiseAttention,
+            codecs=layers,
+            exact=ExactRegion(exact.lag, step),
+            block_size=exact.block_size,
+            recent_blocks=recent_blocks(policy.retention, exact.block_size),
+        )
     by_score = scored_retention(policy.retention, exact.block_size)
     if by_score is not None and by_score.heads is Heads.OWN:
         for codec, geometry in zip(layers, spec.layers, strict=True):

@@ -43,6 +43,9 @@ def engine_service(
             tenant=DEFAULT_TENANT,
             encoded_per_page=checks.encoded_per_page,
             exact_recent=config.cache.exact_recent_blocks,
+            encoded_step=lambda codec: layouts.encoded_step(
+                codec, config.cache.exact_recent_blocks
+            ),
         ),
         choose_route=choose_route,
         menu=Menu((*SHARING_METHODS, *CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS)),

@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 from kvcluster.cache.encoded_pages import blocks_per_page
+from kvcluster.cache.exact_region import check_in_steps
 from kvcluster.codec.heads import check_single_heads
 from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
 from kvcluster.retention.base import Heads
@@ -33,6 +34,8 @@ class PolicyChecks:
             build_selection(policy.selection, self._block_size)
             if policy.storage != EXACT:
                 self.encoded_per_page(policy.storage)
+                if self._layouts.joins_layers(policy.storage):
+                    check_in_steps(policy)
             self._check_survivors(policy)
         except ValueError as reason:
             return str(reason)

@@ -1,44 +1,74 @@
 """The measured attention error against its definition, over any ranks."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from kvcluster.attention.local import attend_plain
 from kvcluster.attention.part import CacheRules
+from kvcluster.cache.exact_region import ExactRegion
+from kvcluster.cache.store import in_blocks, in_line
+from kvcluster.codec.joined import member_of
+from kvcluster.codec.method import LayerCodec
 from tests.attention_group import AttentionGroup
-from tests.codec_models import EVERY_CODEC, calibrated_codecs
+from tests.codec_models import EVERY_CODEC, JOINED, Served, calibrated_codecs
 from tests.scripted_model import ScriptedModel, geometry
 
 BLOCK_SIZE = 16
 STEPS = (64, 70, 1, 1, 16, 40)
 MODEL = ScriptedModel(geometry(), geometry(softcap=5.0), max_tokens=sum(STEPS))
 CODECS = calibrated_codecs(MODEL.spec)
+ORDINARY = Served(MODEL, CODECS)
+STACKED_MODEL = ScriptedModel(geometry(), geometry(), geometry(), max_tokens=sum(STEPS))
+STACKED = Served(STACKED_MODEL, calibrated_codecs(STACKED_MODEL.spec))
+"""Layers that can share a latent."""
 
 
-def defined(group: AttentionGroup, rank: int, start: int, end: int) -> tuple[float, float]:
+def restored(
+    codecs: Sequence[LayerCodec], exact: Sequence[Sequence[Tensor]], positions_BS: Tensor
+) -> list[list[Tensor]]:
+    """k_KSD and v_KSD of each layer after all of them were encoded, by themselves or together."""
+    found: list[list[Tensor]] = [[] for _ in codecs]
+    for array in (0, 1):
+        of_array = [codec[array] for codec in codecs]
+        blocks = [in_blocks(x_KSD[array], BLOCK_SIZE) for x_KSD in exact]
+        planes: tuple[Tensor, ...] = ()
+        for layer, codec in enumerate(of_array):
+            member = member_of(codec)
+            if member is None:
+                planes = codec.encode(blocks[layer], positions_BS)
+            elif member.place == 0:
+                together = blocks[layer : layer + member.num_layers]
+                planes = member.whole.encode(torch.cat(together, dim=1), positions_BS)
+            found[layer].append(in_line(codec.decode(planes, positions_BS)))
+    return found
+
+
+def defined(
+    group: AttentionGroup, rank: int, start: int, end: int, subject: Served
+) -> tuple[float, float]:
     """What a rank should measure in the step that computes [start, end)."""
     own = [p for p in range(start, end) if group.table.owner(p) == rank]
+    region = ExactRegion(group.rules.exact_blocks, group.rules.encoded_step)
     first, last = (
-        max(1, position // BLOCK_SIZE - group.rules.exact_blocks) * BLOCK_SIZE
-        for position in (start, end)
+        max(1, region.first_block(position // BLOCK_SIZE)) * BLOCK_SIZE for position in (start, end)
     )
     blocks = [p for p in range(first, last, BLOCK_SIZE) if group.table.owner(p) == rank]
     if not own or not blocks:
         return 0.0, 0.0
     tokens = torch.cat([torch.arange(p, p + BLOCK_SIZE) for p in blocks])
     squared_error = squared_size = 0.0
-    for layer, (q_THD, k_TKD, v_TKD) in enumerate(MODEL.script):
-        exact = [x_TKD[tokens].transpose(0, 1) for x_TKD in (k_TKD, v_TKD)]
-        encoded = []
-        for codec, x_KSD in zip(CODECS.layers(group.rules.codec)[layer], exact, strict=True):
-            x_BKSD = x_KSD.unflatten(1, (-1, BLOCK_SIZE)).transpose(0, 1)
-            positions_BS = tokens.reshape(-1, BLOCK_SIZE)
-            planes = codec.encode(x_BKSD, positions_BS)
-            encoded.append(codec.decode(planes, positions_BS).transpose(0, 1).flatten(1, 2))
+    script, layers = subject.model.script, subject.model.spec.layers
+    exact = [[x_TKD[tokens].transpose(0, 1) for x_TKD in (k, v)] for _, k, v in script]
+    codecs = subject.codecs.layers(group.rules.codec)
+    encoded = restored(codecs, exact, tokens.reshape(-1, BLOCK_SIZE))
+    for layer, (q_THD, _, _) in enumerate(script):
         q_1HD = q_THD[own[-1]][None]
         before, after = (
-            attend_plain(q_1HD, k_KSD, v_KSD, MODEL.spec.layers[layer]).out_THD
-            for k_KSD, v_KSD in (exact, encoded)
+            attend_plain(q_1HD, k_KSD, v_KSD, layers[layer]).out_THD
+            for k_KSD, v_KSD in (exact[layer], encoded[layer])
         )
         squared_error += float((after - before).square().sum())
         squared_size += float(before.square().sum())
@@ -48,18 +78,26 @@ def defined(group: AttentionGroup, rank: int, start: int, end: int) -> tuple[flo
 @pytest.mark.parametrize("codec", [codec for codec in EVERY_CODEC if codec != "exact"])
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_each_rank_measures_its_last_row_over_its_new_blocks(codec: str, num_ranks: int) -> None:
-    group = AttentionGroup(
-        MODEL,
-        CODECS,
-        CacheRules(codec, exact_blocks=1),
-        num_ranks=num_ranks,
-        block_size=BLOCK_SIZE,
-    )
+    check(ORDINARY, CacheRules(codec, exact_blocks=1), num_ranks, STEPS)
+
+
+@pytest.mark.parametrize("codec", JOINED)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_each_rank_measures_every_layer_of_those_that_are_written_together(
+    codec: str, num_ranks: int
+) -> None:
+    rules = CacheRules(codec, exact_blocks=4, encoded_step=4)
+
+    check(STACKED, rules, num_ranks, (64, 50, 14, 63, 1))
+
+
+def check(subject: Served, rules: CacheRules, num_ranks: int, steps: Sequence[int]) -> None:
+    group = AttentionGroup(*subject, rules, num_ranks=num_ranks, block_size=BLOCK_SIZE)
     measured = []
-    for size in STEPS:
+    for size in steps:
         start = group.num_tokens
         group.run(size)
-        expected = [defined(group, rank, start, start + size) for rank in range(num_ranks)]
+        expected = [defined(group, rank, start, start + size, subject) for rank in range(num_ranks)]
         # Differences of float32 outputs near 1: each is rounded to 1e-7, and squared.
         torch.testing.assert_close(group.errors, expected, rtol=2e-3, atol=1e-9)
         measured += group.errors

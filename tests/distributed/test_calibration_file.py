@@ -1,10 +1,12 @@
 """A file that a calibration wrote is served: its bases by name, its recipes by bound."""
 
+import asyncio
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
 from kvcluster.engine.api import Admitted, Finished, GenerationRequest, Output
@@ -14,6 +16,7 @@ from kvcluster.model.loader import LoadedModel
 from kvcluster.quality.calibration_run import CalibrationReport, CalibrationSettings, calibrate
 from kvcluster.quality.held_out import CHOICE_TEXTS
 from kvcluster.quality.texts import Purpose, Text
+from kvcluster.types import PAGE_BLOCKS
 from tests.thread_executor import hear, running_engine
 from tests.unit.quality.toys import character_tokenizer, tiny_model
 
@@ -50,6 +53,7 @@ def report(model: LoadedModel, path: Path) -> CalibrationReport:
         CalibrationSettings(
             out=path,
             policies=("int8", "int4", "latent:r=0.5,bits=8", "pooled:by=learned + int8"),
+            joined=(2,),
             num_documents=0,
             block_size=CACHE.block_size,
             exact_recent_tokens=CACHE.exact_recent_tokens,
@@ -120,6 +124,85 @@ async def test_latents_are_served_from_the_file(
 
     assert len(latent.token_ids) == OUTPUT_TOKENS
     assert latent.kv_bytes < exact.kv_bytes
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+async def test_latents_of_several_layers_are_served_from_the_file_in_a_mixed_batch(
+    model: LoadedModel, path: Path, report: CalibrationReport, num_ranks: int
+) -> None:
+    policies = (
+        "latent:r=0.5,bits=8,layers=2",
+        "latent:r=0.5,values=int4,layers=2 + window:recent=64",
+        "int4",
+        "latent:r=0.5,bits=8",
+        "exact",
+    )
+    cluster = replace(config(path), ring=RingConfig(num_ranks=num_ranks))
+    async with running_engine(model, cluster) as (service, _):
+        alone = [await generate(service, policy) for policy in policies]
+        together = await asyncio.gather(*(generate(service, policy) for policy in policies))
+        status = await service.status()
+
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    assert all(len(one.token_ids) == OUTPUT_TOKENS for one in alone)
+    assert alone[0].kv_bytes < alone[-1].kv_bytes
+    assert all(rank.num_free_blocks == rank.num_blocks for rank in status.ranks)
+
+
+async def test_usage_is_the_bytes_of_the_tensors_that_hold_a_latent_of_several_layers(
+    model: LoadedModel, path: Path, report: CalibrationReport
+) -> None:
+    """171 tokens that are read, with 2 recent blocks exact and 2 encoded at a time: when the most
+    is held, blocks 0, 8, 9 and 10 are exact, and all but the first have room to be encoded."""
+    policy = "latent:r=0.5,bits=8,layers=2"
+    cluster = replace(config(path), ring=RingConfig(num_ranks=1))
+    async with running_engine(model, cluster) as (service, executor):
+        used = (await generate(service, policy)).kv_bytes
+        estimate = await service.estimate(
+            GenerationRequest(
+                model="toy",
+                max_output_tokens=OUTPUT_TOKENS,
+                input_tokens=160,
+                policy=policy,
+            )
+        )
+        store = executor.runners[0]._store
+        ids_B, num_layers = torch.zeros(1, dtype=torch.int64), len(model.spec.layers)
+        held = [
+            sum(plane.nbytes for plane in store.read_held(layer, policy, ids_B))
+            for layer in range(num_layers)
+        ]
+        exact_bytes = sum(
+            plane.nbytes
+            for layer in range(num_layers)
+            for plane in store.gather(layer, [slice(0, CACHE.block_size)]).planes
+        )
+        page_bytes = PAGE_BLOCKS * exact_bytes
+        encoded_bytes = page_bytes / store.blocks_per_page(0, policy)
+
+    assert store.joined_layers(0, policy) == (0, 1)
+    assert held[0] > 0
+    assert held[1] == 0
+    # A page is not filled to its last byte.
+    assert sum(held) <= encoded_bytes < 1.1 * sum(held)
+    assert used == round(4 * exact_bytes + 10 * encoded_bytes)
+    assert used <= estimate.kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ("latent:layers=2 + heavy_hitters:epoch=32,heads=shared", "other tokens in each layer"),
+        ("latent:layers=2 + quest:tokens=64", "not offered together with a selection"),
+        ("latent:layers=3", "kvcluster calibrate --layers 3"),
+    ],
+)
+async def test_what_several_layers_cannot_share_is_refused(
+    model: LoadedModel, path: Path, report: CalibrationReport, policy: str, reason: str
+) -> None:
+    async with running_engine(model, config(path)) as (service, _):
+        with pytest.raises(PolicyUnsupported, match=reason):
+            await generate(service, policy)
 
 
 async def test_learned_groups_are_served_from_the_file_within_the_operator_s_bound(

@@ -1,6 +1,8 @@
 """Sharded over any number of ranks, an encoded cache gives what its plain definition says."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -9,15 +11,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.codec.registry import STORAGE_MENU
 from kvcluster.policy import parse_policy
 from kvcluster.quality.retained import RetainedAttention
+from kvcluster.quality.stepwise import StepwiseAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.window import WindowRetention
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import EVERY_STORAGE, PLAIN, Served, calibrated_codecs, plain_codecs
+from tests.codec_models import (
+    EVERY_STORAGE,
+    JOINED,
+    PLAIN,
+    Served,
+    calibrated_codecs,
+    plain_codecs,
+)
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
@@ -39,9 +50,25 @@ CODECS_OF_LATENTS = (EXACT, *PLAIN, "int4:key_group=16,scale_bits=8", "int3:wind
 """Those that such a model can have."""
 
 
+STACKED_MODEL = ScriptedModel(
+    geometry(),
+    geometry(),
+    geometry(window=24),
+    geometry(window=24),
+    geometry(window=24),
+    geometry(softcap=5.0),
+    geometry(kv_layer=1),
+    geometry(window=24, kv_layer=3),
+    max_tokens=MAX_TOKENS,
+)
+
+
 ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))
 LATENT = Served(LATENT_MODEL, plain_codecs(LATENT_MODEL.spec))
 """Keys in which values are stored too."""
+
+STACKED = Served(STACKED_MODEL, calibrated_codecs(STACKED_MODEL.spec))
+"""Neighbouring layers of one shape: two in one KV group, three in another, and one by itself."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +88,9 @@ class Serving:
 def defined(policy: Policy, num_tokens: int, serving: Serving, subject: Served) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
     model = subject.model
+    step = subject.codecs.encoded_step(policy.storage, serving.exact_blocks)
+    if step is not None:
+        return defined_in_steps(policy, num_tokens, serving, subject)
     layers = () if policy.storage == EXACT else subject.codecs.layers(policy.storage)
     block_size = serving.block_size
     recent = recent_blocks(policy.retention, block_size)
@@ -78,6 +108,38 @@ def defined(policy: Policy, num_tokens: int, serving: Serving, subject: Served) 
     ]
 
 
+def defined_in_steps(
+    policy: Policy, num_tokens: int, serving: Serving, subject: Served
+) -> list[Tensor]:
+    """The same of layers that are written together, one step's rows after the other's."""
+    model, size = subject.model, serving.block_size
+    attention = StepwiseAttention(
+        model.spec,
+        [LayerCodecs(*layer) for layer in subject.codecs.layers(policy.storage)],
+        ExactRegion(
+            serving.exact_blocks,
+            subject.codecs.encoded_step(policy.storage, serving.exact_blocks),
+        ),
+        block_size=size,
+        recent_blocks=recent_blocks(policy.retention, size),
+    )
+    runs = [
+        [
+            attention.attend(layer, *(x[rows] for x in qkv), None)
+            for layer, qkv in enumerate(model.script)
+        ]
+        for rows in torch.arange(num_tokens).split(attention.run_tokens)
+    ]
+    return [torch.cat(of_layer) for of_layer in zip(*runs, strict=True)]
+
+
+def cut_at_steps(chunks: Sequence[int], step_tokens: int) -> list[int]:
+    """The chunks, cut where a step ends."""
+    ends = {sum(chunks[: place + 1]) for place in range(len(chunks))}
+    ends |= set(range(step_tokens, sum(chunks), step_tokens))
+    return [end - start for start, end in pairwise([0, *sorted(ends)])]
+
+
 def served(policy: Policy, serving: Serving, subject: Served) -> list[Tensor]:
     model = subject.model
     model.recorded.clear()
@@ -90,7 +152,11 @@ def served(policy: Policy, serving: Serving, subject: Served) -> list[Tensor]:
     )
     group.start(7, [3] * sum(serving.chunks), policy)
     ranks = [(serving.turn + rank) % serving.num_ranks for rank in range(serving.num_ranks)]
-    for size in serving.chunks:
+    step = subject.codecs.encoded_step(policy.storage, serving.exact_blocks)
+    chunks: Sequence[int] = serving.chunks
+    if step is not None:
+        chunks = cut_at_steps(chunks, step * serving.block_size)
+    for size in chunks:
         group.run({7: size}, owners=[*ranks, *reversed(ranks)], route=serving.route)
     for index in range(serving.num_decoded):
         group.run({7: 1}, owners=[ranks[index % serving.num_ranks]])
@@ -124,6 +190,16 @@ def test_every_codec_of_latents_is_served_as_it_is_defined(codec: str, num_ranks
     serving = Serving(num_ranks=num_ranks, chunks=(64, 70, 16), num_decoded=20, exact_blocks=1)
 
     check(Policy(codec=codec), serving, LATENT)
+
+
+@pytest.mark.parametrize("codec", JOINED)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_every_latent_of_several_layers_is_served_as_it_is_defined(
+    codec: str, num_ranks: int
+) -> None:
+    serving = Serving(num_ranks=num_ranks, chunks=(64, 70, 16), num_decoded=20, exact_blocks=2)
+
+    check(Policy(codec=codec), serving, STACKED)
 
 
 @pytest.mark.parametrize("recent_tokens", [16, 48])
@@ -185,3 +261,37 @@ def test_chunks_and_ranks_change_nothing_in_latents(
     codec: str, retention: str, serving: Serving
 ) -> None:
     check(Policy(codec=codec, retention=retention), serving, LATENT)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    codec=st.sampled_from(JOINED),
+    retention=st.sampled_from(["full", "full", "window:recent=32", "window:recent=64"]),
+    serving=servings(),
+)
+def test_chunks_and_ranks_change_nothing_in_latents_of_several_layers(
+    codec: str, retention: str, serving: Serving
+) -> None:
+    """Chunks are cut where a step of the codec ends, as the engine cuts them."""
+    check(Policy(codec=codec, retention=retention), serving, STACKED)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    storage=st.sampled_from(EVERY_STORAGE[1:]),
+    lag=st.integers(0, 3),
+    num_tokens=st.integers(1, 200),
+)
+def test_steps_of_one_block_define_what_one_pass_defines(
+    storage: str, lag: int, num_tokens: int
+) -> None:
+    policy = parse_policy(storage, STORAGE_MENU)
+    serving = Serving(1, chunks=(num_tokens,), num_decoded=0, exact_blocks=lag)
+
+    in_steps = defined_in_steps(policy, num_tokens, serving, ORDINARY)
+
+    for ours_THD, expected_THD in zip(
+        in_steps, defined(policy, num_tokens, serving, ORDINARY), strict=True
+    ):
+        # As in `check`.
+        torch.testing.assert_close(ours_THD, expected_THD, rtol=0, atol=2e-5)

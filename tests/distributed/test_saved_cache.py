@@ -11,30 +11,41 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kvcluster.attention.part import CacheRules
+from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.saved import SavedCache, read_file, write_file, write_held
 from kvcluster.errors import SavedCacheMismatch
 from tests.attention_group import AttentionGroup
-from tests.codec_models import EVERY_CODEC, calibrated_codecs
+from tests.codec_models import EVERY_CODEC, JOINED, Served, calibrated_codecs
 from tests.scripted_model import ScriptedModel, geometry
 
 BLOCK_SIZE = 16
 MODEL = ScriptedModel(geometry(), geometry(window=24), geometry(window=100), max_tokens=240)
-CODECS = calibrated_codecs(MODEL.spec)
+ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))
+STACKED_MODEL = ScriptedModel(
+    geometry(), geometry(), geometry(window=24), geometry(window=24), max_tokens=240
+)
+STACKED = Served(STACKED_MODEL, calibrated_codecs(STACKED_MODEL.spec))
+"""Layers that can share a latent."""
 RULES = CacheRules("int4", exact_blocks=1)
 
 
-def group(rules: CacheRules, num_ranks: int, seed: int = 0) -> AttentionGroup:
-    return AttentionGroup(
-        MODEL, CODECS, rules, num_ranks=num_ranks, block_size=BLOCK_SIZE, seed=seed
-    )
+def group(
+    rules: CacheRules, num_ranks: int, seed: int = 0, subject: Served = ORDINARY
+) -> AttentionGroup:
+    return AttentionGroup(*subject, rules, num_ranks=num_ranks, block_size=BLOCK_SIZE, seed=seed)
 
 
-def served(rules: CacheRules, num_ranks: int, num_tokens: int) -> AttentionGroup:
-    """A group with a prompt computed in two chunks."""
-    serving = group(rules, num_ranks)
-    first = num_tokens // 2 // BLOCK_SIZE * BLOCK_SIZE
-    for size in filter(None, (first, num_tokens - first)):
-        serving.run(size)
+def served(
+    rules: CacheRules, num_ranks: int, num_tokens: int, subject: Served = ORDINARY
+) -> AttentionGroup:
+    """A group with a prompt computed in two chunks, or as many as its steps ask for."""
+    serving = group(rules, num_ranks, subject=subject)
+    most = num_tokens // 2 // BLOCK_SIZE * BLOCK_SIZE or num_tokens
+    region = ExactRegion(rules.exact_blocks, rules.encoded_step)
+    while serving.num_tokens < num_tokens:
+        start = serving.num_tokens
+        end = num_tokens if start == most else min(start + most, num_tokens)
+        serving.run(region.chunk_end(start, end, BLOCK_SIZE) - start)
     return serving
 
 
@@ -48,12 +59,20 @@ def assert_equal(one: SavedCache, other: SavedCache) -> None:
         assert torch.equal(*as_bytes), name
 
 
-def check(tmp_path: Path, rules: CacheRules, num_ranks: tuple[int, int], num_tokens: int) -> None:
+def check(
+    tmp_path: Path,
+    rules: CacheRules,
+    num_ranks: tuple[int, int],
+    num_tokens: int,
+    subject: Served = ORDINARY,
+) -> None:
     """Decode 18 tokens: on the ranks that computed the prompt, and on others that loaded it."""
-    saving = served(rules, num_ranks[0], num_tokens)
+    step = subject.codecs.encoded_step(rules.codec, rules.exact_blocks)
+    rules = rules._replace(encoded_step=step)
+    saving = served(rules, num_ranks[0], num_tokens, subject)
     write_file(tmp_path / "saved", saving.save())
     saved = read_file(tmp_path / "saved", saving.form)
-    loading = group(rules, num_ranks[1], seed=1)
+    loading = group(rules, num_ranks[1], seed=1, subject=subject)
     loading.load(saved, places_of=saving if num_ranks[0] == num_ranks[1] else None)
 
     assert_equal(loading.save(), saved)
@@ -72,6 +91,27 @@ def test_every_codec_decodes_on_as_before(
     tmp_path: Path, codec: str, num_ranks: tuple[int, int]
 ) -> None:
     check(tmp_path, CacheRules(codec, exact_blocks=1), num_ranks, num_tokens=150)
+
+
+@pytest.mark.parametrize("codec", JOINED)
+@pytest.mark.parametrize("num_ranks", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("exact_blocks", [0, 2])
+def test_every_latent_of_several_layers_decodes_on_as_before(
+    tmp_path: Path, codec: str, num_ranks: tuple[int, int], exact_blocks: int
+) -> None:
+    check(tmp_path, CacheRules(codec, exact_blocks), num_ranks, num_tokens=150, subject=STACKED)
+
+
+def test_a_latent_of_several_layers_is_saved_once() -> None:
+    rules = CacheRules("latent:r=0.5,bits=8,keys=int4,layers=2", exact_blocks=1, encoded_step=1)
+    saved = served(rules, 2, 150, STACKED).save()
+
+    planes = [
+        len([name for name in saved.tensors if name.startswith(f"{place}.encoded.")])
+        for place in ("0.0", "0.1", "1.2", "1.3")
+    ]
+    # Codes, scales and zero-points: of keys, and of the values of two layers.
+    assert planes == [6, 3, 6, 3]
 
 
 @settings(

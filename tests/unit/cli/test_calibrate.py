@@ -50,6 +50,20 @@ def test_own_texts_give_a_file_and_a_table(model: Path, tmp_path: Path) -> None:
     assert "int4" in read_calibration(out, spec.weights_digest).recipes_json
 
 
+def test_bases_of_several_layers_are_fitted_where_they_are_asked_for(
+    model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tiny.safetensors"
+
+    result = calibrate(model, out, "--layers", "2")
+
+    assert result.exit_code == 0, result.stderr
+    spec = load_model(str(model), dtype="float32", device="cpu").spec
+    groups = read_calibration(out, spec.weights_digest).groups
+    assert groups
+    assert all(len(group.layers) == 2 for group in groups)
+
+
 def test_json_is_one_object_with_the_recipes(model: Path, tmp_path: Path) -> None:
     result = calibrate(model, tmp_path / "tiny.safetensors", "--json")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcluster.codec.calibration import (
     Basis,
     Calibration,
+    GroupCalibration,
     LayerCalibration,
     adaptive_ranks,
     fit_keys,
@@ -278,6 +279,11 @@ CALIBRATION = Calibration(
         )
         for moments in (MOMENTS, moments_of(text(1)))
     ),
+    groups=(
+        GroupCalibration(
+            range(2), keys=fit_keys(MOMENTS, rank=20), values=fit_values(MOMENTS, rank=8)
+        ),
+    ),
     recipes_json='[{"policy": "int4"}]',
 )
 
@@ -295,7 +301,11 @@ def test_a_file_gives_back_what_was_written(file: Path) -> None:
     for name in ("weights_digest", "text_digests", "num_tokens", "recipes_json"):
         assert getattr(found, name) == getattr(CALIBRATION, name)
     assert len(found.layers) == 2
-    for layer, written in zip(found.layers, CALIBRATION.layers, strict=True):
+    assert [group.layers for group in found.groups] == [range(2)]
+    bases = zip(
+        (*found.layers, *found.groups), (*CALIBRATION.layers, *CALIBRATION.groups), strict=True
+    )
+    for layer, written in bases:
         for basis, expected in ((layer.keys, written.keys), (layer.values, written.values)):
             for part in dataclasses.fields(Basis):
                 assert torch.equal(getattr(basis, part.name), getattr(expected, part.name))

@@ -19,7 +19,9 @@ from tests.fake_engine import VOCAB_SIZE, FakeCluster, model_spec, packed, reque
 from tests.fake_ring import expected_output
 
 WINDOWS: Sequence[tuple[int | None, ...]] = ((None,), (None, 6), (9,), (3, None, 17))
-CODECS = {"half": 16, "fifth": 41}
+CODECS = {"half": 16, "fifth": 41, "stepped": 25}
+STEPS = {"stepped": 3}
+"""Blocks that are encoded at a time."""
 MENU = Menu(
     (
         *(Method(plug_point=PlugPoint.CODEC, name=name, meaning="") for name in CODECS),
@@ -96,6 +98,7 @@ class EngineSimulation(RuleBasedStateMachine):
             num_blocks=-(-capacity_tokens // (block_size * num_ranks)),
             menu=MENU,
             encoded_per_page={name: [count] * len(windows) for name, count in CODECS.items()},
+            encoded_steps=STEPS,
         )
         self.block_size = block_size
         self.lookahead = lookahead

@@ -42,8 +42,10 @@ def noise(seed: int, num_tokens: int = 100) -> CalibrationText:
     return CalibrationText(f"kind{seed % 2}", tuple(ids_T.tolist()))
 
 
-def moments_of(model: LoadedModel, *texts: CalibrationText) -> ModelMoments:
-    moments = ModelMoments(model.spec)
+def moments_of(
+    model: LoadedModel, *texts: CalibrationText, joined: tuple[int, ...] = ()
+) -> ModelMoments:
+    moments = ModelMoments(model.spec, joined)
     rotaries = checked_rotaries(model)
     for text in texts:
         add_text(model, rotaries, moments, text)
@@ -95,6 +97,51 @@ def test_a_basis_of_full_rank_loses_nothing_of_keys_and_values(name: str) -> Non
             restored_TF = (x_TF - basis.mean_F) @ basis.down_FC @ basis.up_CF + basis.mean_F
             # Weights of directions span four orders of magnitude (the ridge), in float32.
             torch.testing.assert_close(restored_TF, x_TF, rtol=0, atol=1e-2)
+
+
+def test_a_basis_of_several_layers_loses_less_than_theirs_of_as_many_numbers(
+    model: LoadedModel,
+) -> None:
+    """Each layer's best directions are among those that the group may take."""
+    text, rank = noise(0, 400), 8
+    calibration = calibrated(model, moments_of(model, text, joined=(2,)))
+
+    [group, *_] = calibration.groups
+    assert group.layers == range(2)
+    assert len(group.keys.mean_F) == 2 * WIDTH
+    for array in ("keys", "values"):
+        together = getattr(group, array).spectrum_F
+        alone = [getattr(calibration.layers[layer], array).spectrum_F for layer in group.layers]
+        # The same error in all, and less of it left after as many directions.
+        torch.testing.assert_close(together.sum(), sum(spectrum.sum() for spectrum in alone))
+        assert together[2 * rank :].sum() < sum(spectrum[rank:].sum() for spectrum in alone)
+
+
+def test_a_basis_of_several_layers_gives_their_keys_and_values_back(model: LoadedModel) -> None:
+    text = noise(0, 400)
+    rotaries = checked_rotaries(model)
+    arrays = seen(model, text)
+
+    [group, *_] = calibrated(model, moments_of(model, text, joined=(2,))).groups
+
+    keys, values = [], []
+    for (k_TKD, v_TKD), rotary in zip(arrays[:2], rotaries[:2], strict=True):
+        assert rotary is not None
+        undone_BKSD = rotary.undo(k_TKD.transpose(0, 1)[None], torch.arange(400)[None])
+        keys.append(undone_BKSD[0].transpose(0, 1).flatten(1))
+        values.append(v_TKD.flatten(1))
+    for parts, basis in ((keys, group.keys), (values, group.values)):
+        x_TF = torch.cat(parts, dim=1)
+        restored_TF = (x_TF - basis.mean_F) @ basis.down_FC @ basis.up_CF + basis.mean_F
+        # As for one layer.
+        torch.testing.assert_close(restored_TF, x_TF, rtol=0, atol=1e-2)
+
+
+def test_sums_without_those_of_the_groups_that_are_wanted_are_refused(model: LoadedModel) -> None:
+    begun = moments_of(model, noise(0))
+
+    with pytest.raises(ValueError, match="want sums of"):
+        ModelMoments(model.spec, (2,)).load(begun.tensors(), begun.text_digests)
 
 
 def test_the_mean_of_keys_is_that_before_rotation(model: LoadedModel) -> None:

@@ -85,6 +85,29 @@ def test_the_file_holds_bases_and_the_recipes_that_were_measured_with_them(
     assert [path.name for path in settings.out.parent.iterdir()] == [settings.out.name]
 
 
+def test_a_policy_of_several_layers_has_their_bases_fitted(
+    model: LoadedModel, settings: CalibrationSettings
+) -> None:
+    policy = "latent:r=0.5,bits=8,layers=2"
+    report = calibrated(model, replace(settings, policies=(policy,), joined=(3,)))
+
+    calibration = read_calibration(settings.out, model.spec.weights_digest)
+    num_layers = len(model.spec.layers)
+    pairs = [range(first, first + 2) for first in range(0, num_layers - 1, 2)]
+    triples = [range(first, min(first + 3, num_layers)) for first in range(0, num_layers - 1, 3)]
+    assert {group.layers for group in calibration.groups} == {*pairs, *triples}
+    assert [recipe.policy for recipe in report.recipes] == [policy]
+    assert report.recipes[0].ratio > 1
+
+
+@pytest.mark.parametrize("joined", [0, 9])
+def test_a_number_of_layers_that_is_not_offered_is_refused(
+    model: LoadedModel, settings: CalibrationSettings, joined: int
+) -> None:
+    with pytest.raises(ConfigError, match="want 1 to 8 layers together"):
+        calibrated(model, replace(settings, joined=(joined,)))
+
+
 def test_default_recipes_are_those_that_the_model_can_have(
     model: LoadedModel, settings: CalibrationSettings
 ) -> None:

@@ -102,6 +102,58 @@ def test_a_window_drops_tokens_and_counts_their_bytes(model: LoadedModel) -> Non
     assert attention.stored().ratio > kept.stored().ratio
 
 
+JOINED = "latent:r=0.5,bits=8,layers=2"
+
+
+def served_joined(model: LoadedModel, *texts: str) -> list[ServedPolicy]:
+    codecs = codecs_of(model, calibration_of(model.spec))
+    return served_policies(texts, codecs, model.spec, recent_exact(BLOCK_SIZE, 20))
+
+
+def test_latents_of_several_layers_are_measured_step_by_step() -> None:
+    model = tiny_model("llama")
+    [exact, alone, joined, windowed] = served_joined(
+        model, "exact", "latent:r=0.5,bits=8", JOINED, f"{JOINED} + window:recent=32"
+    )
+    ids_T = torch.randint(3, VOCAB_SIZE, (150,), generator=torch.Generator().manual_seed(0))
+
+    stored, found = [], []
+    for policy in (exact, alone, joined, windowed):
+        attention = policy.measured.attention(model.spec)
+        run_tokens = policy.measured.run_tokens
+        found.append(final_states(model, ids_T, attention, run_tokens=run_tokens))
+        stored.append(attention.stored())
+
+    assert joined.needs_calibration
+    assert (alone.measured.run_tokens, joined.measured.run_tokens) == (None, 32)
+    # Until the second step's first row, nothing that was encoded has been read.
+    torch.testing.assert_close(found[2][:64], found[0][:64], rtol=0, atol=1e-4)
+    assert not torch.allclose(found[2][64:], found[0][64:], atol=1e-3)
+    # As many bytes for a token, and one more block that is exact: 145 lies in a step's second.
+    assert stored[2].payload_bits_per_element == stored[1].payload_bits_per_element
+    per_block = BLOCK_SIZE * sum(layer.kv_elements_per_token for layer in model.spec.layers)
+    assert stored[2].exact_elements == stored[1].exact_elements + per_block
+    assert stored[3].dropped_elements == 7 * per_block
+    assert stored[3].encoded_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f"{JOINED} + snap:epoch=32,heads=shared", "other tokens in each layer"),
+        (f"{JOINED} + quest:tokens=64", "not offered together with a selection"),
+        ("latent:layers=2,windowed=int8", "puts no layers together"),
+    ],
+)
+def test_latents_of_several_layers_that_no_engine_serves_are_not_measured(
+    text: str, reason: str
+) -> None:
+    model = tiny_model("gemma3" if "windowed" in text else "llama")
+
+    with pytest.raises(ConfigError, match=reason):
+        served_joined(model, text)
+
+
 @pytest.mark.parametrize(
     ("text", "selection", "num_prompt_tokens"),
     [
