@@ -17,12 +17,22 @@
     │   ├── UploadStalled
     │   ├── RequestIdConflict
     │   ├── GenerationNotFound
-    │   └── ResumeExpired
+    │   ├── ResumeExpired
+    │   ├── ResourceNotFound      no such tenant or API key
+    │   ├── ResourceExists
+    │   ├── EtagMismatch          somebody else changed it first
+    │   └── StateConflict         the tenant's state does not allow the act
+    ├── AccessError               not with this credential
+    │   ├── CredentialInvalid
+    │   └── PermissionDenied
     ├── AdmissionError            correct, but not now (or not here)
     │   ├── QuotaExceeded
+    │   ├── TenantSuspended
+    │   ├── TenantDraining
     │   ├── ClusterOverloaded
     │   ├── DeadlineInfeasible
     │   └── Draining
+    ├── StoreUnavailable          the tenants' records cannot be read or written now
     ├── DeadlineExceeded
     ├── ClientTooSlow             the client stopped reading its events
     ├── ServerUnavailable         no server answers; raised by the client alone
@@ -186,14 +196,66 @@ class ResumeExpired(RequestError):
     reason = "RESUME_EXPIRED"
 
 
+class ResourceNotFound(RequestError):
+    """No such tenant or API key, told to those who may see all of them."""
+
+    reason = "RESOURCE_NOT_FOUND"
+
+
+class ResourceExists(RequestError):
+    """A tenant or API key of this id exists already. Choose another id."""
+
+    reason = "RESOURCE_EXISTS"
+
+
+class EtagMismatch(RequestError):
+    """The tenant was changed since its etag was read. Read it again, then decide again."""
+
+    reason = "ETAG_MISMATCH"
+
+
+class StateConflict(RequestError):
+    """The act is not possible in the state that the tenant is in."""
+
+    reason = "TENANT_STATE_CONFLICT"
+
+
+class AccessError(KvClusterError):
+    """The caller may not do this with the credential that it has."""
+
+
+class CredentialInvalid(AccessError):
+    """No credential, or one that is malformed, unknown, expired or revoked: which, is not told."""
+
+    reason = "CREDENTIAL_INVALID"
+
+
+class PermissionDenied(AccessError):
+    """The credential is good, but not for this; or what it names does not exist."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class AdmissionError(KvClusterError):
     """A correct request that is refused before anything is allocated for it."""
 
 
 class QuotaExceeded(AdmissionError):
-    """The tenant's partition cannot hold this request."""
+    """A limit of the tenant is reached, or its partition cannot hold this request."""
 
     reason = "TENANT_QUOTA_EXCEEDED"
+
+
+class TenantSuspended(AdmissionError):
+    """An operator suspended the tenant. Nothing helps until it is resumed."""
+
+    reason = "TENANT_SUSPENDED"
+
+
+class TenantDraining(AdmissionError):
+    """The tenant's running generations finish, and no more are taken."""
+
+    reason = "TENANT_DRAINING"
 
 
 class ClusterOverloaded(AdmissionError):
@@ -224,6 +286,13 @@ class ClientTooSlow(KvClusterError):
     """The client did not read its events in time. They are kept: resume the generation."""
 
     reason = "CLIENT_TOO_SLOW"
+
+
+class StoreUnavailable(KvClusterError):
+    """The tenants' records cannot be read or written now: disk full, read-only, locked. What was
+    acknowledged is kept; this act was not carried out."""
+
+    reason = "STORE_UNAVAILABLE"
 
 
 class ServerUnavailable(KvClusterError):

@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from kvcluster.errors import (
+    AccessError,
     AdmissionError,
     ClientTooSlow,
     ConfigError,
@@ -19,12 +20,13 @@ from kvcluster.errors import (
     RankLost,
     RequestError,
     ServerUnavailable,
+    StoreUnavailable,
 )
 
 EXIT_CODES = """\
-Exit codes: 0 done; 1 a bug in kvcluster; 2 wrong usage, setting or request; 3 server not reachable
-or not ready; 4 refused for now: overloaded, draining or over quota; 5 deadline passed or generation
-cancelled; 130 interrupted.
+Exit codes: 0 done; 1 a bug in kvcluster; 2 wrong usage, setting, key or request; 3 server not
+reachable or not ready; 4 refused for now: overloaded, draining or over quota; 5 deadline passed or
+generation cancelled; 130 interrupted.
 """
 
 
@@ -50,13 +52,13 @@ class _ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def exit_code(error: KvClusterError) -> ExitCode:
     match error:
-        case RequestError() | ConfigError() | ModelError():
+        case RequestError() | ConfigError() | ModelError() | AccessError():
             return ExitCode.USAGE
         case AdmissionError():
             return ExitCode.REFUSED
         case DeadlineExceeded():
             return ExitCode.ENDED_EARLY
-        case RankLost() | ServerUnavailable() | ClientTooSlow():
+        case RankLost() | ServerUnavailable() | ClientTooSlow() | StoreUnavailable():
             return ExitCode.UNAVAILABLE
     return ExitCode.BUG
 

@@ -32,7 +32,16 @@ STATUS_CODES: dict[type[KvClusterError], grpc.StatusCode] = {
     errors.RequestIdConflict: grpc.StatusCode.ALREADY_EXISTS,
     errors.GenerationNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ResumeExpired: grpc.StatusCode.OUT_OF_RANGE,
+    errors.ResourceNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.ResourceExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.EtagMismatch: grpc.StatusCode.ABORTED,
+    errors.StateConflict: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.CredentialInvalid: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.TenantSuspended: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TenantDraining: grpc.StatusCode.UNAVAILABLE,
+    errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.ClusterOverloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineInfeasible: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
@@ -78,6 +87,11 @@ def status_from_error(error: KvClusterError) -> status_pb2.Status:
             field=_clip(error.metadata.get("field", "")), description=message
         )
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if "quota" in error.metadata:
+        failure = error_details_pb2.QuotaFailure.Violation(
+            subject=_clip(error.metadata["quota"]), description=message
+        )
+        status.details.add().Pack(error_details_pb2.QuotaFailure(violations=[failure]))
     return status
 
 

@@ -27,8 +27,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     DESCRIPTOR: _descriptor.EnumDescriptor
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     """No error, or one that this version does not know."""
+    ERROR_REASON_CREDENTIAL_INVALID: _ErrorReason.ValueType  # 1
+    """UNAUTHENTICATED: no credential, or one that is malformed, unknown, expired or revoked."""
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 2
+    """PERMISSION_DENIED: the credential is not for this, or what was named does not exist."""
+    ERROR_REASON_TENANT_SUSPENDED: _ErrorReason.ValueType  # 3
+    """FAILED_PRECONDITION: an operator suspended the tenant."""
+    ERROR_REASON_TENANT_DRAINING: _ErrorReason.ValueType  # 4
+    """UNAVAILABLE with RetryInfo: the tenant's generations finish and no more are taken."""
     ERROR_REASON_TENANT_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 5
-    """RESOURCE_EXHAUSTED: the tenant's partition cannot hold the request."""
+    """RESOURCE_EXHAUSTED: a limit of the tenant is reached, or its partition cannot hold the request.
+    With QuotaFailure and RetryInfo where waiting helps; the metadata has `quota`, `used`, `limit`.
+    """
     ERROR_REASON_CLUSTER_OVERLOADED: _ErrorReason.ValueType  # 6
     """RESOURCE_EXHAUSTED with RetryInfo: too much is waiting, whoever asks."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 7
@@ -37,6 +47,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: prompt plus max_output_tokens is over the model's limit."""
     ERROR_REASON_DEADLINE_INFEASIBLE: _ErrorReason.ValueType  # 9
     """DEADLINE_EXCEEDED: the estimate is already over the deadline, so nothing was started."""
+    ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 10
+    """ABORTED: the tenant was changed since its etag was read."""
     ERROR_REASON_REQUEST_ID_CONFLICT: _ErrorReason.ValueType  # 11
     """ALREADY_EXISTS: the request_id was used with another body."""
     ERROR_REASON_SHARD_LOST: _ErrorReason.ValueType  # 12
@@ -65,6 +77,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE with RetryInfo: the server is stopping."""
     ERROR_REASON_POLICY_UNSUPPORTED: _ErrorReason.ValueType  # 26
     """FAILED_PRECONDITION: the model cannot serve the policy, or no measured policy meets its bound."""
+    ERROR_REASON_RESOURCE_NOT_FOUND: _ErrorReason.ValueType  # 27
+    """NOT_FOUND: no such tenant or API key."""
+    ERROR_REASON_RESOURCE_EXISTS: _ErrorReason.ValueType  # 28
+    """ALREADY_EXISTS: a tenant or API key of this id exists."""
+    ERROR_REASON_TENANT_STATE_CONFLICT: _ErrorReason.ValueType  # 29
+    """FAILED_PRECONDITION: the tenant's state does not allow the act."""
+    ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 30
+    """UNAVAILABLE with RetryInfo: the tenants' records cannot be read or written now."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 25
     """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 
@@ -79,8 +99,18 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 """No error, or one that this version does not know."""
+ERROR_REASON_CREDENTIAL_INVALID: ErrorReason.ValueType  # 1
+"""UNAUTHENTICATED: no credential, or one that is malformed, unknown, expired or revoked."""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 2
+"""PERMISSION_DENIED: the credential is not for this, or what was named does not exist."""
+ERROR_REASON_TENANT_SUSPENDED: ErrorReason.ValueType  # 3
+"""FAILED_PRECONDITION: an operator suspended the tenant."""
+ERROR_REASON_TENANT_DRAINING: ErrorReason.ValueType  # 4
+"""UNAVAILABLE with RetryInfo: the tenant's generations finish and no more are taken."""
 ERROR_REASON_TENANT_QUOTA_EXCEEDED: ErrorReason.ValueType  # 5
-"""RESOURCE_EXHAUSTED: the tenant's partition cannot hold the request."""
+"""RESOURCE_EXHAUSTED: a limit of the tenant is reached, or its partition cannot hold the request.
+With QuotaFailure and RetryInfo where waiting helps; the metadata has `quota`, `used`, `limit`.
+"""
 ERROR_REASON_CLUSTER_OVERLOADED: ErrorReason.ValueType  # 6
 """RESOURCE_EXHAUSTED with RetryInfo: too much is waiting, whoever asks."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 7
@@ -89,6 +119,8 @@ ERROR_REASON_CONTEXT_TOO_LONG: ErrorReason.ValueType  # 8
 """INVALID_ARGUMENT: prompt plus max_output_tokens is over the model's limit."""
 ERROR_REASON_DEADLINE_INFEASIBLE: ErrorReason.ValueType  # 9
 """DEADLINE_EXCEEDED: the estimate is already over the deadline, so nothing was started."""
+ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 10
+"""ABORTED: the tenant was changed since its etag was read."""
 ERROR_REASON_REQUEST_ID_CONFLICT: ErrorReason.ValueType  # 11
 """ALREADY_EXISTS: the request_id was used with another body."""
 ERROR_REASON_SHARD_LOST: ErrorReason.ValueType  # 12
@@ -117,6 +149,14 @@ ERROR_REASON_DRAINING: ErrorReason.ValueType  # 24
 """UNAVAILABLE with RetryInfo: the server is stopping."""
 ERROR_REASON_POLICY_UNSUPPORTED: ErrorReason.ValueType  # 26
 """FAILED_PRECONDITION: the model cannot serve the policy, or no measured policy meets its bound."""
+ERROR_REASON_RESOURCE_NOT_FOUND: ErrorReason.ValueType  # 27
+"""NOT_FOUND: no such tenant or API key."""
+ERROR_REASON_RESOURCE_EXISTS: ErrorReason.ValueType  # 28
+"""ALREADY_EXISTS: a tenant or API key of this id exists."""
+ERROR_REASON_TENANT_STATE_CONFLICT: ErrorReason.ValueType  # 29
+"""FAILED_PRECONDITION: the tenant's state does not allow the act."""
+ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 30
+"""UNAVAILABLE with RetryInfo: the tenants' records cannot be read or written now."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 25
 """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,100 @@
+"""The audit log as a chain: each event's digest covers the event and the digest before it.
+
+Whoever changes, removes, adds or reorders events without writing all later ones anew is found by
+`check_chain`. Whoever can write the whole database can write a whole new chain, which only a digest
+that was kept elsewhere tells.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import msgspec
+
+from kvcluster.tenancy.tenant import AuditEvent
+
+START = bytes(32)
+"""What stands for the event before the first."""
+
+
+class ChainHead(NamedTuple):
+    """The last event of a chain, as the store counts it."""
+
+    number: int = 0
+    digest: bytes = START
+
+
+class ChainReport(NamedTuple):
+    """What a check found."""
+
+    num_events: int
+    digest: bytes
+    """Of the last event that follows from those before."""
+    fault: str
+    """What is wrong first; empty: nothing."""
+
+
+def sealed(event: AuditEvent) -> AuditEvent:
+    """The event with its digest."""
+    return msgspec.structs.replace(event, digest=digest_of(event))
+
+
+def digest_of(event: AuditEvent) -> bytes:
+    """SHA-256 of every field but the digest, in order. msgpack marks where each field ends, so no
+    two different events have the same text."""
+    fields = [
+        getattr(event, field.name)
+        for field in msgspec.structs.fields(event)
+        if field.name != "digest"
+    ]
+    return hashlib.sha256(msgspec.msgpack.encode(fields)).digest()
+
+
+def check_chain(events: Iterable[AuditEvent], head: ChainHead) -> ChainReport:
+    """Check all `events`, in order, against each other and against what the store says is last."""
+    last = ChainHead()
+    for event in events:
+        fault = _fault_of(event, last)
+        if fault:
+            return ChainReport(last.number, last.digest, fault)
+        last = ChainHead(event.number, event.digest)
+    fault = "" if _is_same(last, head) else f"event {last.number} is not the last one written"
+    return ChainReport(last.number, last.digest, fault)
+
+
+def _fault_of(event: AuditEvent, before: ChainHead) -> str:
+    if event.number != before.number + 1:
+        return f"after event {before.number} comes event {event.number}"
+    if not hmac.compare_digest(event.previous, before.digest):
+        return f"event {event.number} does not follow from the one before"
+    if not hmac.compare_digest(event.digest, digest_of(event)):
+        return f"event {event.number} was changed after it was written"
+    return ""
+
+
+def _is_same(last: ChainHead, head: ChainHead) -> bool:
+    return last.number == head.number and hmac.compare_digest(last.digest, head.digest)
+
+
+def changed_fields(before: msgspec.Struct | None, after: msgspec.Struct) -> str:
+    """The fields of `after` that differ from `before`, as JSON. None: all of them. What says
+    nothing to a reader, and digests of secrets, are left out."""
+    old = _flat(msgspec.to_builtins(before)) if before is not None else {}
+    new = _flat(msgspec.to_builtins(after))
+    changed = {name: value for name, value in new.items() if name not in old or old[name] != value}
+    removed = {name: None for name in old if name not in new}
+    return msgspec.json.encode(changed | removed, order="sorted").decode()
+
+
+_UNSAID = frozenset({"revision", "update_time_s", "digest"})
+
+
+def _flat(fields: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif name not in _UNSAID or prefix:
+            flat[f"{prefix}{name}"] = value
+    return flat
