@@ -144,7 +144,8 @@ class RouterConfig:
     """HOST:PORT; port 0 takes a free one."""
 
     insecure_local: bool = False
-    """Serve without authentication, on loopback only. Required: there is no other mode yet."""
+    """Serve callers without an API key, on loopback only. Required where there is no
+    `tenancy.database`."""
 
     max_message_bytes: int = 4 * 1024 * 1024
     """Largest gRPC message, in either direction; longer prompts come in chunks."""
@@ -171,6 +172,25 @@ class RouterConfig:
         _want_at_least(1, "router", self, "max_concurrent_streams")
         _want_at_least(64 * 1024, "router", self, "max_message_bytes")
         _want_above_zero("router", self, "upload_idle_timeout_s", "write_timeout_s", "keepalive_s")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenancyConfig:
+    """Who may use the cluster."""
+
+    database: str = ""
+    """SQLite file of tenants, API keys and the audit log, on a disk of the router's machine. Empty:
+    no tenants, and nobody to authenticate."""
+
+    admin_listen: str = "127.0.0.1:50052"
+    """HOST:PORT of TenantService, where there is a database; port 0 takes a free one."""
+
+    purge_after_s: float = 30 * 24 * 3600.0
+    """How long a deleted tenant can be undeleted."""
+
+    def __post_init__(self) -> None:
+        Address.parse("tenancy.admin_listen", self.admin_listen)
+        _want_at_least(0, "tenancy", self, "purge_after_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +235,7 @@ class ClusterConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    tenancy: TenancyConfig = field(default_factory=TenancyConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

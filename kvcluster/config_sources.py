@@ -22,6 +22,8 @@ from kvcluster.config import ClusterConfig
 from kvcluster.errors import ConfigError
 
 ENV_PREFIX = "KVCLUSTER_"
+API_KEY_VARIABLE = "KVCLUSTER_API_KEY"
+"""Read by the commands that call a server; no setting of one."""
 _ANY = "*"
 """Stands in a key for a name that is the operator's to choose."""
 
@@ -102,7 +104,9 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, _Given]:
     return {
         name.removeprefix(ENV_PREFIX).lower().replace("__", "."): _Given(value, name, is_text=True)
         for name, value in environ.items()
-        if name.startswith(ENV_PREFIX) and not _KUBERNETES_NAME.fullmatch(name)
+        if name.startswith(ENV_PREFIX)
+        and name != API_KEY_VARIABLE
+        and not _KUBERNETES_NAME.fullmatch(name)
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import msgspec
 import typer
 
+from kvcluster.cli.api_key import API_KEY_HELP, api_key_from
 from kvcluster.cli.exits import ExitCode, exiting, print_json
 from kvcluster.cli.transcript import GenerateReport, Transcript
 from kvcluster.engine.api import FinishReason, Output
@@ -56,6 +57,7 @@ def generate(
     ] = False,
     request_id: Annotated[str, typer.Option(help="A retry with it never runs twice.")] = "",
     timeout: Annotated[float | None, typer.Option(help="Deadline in seconds.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help=API_KEY_HELP)] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One object on stdout instead of the text.")
     ] = False,
@@ -82,7 +84,8 @@ def generate(
             text=None if prompt_ids else _text(prompt, file),
             token_ids=_token_ids(prompt_ids) if prompt_ids else None,
         )
-        report = asyncio.run(_run(server, source, options, writes_text=not as_json))
+        key = api_key_from(api_key_file)
+        report = asyncio.run(_run(server, key, source, options, writes_text=not as_json))
         if as_json:
             print_json(report)
         else:
@@ -92,7 +95,12 @@ def generate(
 
 
 async def _run(
-    server: str, source: _Prompt, options: "GenerateOptions", *, writes_text: bool
+    server: str,
+    api_key: str | None,
+    source: _Prompt,
+    options: "GenerateOptions",
+    *,
+    writes_text: bool,
 ) -> GenerateReport:
     # Only here, so that --help and usage errors come without waiting for grpc and rich.
     from rich.console import Console
@@ -102,7 +110,7 @@ async def _run(
 
     transcript = Transcript(time.monotonic)
     with PrefillBar(Console(stderr=True), is_transient=True) as bar:
-        async with Client(server) as client:
+        async with Client(server, api_key=api_key) as client:
             events = client.generate(prompt=source.text, prompt_ids=source.token_ids, **options)
             async for received in events:
                 transcript.add(received)

@@ -11,6 +11,7 @@ from kvcluster.cli.doctor import doctor
 from kvcluster.cli.exits import EXIT_CODES
 from kvcluster.cli.generate import generate
 from kvcluster.cli.serve import serve
+from kvcluster.cli.tenants import tenants
 
 app = typer.Typer(
     name="kvcluster",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (serve, generate, doctor, calibrate, bench):
     app.command(epilog=EXIT_CODES)(command)
+app.add_typer(tenants)
 
 
 def _print_version(is_asked: bool) -> None:  # noqa: FBT001  # typer calls it so

@@ -77,12 +77,14 @@ def check(request: GenerationRequest, spec: ModelSpec) -> None:
 def check_context(
     request: GenerationRequest, spec: ModelSpec, *, num_prompt_tokens: int, is_complete: bool
 ) -> None:
-    """Raises: ContextTooLong when a prompt of (at least) so many tokens leaves too little room."""
+    """Raises: ContextTooLong when a prompt of (at least) so many tokens leaves too little room in
+    the model's context or in what the tenant may use of it."""
     num_tokens = num_prompt_tokens + request.max_output_tokens
-    if num_tokens > spec.max_context_tokens:
+    limit_tokens = min(spec.max_context_tokens, request.limits.max_context_tokens)
+    if num_tokens > limit_tokens:
         raise ContextTooLong(
             num_tokens=num_tokens,
-            limit_tokens=spec.max_context_tokens,
+            limit_tokens=limit_tokens,
             is_lower_bound=not is_complete and request.input_tokens is None,
         )
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import msgspec
 
 from kvcluster.policy import Menu
+from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
 from kvcluster.types import (
     DEFAULT_TENANT,
     GenerationId,
@@ -40,6 +41,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     disconnect_grace_s: float = 0.0
     """How long the generation goes on with nobody reading its events; 0: ends at once."""
     priority: int = 0
+    limits: TenantLimits = NO_LIMITS
+    """The tenant's, as they are now. Like the tenant, from the credential and from no field."""
 
 
 class TextChunk(msgspec.Struct, frozen=True, tag="text"):
@@ -244,6 +247,19 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[ShardSize, ...]
 
 
+class TenantLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tenant uses of an engine now."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_bytes: int = 0
+    input_tokens: int = 0
+    """That count against its tokens a minute, reserved ones included."""
+    output_tokens: int = 0
+    num_refused: int = 0
+    """Requests that a limit of the tenant refused, since the engine started."""
+
+
 class Backend(Protocol):
     """An engine as the router calls it. Every method may raise any `KvClusterError`.
 
@@ -306,6 +322,10 @@ class Backend(Protocol):
 
     async def estimate(self, request: GenerationRequest) -> Estimate:
         """Dry run of admission for `request.input_tokens` tokens."""
+        ...
+
+    async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad:
+        """What the tenant uses now; `limits` as they are now."""
         ...
 
     async def status(self) -> BackendStatus: ...

@@ -25,6 +25,7 @@ from kvcluster.engine.policies import ChosenPolicy, choose_policy, default_polic
 from kvcluster.engine.request import TOKEN_BYTES, Request
 from kvcluster.engine.scheduler import Scheduler
 from kvcluster.engine.stream import OutputText
+from kvcluster.engine.tenants import TenantUses
 from kvcluster.errors import (
     Draining,
     InvalidField,
@@ -53,6 +54,7 @@ class Engine:
         )
         self._estimator = SpeedEstimator()
         self.forecast = Forecast(self._scheduler, self._estimator)
+        self.tenants = TenantUses(parts.clock)
         self._in_flight = StepsInFlight(parts.spec.vocab_size)
         self._generations = Generations(max_retained=parts.config.max_retained)
         self._draining: Draining | None = None
@@ -98,6 +100,7 @@ class Engine:
         )
         self._generations.active[generation_id] = generation
         self._scheduler.add(request)
+        self.tenants.admit(request)
         self._next_due = min(self._next_due, generation.next_due)
         return generation_id
 
@@ -109,10 +112,12 @@ class Engine:
         self._check_length(spec, chosen.policy, spec.input_tokens or 1)
         if self.refusal is not None:
             raise self.refusal
+        retry_after_s = self.forecast.retry_after_s()
+        self.tenants.check(spec, self.active_requests, retry_after_s=retry_after_s)
         load = admission.Load(
             num_requests=len(self._generations.active),
             first_token_s=self.forecast.first_token_s(spec),
-            retry_after_s=self.forecast.retry_after_s(),
+            retry_after_s=retry_after_s,
         )
         admission.check_load(spec, self.parts.config, load)
         return chosen
@@ -137,6 +142,8 @@ class Engine:
         if declared is not None and num_prompt_tokens > declared:
             raise InvalidField("input_tokens", f"declared {declared}, but more tokens were sent")
         self._check_length(request.spec, request.policy, num_prompt_tokens)
+        num_new = num_prompt_tokens - request.num_prompt_tokens
+        self.tenants.take_prompt(request, num_new, retry_after_s=self.forecast.retry_after_s())
         request.append_prompt(packed_ids)
 
     def prompt_room(self, generation_id: GenerationId) -> int:
@@ -299,6 +306,11 @@ class Engine:
         return len(self._generations.active)
 
     @property
+    def active_requests(self) -> tuple[Request, ...]:
+        """Of the unfinished generations."""
+        return tuple(generation.request for generation in self._generations.active.values())
+
+    @property
     def num_known(self) -> int:
         """Generations that can still be found, ended ones included."""
         return self._generations.num_known
@@ -329,6 +341,7 @@ class Engine:
     ) -> None:
         generation.flush_text()
         self._scheduler.end(generation.request)
+        self.tenants.end(generation.request)
         generation.error = error
         generation.log.append(
             Finished(

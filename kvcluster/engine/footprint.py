@@ -1,8 +1,9 @@
 """How much memory a sequence takes under its policy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition, block_bytes_per_group, entries_per_group
 from kvcluster.engine.kept_beside import KeptBeside
 from kvcluster.engine.survivor_table import group_by_score
@@ -77,6 +78,19 @@ def _blocks_in_pages(
     if retention is not None and group is not None:
         blocks[group] = _blocks_by_score(retention, num_tokens, policy.storage, group, partition)
     return tuple(blocks)
+
+
+def held_bytes(
+    tables: Iterable[BlockTable], partition: Partition, block_bytes: Sequence[int]
+) -> int:
+    """Bytes of pages that the tables hold now. `block_bytes`: of an exact block of each KV group."""
+    return round(
+        sum(
+            num_blocks * num_bytes
+            for table in tables
+            for num_blocks, num_bytes in zip(partition.held(table), block_bytes, strict=True)
+        )
+    )
 
 
 def _blocks_by_score(

@@ -10,6 +10,7 @@ from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.pooling import pooling_refusal
 from kvcluster.errors import ConfigError, InvalidField, PolicyUnsupported
 from kvcluster.policy import MeasuredRecipe, parse_bound, parse_policy, resolve
+from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits, allows, check_allowed
 from kvcluster.types import Policy
 
 
@@ -27,17 +28,23 @@ def choose_policy(request: GenerationRequest, parts: EngineParts) -> ChosenPolic
     """The request's policy, else its tenant's, else the model's, else exact storage.
 
     Raises: InvalidField for text that is no policy on the menu; PolicyUnsupported when the model
-    cannot serve it, or nothing measured meets its bound.
+    cannot serve it, or nothing measured meets its bound; PermissionDenied when the tenant may not
+    use it.
     """
     texts = {
         PolicySource.REQUEST: request.policy,
-        PolicySource.TENANT: parts.tenant_policies.get(request.tenant, ""),
+        PolicySource.TENANT: (
+            request.limits.default_policy or parts.tenant_policies.get(request.tenant, "")
+        ),
         PolicySource.MODEL: parts.default_policy,
     }
-    for source, text in texts.items():
-        if text.strip():
-            return _chosen(text, source, parts)
-    return ChosenPolicy(policy=Policy(), source=PolicySource.DEPLOYMENT)
+    source = next((source for source, text in texts.items() if text.strip()), None)
+    if source is None:
+        chosen = ChosenPolicy(policy=Policy(), source=PolicySource.DEPLOYMENT)
+    else:
+        chosen = _chosen(texts[source], source, parts, request.limits)
+    check_allowed(request.limits, chosen.policy)
+    return chosen
 
 
 def default_policy(parts: EngineParts) -> Policy:
@@ -50,10 +57,12 @@ def default_policy(parts: EngineParts) -> Policy:
     return _checked("default_policy", parts.default_policy, parts)
 
 
-def _chosen(text: str, source: PolicySource, parts: EngineParts) -> ChosenPolicy:
+def _chosen(
+    text: str, source: PolicySource, parts: EngineParts, limits: TenantLimits = NO_LIMITS
+) -> ChosenPolicy:
     bound = parse_bound(text)
     if bound is not None:
-        named = resolve(bound, tuple(_servable(parts)))
+        named = resolve(bound, tuple(_servable(parts, limits)))
         return ChosenPolicy(policy=parse_policy(named, parts.menu), source=source, bound=str(bound))
     policy = parse_policy(text, parts.menu)
     refusal = _refusal(policy, parts)
@@ -69,14 +78,14 @@ def _refusal(policy: Policy, parts: EngineParts) -> str | None:
     return parts.refusal(policy) or pooling_refusal(policy, parts)
 
 
-def _servable(parts: EngineParts) -> Iterator[MeasuredRecipe]:
-    """The measured recipes without those of methods that are not offered here."""
+def _servable(parts: EngineParts, limits: TenantLimits) -> Iterator[MeasuredRecipe]:
+    """The measured recipes without those of methods that are not offered here, or not allowed."""
     for recipe in parts.recipes:
         try:
             policy = parse_policy(recipe.policy, parts.menu)
         except InvalidField:
             continue
-        if _refusal(policy, parts) is None:
+        if allows(limits, policy) and _refusal(policy, parts) is None:
             yield recipe
 
 

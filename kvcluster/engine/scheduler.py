@@ -21,6 +21,7 @@ from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep
 from kvcluster.engine.releases import BlockReleases
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.sequence_blocks import SequenceBlocks
+from kvcluster.engine.turns import Turns
 from kvcluster.types import LayerGeometry, ModelSpec, Route, SequenceId
 
 _MAX_SCORED_LOGITS = 1 << 26
@@ -141,7 +142,8 @@ class Scheduler:
 
     def _plan_prefill(self, draft: _Draft, budget: int) -> None:
         # No overtaking among those who wait: a large request would wait for ever behind small ones.
-        admits = True
+        # But a tenant whose own requests fill its limit holds nobody else up.
+        admits, turns = True, Turns(self.running)
         in_order = heapq.merge(tuple(self.running), tuple(self.waiting), key=_by_order)
         for request in in_order:
             if budget < 1:
@@ -149,8 +151,12 @@ class Scheduler:
             if request.state is RequestState.RUNNING:
                 budget -= self._prefill(draft, request, budget)
             elif admits and not draft.is_short and request.prefill_end(self._block_size):
+                if not turns.are_left(request):
+                    continue
                 used = self._admit(draft, request, budget)
                 admits = used > 0
+                if admits:
+                    turns.take(request)
                 budget -= used
 
     def _prefill(self, draft: _Draft, request: Request, budget: int) -> int:

@@ -7,7 +7,7 @@ from typing import Final
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition, block_bytes_per_group
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.engine.footprint import blocks_beside, footprint
+from kvcluster.engine.footprint import blocks_beside, footprint, held_bytes
 from kvcluster.engine.kept_beside import KeptBeside
 from kvcluster.engine.plan import NewBlock
 from kvcluster.engine.request import Request
@@ -136,13 +136,7 @@ class SequenceBlocks:
 
     def note_peak(self, request: Request) -> None:
         """Take note of what the request holds between steps."""
-        held = sum(
-            num_blocks * num_bytes
-            for table in request.tables
-            for num_blocks, num_bytes in zip(
-                self._partition.held(table), self._block_bytes, strict=True
-            )
-        )
+        held = held_bytes(request.tables, self._partition, self._block_bytes)
         held += self._beside(request.policy).num_bytes(request.num_planned)
-        request.peak_kv_bytes = max(request.peak_kv_bytes, round(held))
+        request.peak_kv_bytes = max(request.peak_kv_bytes, held)
         request.peak_tokens = max(request.peak_tokens, request.num_planned)

@@ -20,10 +20,11 @@ from kvcluster.engine.api import (
     Opened,
     PromptChunk,
     ShardSize,
+    TenantLoad,
 )
 from kvcluster.engine.driver import EngineDriver, Executor
 from kvcluster.engine.engine import Engine
-from kvcluster.engine.footprint import footprint
+from kvcluster.engine.footprint import footprint, held_bytes
 from kvcluster.engine.generation import Generation
 from kvcluster.engine.intake import FEEDER_SILENCE_S, PromptIntake
 from kvcluster.engine.policies import choose_policy
@@ -34,9 +35,11 @@ from kvcluster.errors import (
     GenerationNotFound,
     KvClusterError,
     ModelNotFound,
+    QuotaExceeded,
     RequestIdConflict,
     from_record,
 )
+from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
 from kvcluster.types import GenerationId, Policy, TenantId
 
 
@@ -109,7 +112,11 @@ class EngineService:
                 )
             return Opened(generation=known, upload=prompt.add_retry())
         self._forget_expired()
-        generation = self._engine.submit(request)
+        try:
+            generation = self._engine.submit(request)
+        except QuotaExceeded:
+            self._engine.tenants.of(request.tenant).num_refused += 1
+            raise
         self._intake.expect(generation, request)
         if request.request_id:
             self._keys[key] = generation
@@ -193,6 +200,14 @@ class EngineService:
             policy=str(policy or ""),
         )
 
+    async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad:
+        own = [each for each in self._engine.active_requests if each.spec.tenant == tenant]
+        block_bytes = block_bytes_per_group(self._parts.spec, self._parts.cache.block_size)
+        tables = [table for request in own for table in request.tables]
+        kv_bytes = held_bytes(tables, self._parts.partition, block_bytes)
+        kv_bytes += sum(_weighted(table.num_beside, block_bytes) for table in tables)
+        return self._engine.tenants.load(tenant, limits, own, kv_bytes)
+
     async def status(self) -> BackendStatus:
         statistics = self._engine.statistics()
         refusal = self._engine.refusal
@@ -261,8 +276,9 @@ class EngineService:
 
 
 def _body(request: GenerationRequest) -> GenerationRequest:
-    """The request without what differs between two tries of one call: the time that is left."""
-    return msgspec.structs.replace(request, deadline_s=None)
+    """The request without what may differ between two tries of one call: the time that is left,
+    and limits that were changed meanwhile."""
+    return msgspec.structs.replace(request, deadline_s=None, limits=NO_LIMITS)
 
 
 def _weighted(counts: Sequence[int], weights: Sequence[int]) -> int:

@@ -1,11 +1,11 @@
-"""One gRPC call as the service sees it: its tenant, its deadline, its events, its errors.
+"""One gRPC call as the service sees it: its caller, its deadline, its events, its errors.
 
 All errors leave through `_answering_errors`, so that a caller always gets a status with ErrorInfo.
 """
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -15,10 +15,11 @@ from grpc import aio
 
 from kvcluster.errors import ClientTooSlow, KvClusterError
 from kvcluster.log import get_logger
-from kvcluster.router.auth import Authenticator
+from kvcluster.router.auth import Authenticator, Caller
 from kvcluster.router.messages import MessageT, Parsed, parser_of, unwrap
+from kvcluster.router.open_calls import OpenCalls
 from kvcluster.router.status import DETAILS_KEY, internal_error, is_bug, status_from_error
-from kvcluster.rpc.v1.inference_service_pb2 import GenerateResponse
+from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.types import TenantId
 
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -28,12 +29,32 @@ _log = get_logger(__name__)
 
 
 class Call:
-    """A call whose tenant is known. Used by the task that serves it."""
+    """A call whose caller is known. Used by the task that serves it."""
 
-    def __init__(self, context: Context, tenant: TenantId, *, write_timeout_s: float) -> None:
-        self.tenant = tenant
+    def __init__(
+        self,
+        context: Context,
+        caller: Caller,
+        authenticator: Authenticator,
+        *,
+        write_timeout_s: float,
+    ) -> None:
+        self.caller = caller
         self._context = context
+        self._authenticator = authenticator
         self._write_timeout_s = write_timeout_s
+        self._task: asyncio.Task[None] | None = None
+        self._ended_by: KvClusterError | None = None
+
+    @property
+    def tenant(self) -> TenantId:
+        return self.caller.tenant
+
+    @property
+    def peer(self) -> str:
+        """Where the call comes from, as gRPC writes it."""
+        peer: str = self._context.peer()
+        return peer
 
     @property
     def deadline_s(self) -> float | None:
@@ -41,7 +62,33 @@ class Call:
         left_s: float | None = self._context.time_remaining()
         return left_s
 
-    async def send(self, response: GenerateResponse) -> None:
+    def limits_for_more(self) -> TenantLimits:
+        """The tenant's limits, if it may begin a generation now. Raises: CredentialInvalid,
+        TenantSuspended, TenantDraining, StoreUnavailable."""
+        return self._authenticator.check_takes_more(self.caller)
+
+    def recheck(self) -> None:
+        """Raises: why the call is not served any more."""
+        self._authenticator.check_served(self.caller)
+
+    async def run(self, serving: Coroutine[Any, Any, None]) -> None:
+        """Serve, until that ends or `end_with` is called. Raises: what either says."""
+        self._task = asyncio.current_task()
+        try:
+            await serving
+        except asyncio.CancelledError:
+            if self._ended_by is None or self._task is None:
+                raise
+            self._task.uncancel()
+            raise self._ended_by from None
+
+    def end_with(self, error: KvClusterError) -> None:
+        """End a call that is in `run` with the status of `error`. The first error counts."""
+        if self._ended_by is None and self._task is not None:
+            self._ended_by = error
+            self._task.cancel()
+
+    async def send(self, response: Message) -> None:
         """Write one event. Raises ClientTooSlow when the client takes too long to make room."""
         try:
             async with asyncio.timeout(self._write_timeout_s):
@@ -57,9 +104,15 @@ class CallWrapper:
     """Builds grpc's method handlers around plain coroutines of the service."""
 
     def __init__(
-        self, authenticator: Authenticator, *, max_message_bytes: int, write_timeout_s: float
+        self,
+        authenticator: Authenticator,
+        open_calls: OpenCalls,
+        *,
+        max_message_bytes: int,
+        write_timeout_s: float,
     ) -> None:
         self._authenticator = authenticator
+        self._open_calls = open_calls
         self._max_message_bytes = max_message_bytes
         self._write_timeout_s = write_timeout_s
 
@@ -68,36 +121,44 @@ class CallWrapper:
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         async def answer(parsed: Parsed[MessageT], context: Context) -> ResponseT | None:
             async with _answering_errors(context):
-                call = self._authenticate(context)
+                call, _ = self._authenticate(context)
                 return await serve(unwrap(parsed), call)
             return None
 
         return grpc.unary_unary_rpc_method_handler(answer, self._parser(kind), _serialize)
 
     def server_stream(
-        self, kind: type[MessageT], serve: Callable[[MessageT, Call], Awaitable[None]]
+        self, kind: type[MessageT], serve: Callable[[MessageT, Call], Coroutine[Any, Any, None]]
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         async def answer(parsed: Parsed[MessageT], context: Context) -> None:
-            async with _answering_errors(context):
-                call = self._authenticate(context)
-                await serve(unwrap(parsed), call)
+            async with _answering_errors(context), self._held(context) as call:
+                await call.run(serve(unwrap(parsed), call))
 
         return grpc.unary_stream_rpc_method_handler(answer, self._parser(kind), _serialize)
 
     def two_way_stream(
         self,
         kind: type[MessageT],
-        serve: Callable[[AsyncIterator[Parsed[MessageT]], Call], Awaitable[None]],
+        serve: Callable[[AsyncIterator[Parsed[MessageT]], Call], Coroutine[Any, Any, None]],
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         async def answer(parsed: AsyncIterator[Parsed[MessageT]], context: Context) -> None:
-            async with _answering_errors(context):
-                await serve(aiter(parsed), self._authenticate(context))
+            async with _answering_errors(context), self._held(context) as call:
+                await call.run(serve(aiter(parsed), call))
 
         return grpc.stream_stream_rpc_method_handler(answer, self._parser(kind), _serialize)
 
-    def _authenticate(self, context: Context) -> Call:
-        tenant = self._authenticator.authenticate(context.invocation_metadata() or ())
-        return Call(context, tenant, write_timeout_s=self._write_timeout_s)
+    def _authenticate(self, context: Context) -> tuple[Call, TenantLimits]:
+        caller = self._authenticator.authenticate(context.invocation_metadata() or ())
+        limits = self._authenticator.check_served(caller)
+        call = Call(context, caller, self._authenticator, write_timeout_s=self._write_timeout_s)
+        return call, limits
+
+    @asynccontextmanager
+    async def _held(self, context: Context) -> AsyncIterator[Call]:
+        """The call, counted among the open ones of its tenant."""
+        call, limits = self._authenticate(context)
+        with self._open_calls.holding(call, limits.open_streams):
+            yield call
 
     def _parser(self, kind: type[MessageT]) -> Callable[[bytes], Parsed[MessageT]]:
         return parser_of(kind, max_bytes=self._max_message_bytes)

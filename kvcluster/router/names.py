@@ -1,4 +1,4 @@
-"""Resource names: tenants/{tenant}/generations/{generation} and models/{model}."""
+"""Resource names: tenants/{tenant}, what is below a tenant, and models/{model}."""
 
 import re
 
@@ -7,6 +7,8 @@ from kvcluster.types import GenerationId, TenantId
 
 _GENERATION_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/generations/([A-Za-z0-9_-]{1,128})")
 _TENANT_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})")
+_USAGE_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/usage")
+_KEY_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/apiKeys/([a-z0-9-]{1,63})")
 
 
 def tenant_name(tenant: TenantId) -> str:
@@ -39,6 +41,37 @@ def check_parent(name: str, tenant: TenantId) -> None:
     match = _TENANT_NAME.fullmatch(name)
     if match is None or match[1] != tenant:
         raise InvalidField("parent", "want tenants/{tenant} with your own tenant")
+
+
+def tenant_of(name: str, *, field: str = "name") -> TenantId:
+    """Raises: InvalidField."""
+    return TenantId(_match(_TENANT_NAME, name, field, "tenants/{tenant}")[1])
+
+
+def usage_of(name: str) -> TenantId:
+    """The tenant whose usage it is. Raises: InvalidField."""
+    return TenantId(_match(_USAGE_NAME, name, "name", "tenants/{tenant}/usage")[1])
+
+
+def usage_name(tenant: TenantId) -> str:
+    return f"tenants/{tenant}/usage"
+
+
+def key_of(name: str) -> tuple[TenantId, str]:
+    """Tenant and id of an API key. Raises: InvalidField."""
+    match = _match(_KEY_NAME, name, "name", "tenants/{tenant}/apiKeys/{api_key}")
+    return TenantId(match[1]), match[2]
+
+
+def event_name(tenant: TenantId, number: int) -> str:
+    return f"tenants/{tenant}/auditEvents/{number}"
+
+
+def _match(pattern: re.Pattern[str], name: str, field: str, form: str) -> re.Match[str]:
+    match = pattern.fullmatch(name)
+    if match is None:
+        raise InvalidField(field, f"want {form}")
+    return match
 
 
 def generation_not_found() -> GenerationNotFound:

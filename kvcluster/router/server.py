@@ -9,19 +9,17 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from kvcluster.config import Address, RouterConfig
+from kvcluster.config import RouterConfig
 from kvcluster.engine.api import Backend
-from kvcluster.errors import ConfigError
 from kvcluster.router.auth import Authenticator, InsecureLocal
 from kvcluster.router.calls import CallWrapper
+from kvcluster.router.listener import bind, checked_address, host_and_port, server_options
+from kvcluster.router.open_calls import OpenCalls
 from kvcluster.router.routing import Routes
 from kvcluster.router.service import InferenceService
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-_MAX_METADATA_BYTES = 16 * 1024
-_LOOKAHEAD_BYTES = 1024 * 1024
-_IDENTITY_ONLY = 1
 
 
 class RouterServer:
@@ -33,13 +31,18 @@ class RouterServer:
         config: RouterConfig,
         *,
         authenticator: Authenticator | None = None,
+        open_calls: OpenCalls | None = None,
         health_interval_s: float = 1.0,
         status_timeout_s: float = 5.0,
     ) -> None:
-        """Raises ConfigError when `config` would let strangers in."""
-        self._address = checked_address(config)
+        """`authenticator`: None lets everybody in, as `config` then has to say.
+
+        Raises ConfigError when `config` would let strangers in.
+        """
+        self._address = checked_address(config, has_keys=authenticator is not None)
         self._config = config
         self._authenticator = authenticator or InsecureLocal()
+        self._open_calls = open_calls or OpenCalls()
         self._health_interval_s = health_interval_s
         self._routes = Routes(backends, status_timeout_s=status_timeout_s)
         self._health = health.aio.HealthServicer()
@@ -50,23 +53,17 @@ class RouterServer:
     @property
     def address(self) -> str:
         """HOST:PORT as bound. Valid after `start`."""
-        host = f"[{self._address.host}]" if ":" in self._address.host else self._address.host
-        return f"{host}:{self._port}"
+        return host_and_port(self._address, self._port)
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigError when the address cannot be bound."""
-        self._server = aio.server(options=_options(self._config))
+        self._server = aio.server(options=server_options(self._config))
         self._server.add_generic_rpc_handlers((self._inference_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         await self.publish_health()
-        try:
-            self._port = self._server.add_insecure_port(self._config.listen)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"router.listen: {self._config.listen} cannot be bound, choose another port"
-            ) from error
+        self._port = bind(self._server, "router.listen", self._config.listen)
         await self._server.start()
         self._watching = asyncio.create_task(self._watch_health())
 
@@ -89,6 +86,7 @@ class RouterServer:
     def _inference_handler(self) -> grpc.GenericRpcHandler:
         wrap = CallWrapper(
             self._authenticator,
+            self._open_calls,
             max_message_bytes=self._config.max_message_bytes,
             write_timeout_s=self._config.write_timeout_s,
         )
@@ -130,46 +128,3 @@ class RouterServer:
         current = status.SERVING if self._routes.is_ready else status.NOT_SERVING
         for name in ("", SERVICE_NAME):
             await self._health.set(name, current)
-
-
-def checked_address(config: RouterConfig) -> Address:
-    if not config.insecure_local:
-        raise ConfigError(
-            "router.insecure_local: this version has no authentication; set it to serve this "
-            "machine alone"
-        )
-    address = Address.parse("router.listen", config.listen)
-    if not address.is_loopback:
-        raise ConfigError(
-            f"router.listen: want a loopback address such as 127.0.0.1:50051, got {config.listen!r}"
-        )
-    return address
-
-
-def _options(config: RouterConfig) -> list[tuple[str, int]]:
-    keepalive_ms = round(config.keepalive_s * 1000)
-    return [
-        # Twice our own limit: what is a little too large is then refused by us, with a reason.
-        ("grpc.max_receive_message_length", 2 * config.max_message_bytes),
-        ("grpc.max_send_message_length", config.max_message_bytes),
-        # Both, or grpc refuses at random between the two.
-        ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
-        ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
-        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
-        # grpc refuses compressed messages with UNIMPLEMENTED, before any code of ours runs.
-        ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ONLY),
-        # A fixed window: grpc's own estimate lets one stalled upload fill tens of megabytes.
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", _LOOKAHEAD_BYTES),
-        # A half-open connection is found by its missing answer to a ping. The keepalive timeout
-        # alone does not end it: the ping's own timeout, a minute by default, does.
-        ("grpc.keepalive_time_ms", keepalive_ms),
-        ("grpc.keepalive_timeout_ms", keepalive_ms // 2),
-        ("grpc.http2.ping_timeout_ms", keepalive_ms // 2),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        # The client pings as often as we do.
-        ("grpc.http2.min_ping_interval_without_data_ms", keepalive_ms // 2),
-        # A second server on the port would silently take half of the connections.
-        ("grpc.so_reuseport", 0),
-    ]

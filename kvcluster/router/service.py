@@ -6,6 +6,8 @@ Knows no gRPC: `calls` builds the method handlers, ends calls with a status and 
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
+import msgspec
+
 from kvcluster.engine.api import (
     Backend,
     GenerationRecord,
@@ -103,6 +105,7 @@ class InferenceService:
             max_output_tokens=message.max_output_tokens,
             policy=policy_from_proto(message),
             input_tokens=message.input_tokens,
+            limits=call.limits_for_more(),
         )
         return estimate_to_proto(await route.backend.estimate(request))
 
@@ -127,6 +130,8 @@ class InferenceService:
         request = request_from_proto(
             message, tenant=call.tenant, model=route.model, deadline_s=call.deadline_s
         )
+        # Only now: the setup of an upload may have been a long time coming.
+        request = msgspec.structs.replace(request, limits=call.limits_for_more())
         await self._generating.run(call, route.backend, request, prompt)
 
     async def _find(self, name: str, tenant: TenantId) -> "_Found":

@@ -22,7 +22,7 @@ from kvcluster import log
 from kvcluster.config import ClusterConfig
 from kvcluster.errors import ConfigError, ErrorRecord, from_record
 from kvcluster.model.source import find_model
-from kvcluster.router.server import checked_address
+from kvcluster.router.listener import checked_address
 from kvcluster.serve.ingress import Ingress
 from kvcluster.serve.replica import Replica
 
@@ -74,7 +74,7 @@ def run(config: ClusterConfig, on_ready: Callable[[str], None]) -> None:
 def running(config: ClusterConfig) -> Iterator[RunningApp]:
     """A cluster that serves inside the `with` block. Uses the Ray cluster that this process is
     connected to; else connects to `config.ray_address` or starts one, and ends it afterwards."""
-    checked_address(config.router)
+    checked_address(config.router, has_keys=bool(config.tenancy.database))
     find_model(config.model)
     owns_ray = not ray.is_initialized()
     if owns_ray:

@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from kvcluster import log
 from kvcluster.config import ClusterConfig
 from kvcluster.errors import ConfigError, ErrorRecord
-from kvcluster.router.server import RouterServer
+from kvcluster.router.front_door import FrontDoor
 from kvcluster.serve.remote import RemoteBackend
 
 
@@ -27,7 +27,8 @@ class Ingress:
 
     def __init__(self, config: ClusterConfig, *engines: "DeploymentHandle[Any]") -> None:
         log.configure(level=config.log.level, as_json=True)
-        self._server = RouterServer([RemoteBackend(engine) for engine in engines], config.router)
+        backends = [RemoteBackend(engine) for engine in engines]
+        self._server = FrontDoor(backends, config.router, config.tenancy)
         # At once, not when asked: Serve starts a router that died again, and nobody asks then.
         self._starting = asyncio.get_running_loop().create_task(self._server.start())
 

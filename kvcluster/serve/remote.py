@@ -21,8 +21,10 @@ from kvcluster.engine.api import (
     GenerationRequest,
     Opened,
     PromptChunk,
+    TenantLoad,
 )
 from kvcluster.errors import ErrorRecord, RankLost, from_record
+from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.types import GenerationId, TenantId
 
 T = TypeVar("T")
@@ -83,6 +85,9 @@ class RemoteBackend:
 
     async def estimate(self, request: GenerationRequest) -> Estimate:
         return await _value(self._handle.estimate.remote(request))
+
+    async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad:
+        return await _value(self._handle.tenant_load.remote(tenant, limits))
 
     async def status(self) -> BackendStatus:
         return await _value(self._handle.status.remote())

@@ -16,12 +16,14 @@ from kvcluster.engine.api import (
     GenerationRequest,
     Opened,
     PromptChunk,
+    TenantLoad,
 )
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import ErrorRecord, KvClusterError, RankLost
 from kvcluster.model.tokenizer import load_tokenizer
 from kvcluster.serve.assembly import engine_service
 from kvcluster.serve.warm_up import warm_up
+from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.types import GenerationId, ModelSpec, TenantId
 
 T = TypeVar("T")
@@ -123,6 +125,9 @@ class Replica:
 
     async def estimate(self, request: GenerationRequest) -> Estimate | ErrorRecord:
         return await self._answer(lambda engine: engine.estimate(request))
+
+    async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad | ErrorRecord:
+        return await self._answer(lambda engine: engine.tenant_load(tenant, limits))
 
     async def status(self) -> BackendStatus | ErrorRecord:
         return await self._answer(lambda engine: engine.status())

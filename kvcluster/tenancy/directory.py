@@ -38,18 +38,22 @@ class TenantDirectory:
         self._keys: dict[str, ApiKey] = {}
         self.refresh()
 
-    def refresh(self) -> tuple[Tenant, ...]:
-        """Read what has changed, and return the tenants among it. Raises: StoreUnavailable."""
+    @property
+    def revision(self) -> int:
+        """Of the newest change that is known here."""
+        return self._revision
+
+    def refresh(self) -> None:
+        """Read what has changed. Raises: StoreUnavailable."""
         version = self._store.version()
         if version == self._version:
-            return ()
+            return
         changes = self._store.changes_since(self._revision)
         self._tenants |= {tenant.tenant: tenant for tenant in changes.tenants}
         self._keys |= {key.uid: key for key in changes.keys}
         self._revision = changes.revision
         # Last: what is committed from here on gives another version, and is read the next time.
         self._version = version
-        return tuple(changes.tenants)
 
     def credential(self, secret: str) -> Credential:
         """The tenant and key of a secret. Raises: CredentialInvalid, StoreUnavailable."""
@@ -70,9 +74,9 @@ class TenantDirectory:
             raise invalid_credential()
         return self._tenant_of(key)
 
-    def tenants(self) -> tuple[Tenant, ...]:
-        """All that are known, deleted ones included."""
-        return tuple(self._tenants.values())
+    def tenants_since(self, revision: int) -> tuple[Tenant, ...]:
+        """Those changed after `revision`, as far as is known here; deleted ones included."""
+        return tuple(found for found in self._tenants.values() if found.revision > revision)
 
     def _tenant_of(self, key: ApiKey) -> Tenant:
         tenant = self._tenants.get(key.tenant)

@@ -19,9 +19,8 @@ from kvcluster.errors import (
     RankLost,
     ServerUnavailable,
 )
-from kvcluster.router.auth import CallMetadata
+from kvcluster.router.auth import Caller, CallMetadata, InsecureLocal
 from kvcluster.router.server import RouterServer
-from kvcluster.types import DEFAULT_TENANT, TenantId
 from tests.unit.router.fake_backend import FakeBackend, model_spec
 from tests.unit.router.serving import local_config, serving, text_of
 
@@ -234,10 +233,10 @@ async def test_the_unary_calls_answer_with_records(client: Client) -> None:
 
 
 async def test_an_api_key_travels_as_a_bearer_token() -> None:
-    class Recording:
-        def authenticate(self, metadata: CallMetadata) -> TenantId:
+    class Recording(InsecureLocal):
+        def authenticate(self, metadata: CallMetadata) -> Caller:
             self.seen = dict(metadata)
-            return DEFAULT_TENANT
+            return super().authenticate(metadata)
 
     authenticator = Recording()
     server = RouterServer([FakeBackend()], local_config(), authenticator=authenticator)

@@ -30,6 +30,7 @@ from kvcluster.engine.api import (
     Progress,
     PromptChunk,
     ShardSize,
+    TenantLoad,
     TextChunk,
     Usage,
 )
@@ -55,6 +56,7 @@ from kvcluster.policy import (
 )
 from kvcluster.router.convert import pack_ids
 from kvcluster.router.status import error_of_kind
+from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
 from kvcluster.types import GenerationId, LayerGeometry, ModelSpec, Policy, TenantId
 
 VOCAB_SIZE = 1000
@@ -289,6 +291,13 @@ class FakeBackend:
             policy=policy,
         )
 
+    async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad:
+        own = [g for g in self.generations.values() if g.record.tenant == tenant]
+        return TenantLoad(
+            num_running=sum(g.finished is None for g in own),
+            input_tokens=sum(len(g.ids) for g in own),
+        )
+
     async def status(self) -> BackendStatus:
         if self.status_failure is not None:
             raise self.status_failure
@@ -424,7 +433,7 @@ class FakeBackend:
 
 
 def _body(request: GenerationRequest) -> GenerationRequest:
-    return msgspec.structs.replace(request, deadline_s=None)
+    return msgspec.structs.replace(request, deadline_s=None, limits=NO_LIMITS)
 
 
 def _usage(input_tokens: int, output_tokens: int) -> Usage:

@@ -133,12 +133,18 @@ def test_a_store_that_cannot_be_asked_lets_nobody_in(
         directory.credential(secret.text)
 
 
-def test_what_changed_is_told_once(directory: TenantDirectory, store: SqliteTenantStore) -> None:
+def test_what_changed_since_is_told_by_revision(
+    directory: TenantDirectory, store: SqliteTenantStore
+) -> None:
+    before = directory.revision
     store.create(tenant(BLUE), act())
 
-    assert [found.tenant for found in directory.refresh()] == [BLUE]
-    assert directory.refresh() == ()
-    assert {found.tenant for found in directory.tenants()} == {"operators", RED, BLUE}
+    assert directory.tenants_since(before) == ()
+    directory.refresh()
+
+    assert [found.tenant for found in directory.tenants_since(before)] == [BLUE]
+    assert {found.tenant for found in directory.tenants_since(0)} == {"operators", RED, BLUE}
+    assert directory.tenants_since(directory.revision) == ()
 
 
 def _in_state(state: TenantState) -> Tenant:

@@ -1,0 +1,77 @@
+"""All that one router serves: the data port, and with tenants their admin port."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvcluster.config import RouterConfig, TenancyConfig
+from kvcluster.engine.api import Backend
+from kvcluster.log import get_logger
+from kvcluster.router.admin_server import AdminServer
+from kvcluster.router.auth import inference_keys
+from kvcluster.router.open_calls import OpenCalls
+from kvcluster.router.server import RouterServer
+from kvcluster.tenancy.directory import TenantDirectory
+from kvcluster.tenancy.sqlite_store import SqliteTenantStore
+
+_log = get_logger(__name__)
+
+
+class FrontDoor:
+    """One or two listeners in front of `backends`. Start and stop it in the event loop that serves
+    it."""
+
+    def __init__(
+        self, backends: Sequence[Backend], router: RouterConfig, tenancy: TenancyConfig
+    ) -> None:
+        self._backends = tuple(backends)
+        self._config = router
+        self._tenancy = tenancy
+        self._store: SqliteTenantStore | None = None
+        self._server: RouterServer | None = None
+        self._admin: AdminServer | None = None
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the data port as bound. Valid after `start`."""
+        assert self._server is not None, "start has returned"
+        return self._server.address
+
+    @property
+    def admin_address(self) -> str:
+        """HOST:PORT of the admin port as bound; empty: there is none. Valid after `start`."""
+        return "" if self._admin is None else self._admin.address
+
+    async def start(self) -> None:
+        """Open the database, bind and serve. Raises: ConfigError."""
+        if not self._tenancy.database:
+            self._server = RouterServer(self._backends, self._config)
+            await self._server.start()
+            return
+        self._store = SqliteTenantStore(Path(self._tenancy.database))
+        directory, open_calls = TenantDirectory(self._store), OpenCalls()
+        self._server = RouterServer(
+            self._backends,
+            self._config,
+            authenticator=inference_keys(directory, serves_local=self._config.insecure_local),
+            open_calls=open_calls,
+        )
+        self._admin = AdminServer(
+            self._backends, self._config, self._tenancy, self._store, directory, open_calls
+        )
+        await self._server.start()
+        await self._admin.start()
+        _log.info("admin_port_open", listen=self._admin.address)
+
+    async def publish_health(self) -> None:
+        """Ask the engines now, and say what they answer."""
+        assert self._server is not None, "start has returned"
+        await self._server.publish_health()
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Take no more calls; those that run have `grace_s` to end."""
+        if self._admin is not None:
+            await self._admin.stop(grace_s=0)
+        if self._server is not None:
+            await self._server.stop(grace_s=grace_s)
+        if self._store is not None:
+            self._store.close()
