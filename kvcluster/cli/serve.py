@@ -19,6 +19,8 @@ class _Ready(msgspec.Struct, frozen=True, kw_only=True):
     """What `--json` prints once the cluster serves."""
 
     listen: str
+    admin_listen: str
+    """Empty: there are no tenants to administer."""
     model: str
     num_ranks: int
 
@@ -32,7 +34,7 @@ def serve(
     ranks: Annotated[int | None, typer.Option(help="Workers that share each long request.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = None,
     insecure_local: Annotated[
-        bool, typer.Option("--insecure-local", help="No authentication; loopback only.")
+        bool, typer.Option("--insecure-local", help="Serve without API keys; loopback only.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     ray_address: Annotated[
@@ -65,10 +67,11 @@ def serve(
         loaded = config_sources.load(
             file=config, environ=os.environ, overrides=_parsed(settings or []) | overrides
         )
-        if not loaded.config.router.insecure_local:
+        if not loaded.config.router.insecure_local and not loaded.config.tenancy.database:
             raise ConfigError(
-                "router.insecure_local: there is no authentication yet; add --insecure-local to "
-                "serve whoever can connect to this machine's loopback"
+                "router.insecure_local: there is no authentication without tenancy.database; set "
+                "that one, or add --insecure-local to serve whoever can connect to this machine's "
+                "loopback"
             )
         _run(loaded.config, as_json=as_json)
 
@@ -95,14 +98,20 @@ def _run(config: ClusterConfig, *, as_json: bool) -> None:
 
     stdout = sys.stdout
 
-    def on_ready(listen: str) -> None:
-        ready = _Ready(listen=listen, model=config.model, num_ranks=config.ring.num_ranks)
+    def on_ready(running: app.RunningApp) -> None:
+        ready = _Ready(
+            listen=running.address,
+            admin_listen=running.admin_address,
+            model=config.model,
+            num_ranks=config.ring.num_ranks,
+        )
+        admin = f", tenants on {ready.admin_listen}" if ready.admin_listen else ""
         if as_json:
             print_json(ready, stdout)
         else:
             typer.echo(
-                f"kvcluster: serving {ready.model} on {listen} with {ready.num_ranks} rank(s); "
-                "Ctrl-C drains and stops",
+                f"kvcluster: serving {ready.model} on {ready.listen} with {ready.num_ranks} "
+                f"rank(s){admin}; Ctrl-C drains and stops",
                 err=True,
             )
 

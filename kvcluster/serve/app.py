@@ -47,12 +47,14 @@ class RunningApp:
 
     address: str
     """HOST:PORT of the router."""
+    admin_address: str
+    """HOST:PORT of its admin port; empty: there is none."""
     ingress: "DeploymentHandle[Any]"
     engine: "DeploymentHandle[Any]"
 
 
-def run(config: ClusterConfig, on_ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. `on_ready` gets HOST:PORT.
+def run(config: ClusterConfig, on_ready: "Callable[[RunningApp], None]") -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `on_ready` gets the cluster once it serves.
 
     Raises: ConfigError, ModelError, RankLost: what kept the cluster from serving.
     """
@@ -61,7 +63,7 @@ def run(config: ClusterConfig, on_ready: Callable[[str], None]) -> None:
         # Not earlier: Ray puts its own in place when it starts.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
-        on_ready(app.address)
+        on_ready(app)
         stopping.wait()
         logger.info("draining", listen=app.address)
         try:
@@ -90,7 +92,8 @@ def running(config: ClusterConfig) -> Iterator[RunningApp]:
                 _raise_refusal(engine.startup.remote().result())
                 address = ingress.startup.remote().result()
                 _raise_refusal(address)
-                yield RunningApp(address, ingress, engine)
+                admin_address = ingress.admin_address.remote().result()
+                yield RunningApp(address, admin_address, ingress, engine)
             finally:
                 ingress.stop.remote(_STOP_S).result()
                 engine.stop.remote().result()

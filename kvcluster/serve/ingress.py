@@ -42,6 +42,10 @@ class Ingress:
             return error.to_record()
         return self._server.address
 
+    async def admin_address(self) -> str:
+        """HOST:PORT of the admin port as bound; empty: there is none. After `startup`."""
+        return self._server.admin_address
+
     async def stop(self, grace_s: float) -> None:
         """Take no more calls; those that run have `grace_s` to end."""
         await self._server.stop(grace_s=grace_s)
