@@ -43,6 +43,9 @@ VALID: dict[str, object] = {
     "router.write_timeout_s": 3.5,
     "router.keepalive_s": 4.5,
     "router.max_concurrent_streams": 10,
+    "tenancy.database": "tenants.sqlite",
+    "tenancy.admin_listen": "[::1]:50053",
+    "tenancy.purge_after_s": 60.0,
     "log.level": "debug",
     "log.format": LogFormat.JSON,
 }
@@ -80,6 +83,8 @@ REFUSED: list[tuple[str, object, str]] = [
     ("router.write_timeout_s", -2.0, "want more than 0"),
     ("router.keepalive_s", float("inf"), "want a finite number"),
     ("router.max_concurrent_streams", 0, "want at least 1"),
+    ("tenancy.admin_listen", "50052", "want HOST:PORT"),
+    ("tenancy.purge_after_s", -1.0, "want at least 0"),
     ("log.level", "trace", "want one of debug, info, warning, error"),
     ("log.format", "xml", "want one of auto, console, json"),
 ]
