@@ -290,7 +290,7 @@ class ClientTooSlow(KvClusterError):
 
 class StoreUnavailable(KvClusterError):
     """The tenants' records cannot be read or written now: disk full, read-only, locked. What was
-    acknowledged is kept; this act was not carried out."""
+    acknowledged is kept; nothing is done in half."""
 
     reason = "STORE_UNAVAILABLE"
 

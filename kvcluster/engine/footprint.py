@@ -83,7 +83,7 @@ def _blocks_in_pages(
 def held_bytes(
     tables: Iterable[BlockTable], partition: Partition, block_bytes: Sequence[int]
 ) -> int:
-    """Bytes of pages that the tables hold now. `block_bytes`: of an exact block of each KV group."""
+    """Bytes of pages that the tables hold. `block_bytes`: of an exact block of each KV group."""
     return round(
         sum(
             num_blocks * num_bytes

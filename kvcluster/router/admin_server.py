@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from kvcluster.config import RouterConfig, TenancyConfig
 from kvcluster.engine.api import Backend
+from kvcluster.log import get_logger
 from kvcluster.router.auth import admin_keys
 from kvcluster.router.calls import CallWrapper
 from kvcluster.router.listener import bind, host_and_port, loopback, server_options
@@ -23,6 +24,8 @@ from kvcluster.tenancy.directory import TenantDirectory
 from kvcluster.tenancy.store import TenantStore
 
 ADMIN_SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TenantService"].full_name
+
+_log = get_logger(__name__)
 
 
 class AdminServer:
@@ -85,6 +88,7 @@ class AdminServer:
         self._port = bind(self._server, "tenancy.admin_listen", self._listen)
         await self._server.start()
         self._watching = asyncio.create_task(self._watch.run())
+        self._watching.add_done_callback(_log_failure)
 
     async def stop(self, *, grace_s: float) -> None:
         """Take no more calls, give running ones `grace_s` to end, then cancel them."""
@@ -122,3 +126,9 @@ class AdminServer:
                 "VerifyAuditLog": unary(pb.VerifyAuditLogRequest, service.verify_audit_log),
             },
         )
+
+
+def _log_failure(watching: "asyncio.Task[None]") -> None:
+    # New calls are still refused as they should be; what runs is looked after no more.
+    if not watching.cancelled() and watching.exception() is not None:
+        _log.error("tenant_watch_failed", exc_info=watching.exception())

@@ -215,4 +215,5 @@ def _timestamp(unix_s: float | None) -> Timestamp | None:
     if unix_s is None:
         return None
     fraction, whole = math.modf(unix_s)
-    return Timestamp(seconds=int(whole), nanos=int(fraction * 1e9))
+    # A float of seconds since 1970 is no finer.
+    return Timestamp(seconds=int(whole), nanos=int(fraction * 1e6) * 1000)

@@ -70,10 +70,10 @@ class TenantWatch:
         for tenant in [name for name, end_s in self._drains.items() if end_s <= self._unix_time()]:
             del self._drains[tenant]
             self._sweeps[tenant] = _SWEEPS
-        for tenant in tuple(self._sweeps):
-            self._sweeps[tenant] -= 1
-            if not self._sweeps[tenant]:
-                del self._sweeps[tenant]
+        # All at once: another look may begin while this one waits for an engine.
+        due = self._sweeps
+        self._sweeps = {tenant: left - 1 for tenant, left in due.items() if left > 1}
+        for tenant in due:
             await self.cancel_all(tenant)
 
     async def cancel_all(self, tenant: TenantId) -> None:

@@ -46,7 +46,7 @@ from kvcluster.tenancy.tenant import (
     check_text,
     moved,
 )
-from kvcluster.types import TenantId
+from kvcluster.types import DEFAULT_TENANT, TenantId
 
 ALL_TENANTS = "tenants/-"
 _VIEWERS = frozenset({KeyRole.TENANT_VIEWER, KeyRole.TENANT_ADMIN})
@@ -88,6 +88,8 @@ class TenantService:
     async def create_tenant(self, message: pb.CreateTenantRequest, call: Call) -> pb.Tenant:
         _check_operator(call)
         check_id("tenant_id", message.tenant_id)
+        if message.tenant_id == DEFAULT_TENANT:
+            raise InvalidField("tenant_id", f"{DEFAULT_TENANT} is whoever calls without a key")
         tenant = tenant_with(
             Tenant(tenant=TenantId(message.tenant_id), uid=str(uuid.uuid4())), message.tenant
         )

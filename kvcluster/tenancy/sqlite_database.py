@@ -7,6 +7,7 @@ committed through a power cut; `secure_delete` overwrites what is deleted, becau
 import os
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,14 @@ def _create_tables(connection: sqlite3.Connection) -> None:
     for statement in filter(str.strip, _TABLES.split(";")):
         connection.execute(statement)
     connection.execute("INSERT INTO audit_head VALUES (1, 0, ?)", (START,))
-    operators = Tenant(tenant=OPERATORS, uid=str(uuid.uuid4()), revision=1)
+    now = time.time()
+    operators = Tenant(
+        tenant=OPERATORS,
+        uid=str(uuid.uuid4()),
+        create_time_s=now,
+        update_time_s=now,
+        revision=1,
+    )
     record = msgspec.json.encode(operators).decode()
     connection.execute("INSERT INTO tenants VALUES (?, 1, ?)", (OPERATORS, record))
 
@@ -134,8 +142,9 @@ class SqliteDatabase:
         return self._needs_truncation
 
     def close(self) -> None:
-        for connection in (self._watcher, self._reader, self._writer):
-            connection.close()
+        with self._writing, self._reading, self._watching:
+            for connection in (self._watcher, self._reader, self._writer):
+                connection.close()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(

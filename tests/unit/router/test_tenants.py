@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -254,7 +255,7 @@ async def test_while_no_engine_answers_policies_are_checked_by_their_form_alone(
     assert made.limits.default_policy == "int5"
 
 
-@pytest.mark.parametrize("tenant_id", ["", "Red", "r_d", "a/b", "-", "x" * 64])
+@pytest.mark.parametrize("tenant_id", ["", "Red", "r_d", "a/b", "-", "x" * 64, "default"])
 async def test_an_id_of_another_form_is_refused(tenant_id: str, admin: Administered) -> None:
     refusal = await refusal_of(admin.create(tenant_id))
 
@@ -527,6 +528,33 @@ async def test_what_is_not_there_is_not_found_in_every_method_that_names_a_tenan
     for call in calls:
         refusal = await refusal_of(call)
         assert (refusal.code, refusal.reason) == (Code.NOT_FOUND, "RESOURCE_NOT_FOUND")
+
+
+NASTY = ["", "-", "tenants/", "tenants/../x", "tenants/\x00", "tenants/é", "'; --"]
+NASTY += ["tenants/red' OR '1'='1", "x" * 100_000, "%s%n", "tenants/RED", "\u202e", "*"]
+
+
+@pytest.mark.parametrize("method", [method.name for method in SERVICE.methods])
+async def test_nasty_text_in_any_field_is_refused_and_is_no_bug(
+    method: str, admin: Administered
+) -> None:
+    await admin.create("red")
+    found = SERVICE.methods_by_name[method]
+    request_type = message_factory.GetMessageClass(found.input_type)
+    texts = [field.name for field in found.input_type.fields if field.type == field.TYPE_STRING]
+    rpc = admin.channel.unary_unary(f"/{SERVICE.full_name}/{method}")
+    if method == "WatchTenantUsage":
+        rpc = admin.channel.unary_stream(f"/{SERVICE.full_name}/{method}")
+
+    for field in texts:
+        for text in NASTY:
+            raw = request_type(**{field: text}).SerializeToString()
+            call = rpc(raw, metadata=admin.operator)
+            with suppress(aio.AioRpcError):
+                await (call.read() if method == "WatchTenantUsage" else call)
+            assert await call.code() not in (Code.INTERNAL, Code.UNKNOWN), (field, text[:40])
+
+    assert (await admin.get("red")).state == State.STATE_ACTIVE
 
 
 async def test_a_stub_made_from_reflection_administers(admin: Administered) -> None:
