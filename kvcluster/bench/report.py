@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-_PACKAGES = ("kvcluster", "torch", "transformers", "ray", "grpcio")
+_PACKAGES = ("kvcluster", "torch", "triton", "transformers", "ray", "grpcio")
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +35,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     num_cpus: int
     python: str
     packages: dict[str, str]
-    """Versions, by name."""
+    """Versions, by name, of those that are installed."""
+    gpu: str = ""
 
 
 class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,23 +54,27 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
         return all(measurement.meets_target for measurement in self.measurements)
 
 
-def bench_report(name: str, measurements: tuple[Measurement, ...]) -> BenchReport:
+def bench_report(
+    name: str, measurements: tuple[Measurement, ...], *, command: str = "", gpu: str = ""
+) -> BenchReport:
     """The report of a run that ended now, on this machine."""
     return BenchReport(
         name=name,
-        command=f"kvcluster bench {name}",
+        command=command or f"kvcluster bench {name}",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=machine(),
+        machine=machine(gpu),
         measurements=measurements,
     )
 
 
-def machine() -> Machine:
+def machine(gpu: str = "") -> Machine:
+    installed = {distribution.name for distribution in metadata.distributions()}
     return Machine(
         processor=_processor(),
         num_cpus=len(os.sched_getaffinity(0)),
         python=platform.python_version(),
-        packages={name: metadata.version(name) for name in _PACKAGES},
+        packages={name: metadata.version(name) for name in _PACKAGES if name in installed},
+        gpu=gpu,
     )
 
 

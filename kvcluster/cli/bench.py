@@ -16,6 +16,7 @@ from kvcluster.config import CacheConfig
 from kvcluster.errors import ConfigError
 
 _QUALITY = "quality"
+_KERNELS = "kernels"
 _NAMES = "; ".join(
     f"{name}: {what}"
     for name, what in (
@@ -46,6 +47,12 @@ def bench(
     ranks: Annotated[
         int | None, typer.Option(help="For quality: measure through a cluster of so many ranks.")
     ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="For kernels: all without it; repeatable.")
+    ] = None,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="For kernels: settings that were not chosen too.")
+    ] = False,
 ) -> None:
     """Measure this machine. Exits with 3 when a target is missed."""
     with exiting(as_json=as_json):
@@ -73,9 +80,13 @@ def bench(
                 "bench: --model, --policy, --tokens, --text, --calibration, --exact-recent and "
                 "--ranks are for quality"
             )
+        if name != _KERNELS and (suite or variants):
+            raise ConfigError("bench: --suite and --variants are for kernels")
         # Ray prints what its processes say to stdout, which is the report's alone.
         with redirect_stdout(sys.stderr):
-            report = benchmark(name)()
+            report = (
+                _kernels(suite, with_variants=variants) if name == _KERNELS else benchmark(name)()
+            )
         if output is not None:
             encoded = msgspec.json.format(msgspec.json.encode(report), indent=2)
             output.write_bytes(encoded + b"\n")
@@ -85,6 +96,12 @@ def bench(
             _print(report)
         if not report.meets_targets:
             raise typer.Exit(ExitCode.UNAVAILABLE)
+
+
+def _kernels(suites: list[str] | None, *, with_variants: bool) -> BenchReport:
+    from kvcluster.bench.kernels import SUITES, run
+
+    return run(tuple(suites or SUITES), with_variants=with_variants)
 
 
 def _quality(
