@@ -223,9 +223,8 @@ def _decode_kernel(
         scores_MN = tl.where(inside_N[None, :], scores_MN, -float("inf"))
         if HAS_POSITIONS:
             positions = blocks_of_tile(block_positions_ptr, tile * TILE, end, BLOCK_SIZE, TILE)
-            scores_MN = visible_at(
-                scores_MN, positions + places_N, q_positions_M, window, HAS_WINDOW
-            )
+            distance_MN = q_positions_M[:, None] - (positions + places_N)[None, :]
+            scores_MN = visible_at(scores_MN, distance_MN, window, HAS_WINDOW)
         weights_MN, max_M, sum_M, decay_M = online(scores_MN, max_M, sum_M)
         weights_MN = weights_MN.to(v_ND.dtype)
         acc_MD = tl.dot(weights_MN, v_ND, acc_MD * decay_M[:, None], input_precision="ieee")

@@ -25,18 +25,14 @@ def to_base_2(
 
 @triton.jit
 def visible_at(
-    scores_MN: tl.tensor,
-    k_positions_N: tl.tensor,
-    q_positions_M: tl.tensor,
-    window: tl.tensor,
-    HAS_WINDOW: tl.constexpr,
+    scores: tl.tensor, distance: tl.tensor, window: tl.tensor, HAS_WINDOW: tl.constexpr
 ) -> tl.tensor:
-    """Scores of keys that are not after their query, nor further back than the window."""
-    distance_MN = q_positions_M[:, None] - k_positions_N[None, :]
-    keep_MN = distance_MN >= 0
+    """Scores of keys that are not after their query, nor further back than the window. `distance`
+    is the query's position less the key's."""
+    keep = distance >= 0
     if HAS_WINDOW:
-        keep_MN = keep_MN & (distance_MN < window)
-    return tl.where(keep_MN, scores_MN, -float("inf"))
+        keep = keep & (distance < window)
+    return tl.where(keep, scores, -float("inf"))
 
 
 @triton.jit
@@ -48,6 +44,19 @@ def online(scores_MN: tl.tensor, max_M: tl.tensor, sum_M: tl.tensor) -> tuple[tl
     weights_MN = tl.math.exp2(scores_MN - shift_M[:, None])
     decay_M = tl.math.exp2(max_M - shift_M)
     return weights_MN, new_max_M, sum_M * decay_M + tl.sum(weights_MN, 1), decay_M
+
+
+@triton.jit
+def online_columns(
+    scores_NM: tl.tensor, boost_N: tl.tensor, max_M: tl.tensor, sum_M: tl.tensor
+) -> tuple[tl.tensor, ...]:
+    """As `online`, where keys are rows. The maximum is that of score + boost: weights times
+    2^boost are then at most 1."""
+    new_max_M = tl.maximum(max_M, tl.max(scores_NM + boost_N[:, None], 0))
+    shift_M = tl.where(new_max_M == -float("inf"), 0.0, new_max_M)
+    weights_NM = tl.math.exp2(scores_NM - shift_M[None, :])
+    decay_M = tl.math.exp2(max_M - shift_M)
+    return weights_NM, new_max_M, sum_M * decay_M + tl.sum(weights_NM, 0), decay_M
 
 
 @triton.jit
@@ -75,4 +84,34 @@ def store_split(
         out_ptr + places_M[:, None] * DIM + offs_D[None, :],
         out_MD,
         mask=mask_M[:, None] & (offs_D < DIM)[None, :],
+    )
+
+
+@triton.jit
+def store_columns(
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    acc_EDM: tl.tensor,
+    max_M: tl.tensor,
+    sum_M: tl.tensor,
+    place: tl.tensor,
+    rows_M: tl.tensor,
+    NUM_ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """As `store_split`, of channels in GROUPS groups; what is behind them is not written."""
+    mask_M = rows_M < NUM_ROWS
+    offs_e = tl.arange(0, acc_EDM.shape[0])
+    offs_d = tl.arange(0, acc_EDM.shape[1])
+    safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
+    lse_M = tl.where(sum_M > 0, max_M + tl.math.log2(safe_sum_M), -float("inf"))
+    places_M = place.to(tl.int64) + rows_M
+    tl.store(lse_ptr + places_M, lse_M, mask=mask_M)
+    mask_ED = (offs_e < GROUPS)[:, None] & (offs_d < DIM // GROUPS)[None, :]
+    channels_ED = offs_e[:, None] * (DIM // GROUPS) + offs_d[None, :]
+    tl.store(
+        out_ptr + places_M[None, None, :] * DIM + channels_ED[:, :, None],
+        acc_EDM / safe_sum_M[None, None, :],
+        mask=mask_M[None, None, :] & mask_ED[:, :, None],
     )

@@ -128,6 +128,8 @@ class Bounds:
     k_PKND: Tensor
     attention: Attention
     weights: torch.dtype
+    operands: torch.dtype = torch.float64
+    """What queries are rounded to before they are multiplied: their own dtype is exact."""
 
     @property
     def score(self) -> float:
@@ -135,8 +137,8 @@ class Bounds:
         is not above |q| |k|, and 8 on the score itself."""
         dim = self.q_RTHD.shape[-1]
         largest = self.q_RTHD.float().norm(dim=-1).max() * _norm(self.k_PKND)
-        eps = torch.finfo(torch.float32).eps
-        return float(largest * self.attention.scale * eps * (dim + 8))
+        eps = torch.finfo(torch.float32).eps * (dim + 8) + torch.finfo(self.operands).eps
+        return float(largest * self.attention.scale * eps)
 
     @property
     def weight(self) -> float:

@@ -1,0 +1,154 @@
+"""Products with packed codes, for kernels: codes become operands without arithmetic.
+
+A byte holds the fields of codes that lie apart (first half and second half of an axis, or
+quarters), so that a mask of a run of bytes is a run of neighbours. A masked byte as the bits of a
+float16 is a subnormal number, code * 2^(offset of the field - 24), which matrix units multiply
+exactly: the other operand is scaled by the field, the sum by 2^24. On a GPU a register of four
+bytes is unpacked by a few byte permutations and masks (inline assembly); elsewhere by plain
+operations that give the same.
+
+Shape letters: X groups (a batch of products), I and J rows and columns, C contracted axis as
+packed.
+"""
+
+import triton
+import triton.language as tl
+from triton import JITFunction
+
+CODE_UNIT = tl.constexpr(2.0**24)
+"""What products with codes are to be multiplied with."""
+
+
+def has_assembly(kernel: object) -> bool:
+    """Whether a kernel can contain inline assembly: not in the interpreter."""
+    return isinstance(kernel, JITFunction)
+
+
+@triton.jit
+def dot_codes(
+    packed_XIC: tl.tensor,
+    x0_XCJ: tl.tensor,
+    x1_XCJ: tl.tensor,
+    x2_XCJ: tl.tensor,
+    x3_XCJ: tl.tensor,
+    acc_XIJ: tl.tensor,
+    BITS: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tl.tensor:
+    """acc + codes times x / 2^24, where x0 meets the first fields of the bytes, x1 the second
+    divided by 2^BITS already, and so on. Fields that BITS does not have are not read."""
+    if BITS == 8:
+        acc_XIJ = dot(unpack8(packed_XIC, IS_GPU), x0_XCJ, acc_XIJ, IS_GPU)
+    elif BITS == 4:
+        c0_XIC, c1_XIC = unpack4(packed_XIC, IS_GPU)
+        acc_XIJ = dot(c0_XIC, x0_XCJ, acc_XIJ, IS_GPU)
+        acc_XIJ = dot(c1_XIC, x1_XCJ, acc_XIJ, IS_GPU)
+    else:
+        c0_XIC, c1_XIC, c2_XIC, c3_XIC = unpack2(packed_XIC, IS_GPU)
+        acc_XIJ = dot(c0_XIC, x0_XCJ, acc_XIJ, IS_GPU)
+        acc_XIJ = dot(c1_XIC, x1_XCJ, acc_XIJ, IS_GPU)
+        acc_XIJ = dot(c2_XIC, x2_XCJ, acc_XIJ, IS_GPU)
+        acc_XIJ = dot(c3_XIC, x3_XCJ, acc_XIJ, IS_GPU)
+    return acc_XIJ
+
+
+@triton.jit
+def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, IS_GPU: tl.constexpr) -> tl.tensor:
+    """acc + a b, of one group as a plain product."""
+    if not IS_GPU:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if a.shape[0] == 1:
+        flat = tl.dot(
+            a.reshape(a.shape[1], a.shape[2]),
+            b.reshape(b.shape[1], b.shape[2]),
+            acc.reshape(acc.shape[1], acc.shape[2]),
+            input_precision="ieee",
+        )
+        acc = flat.reshape(acc.shape[0], acc.shape[1], acc.shape[2])
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def unpack8(packed: tl.tensor, IS_GPU: tl.constexpr) -> tl.tensor:
+    """Codes that are stored less 128."""
+    if IS_GPU:
+        codes = tl.inline_asm_elementwise(
+            """
+            { .reg .b32 u;
+              xor.b32 u, $2, 0x80808080;
+              prmt.b32 $0, u, 0, 0x4140;
+              prmt.b32 $1, u, 0, 0x4342; }
+            """,
+            "=&r,=r,r",
+            [packed],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        codes = _bits(packed.to(tl.uint8, bitcast=True) ^ 0x80)
+    return codes
+
+
+@triton.jit
+def unpack4(packed: tl.tensor, IS_GPU: tl.constexpr) -> tuple[tl.tensor, ...]:
+    if IS_GPU:
+        c0, c1 = tl.inline_asm_elementwise(
+            """
+            { .reg .b32 a, b;
+              prmt.b32 a, $4, 0, 0x4140;
+              prmt.b32 b, $4, 0, 0x4342;
+              and.b32 $0, a, 0x000F000F;
+              and.b32 $1, b, 0x000F000F;
+              and.b32 $2, a, 0x00F000F0;
+              and.b32 $3, b, 0x00F000F0; }
+            """,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        c0 = _bits(packed & 0x0F)
+        c1 = _bits(packed & 0xF0)
+    return c0, c1
+
+
+@triton.jit
+def unpack2(packed: tl.tensor, IS_GPU: tl.constexpr) -> tuple[tl.tensor, ...]:
+    if IS_GPU:
+        c0, c1, c2, c3 = tl.inline_asm_elementwise(
+            """
+            { .reg .b32 a, b;
+              prmt.b32 a, $8, 0, 0x4140;
+              prmt.b32 b, $8, 0, 0x4342;
+              and.b32 $0, a, 0x00030003;
+              and.b32 $1, b, 0x00030003;
+              and.b32 $2, a, 0x000C000C;
+              and.b32 $3, b, 0x000C000C;
+              and.b32 $4, a, 0x00300030;
+              and.b32 $5, b, 0x00300030;
+              and.b32 $6, a, 0x00C000C0;
+              and.b32 $7, b, 0x00C000C0; }
+            """,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        c0 = _bits(packed & 0x03)
+        c1 = _bits(packed & 0x0C)
+        c2 = _bits(packed & 0x30)
+        c3 = _bits(packed & 0xC0)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _bits(masked: tl.tensor) -> tl.tensor:
+    return masked.to(tl.uint16).to(tl.float16, bitcast=True)

@@ -1,0 +1,272 @@
+"""Decode over a paged cache of integers: keys per channel, values per token, as they are stored.
+
+    score_t  = sum_d (q_d scale_d) code_td + sum_d q_d zero_d
+    output_d = sum_t (p_t scale_t) code_td + sum_t p_t zero_t
+
+Scale and zero of keys fold into the queries once for a group of tokens, those of values into the
+weights once for a group of channels; the codes themselves are only masked (`codes.py`). Tokens and
+channels are the rows of the products, the few query rows of a KV head their columns, eight of
+which fill an instruction where rows would be padded to sixteen.
+
+Weights go into float16, which has few exponents. So the maximum that is taken from the scores is
+that of score + log2(scale of the value): then the largest product of weight and scale is about 1.
+
+`packed_plain.decode_integers` is the definition. Shape letters: those of `paging.py`; S tokens of
+a block, G groups of keys (each S / G tokens), E groups of values (each D / E channels).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcluster_kernels.codes import CODE_UNIT, has_assembly
+from kvcluster_kernels.combine import combine
+from kvcluster_kernels.integer_tiles import (
+    empty_sums,
+    load_query_parts,
+    score_codes,
+    weigh_codes,
+)
+from kvcluster_kernels.paging import (
+    Attention,
+    DecodeSettings,
+    PagedRows,
+    Partial,
+    SplitPartials,
+    check_contiguous,
+    check_positions,
+    split_tiles,
+)
+from kvcluster_kernels.softmax import store_columns, to_base_2, visible_at
+
+BITS = (8, 4, 2)
+"""The code widths of these kernels."""
+_LEAST_BYTES = 16
+"""Of a row of codes: a matrix product is of 16 numbers at least."""
+
+
+class IntegerPages(NamedTuple):
+    """Pages of one array, keys or values, as `[pages, blocks of a page, ...]`. Axes R, C are
+    tokens, channels for keys and channels, tokens for values; codes are packed along C."""
+
+    codes: Tensor
+    """[P, N, K, R, C * bits / 8], uint8, or int8 where codes have 8 bits."""
+    scale: Tensor
+    """[P, N, K, groups of R, C], float16, or uint8 with 8 scale bits."""
+    zero: Tensor
+    """The same, float16 or int8."""
+    unit: Tensor | None = None
+    """[P, N, K], float32, with 8 scale bits."""
+
+
+def decode_integers(
+    q_RTHD: Tensor,
+    keys: IntegerPages,
+    values: IntegerPages,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,
+) -> Partial:
+    """Attention of each row's query tokens over its encoded blocks. Blocks are whole: a row's
+    `starts` and `ends` only say which of their tokens are read.
+
+    Raises: ValueError for arrays that do not go together.
+    """
+    splits = integer_splits(q_RTHD, keys, values, rows, attention, settings)
+    return combine(splits, num_tokens=q_RTHD.shape[1])
+
+
+def integer_splits(
+    q_RTHD: Tensor,
+    keys: IntegerPages,
+    values: IntegerPages,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,
+) -> SplitPartials:
+    """The same before it is merged, to be merged with more."""
+    check_positions(rows, attention)
+    check_contiguous(q_RTHD=q_RTHD, **rows._asdict())
+    num_rows, num_tokens, num_heads, dim_k = q_RTHD.shape
+    num_kv_heads, block_size = keys.codes.shape[2:4]
+    dim_v = values.codes.shape[3]
+    k_bits, v_bits = code_bits(keys, dim_k), code_bits(values, block_size)
+    if min(keys.codes.shape[4], values.codes.shape[4]) < _LEAST_BYTES:
+        raise ValueError(
+            f"{k_bits} and {v_bits} bits want heads of {_LEAST_BYTES * 8 // k_bits} channels and "
+            f"blocks of {_LEAST_BYTES * 8 // v_bits} tokens or more"
+        )
+    group = num_heads // num_kv_heads
+    settings = settings or default_settings(num_tokens * group)
+    block_m = min(16, max(8, triton.next_power_of_2(num_tokens * group)))
+    row_tiles = triton.cdiv(num_tokens * group, block_m)
+    num_splits = settings.splits(
+        q_RTHD.device,
+        num_programs=num_rows * num_kv_heads * row_tiles,
+        num_tiles=rows.blocks_RB.shape[1],
+    )
+    found = SplitPartials.empty(q_RTHD, num_kv_heads=num_kv_heads, num_splits=num_splits, dim=dim_v)
+    has_positions = rows.q_positions_RT is not None
+    _integer_kernel[(num_splits * row_tiles, num_kv_heads, num_rows)](
+        q_RTHD,
+        *keys._replace(unit=keys.scale if keys.unit is None else keys.unit),
+        *values._replace(unit=values.scale if values.unit is None else values.unit),
+        rows.blocks_RB,
+        rows.starts_R,
+        rows.ends_R,
+        rows.block_positions_RB if has_positions else rows.blocks_RB,
+        rows.q_positions_RT if has_positions else rows.blocks_RB,
+        found.out_RKXMD,
+        found.lse_RKXM,
+        attention.scale,
+        attention.softcap or 0.0,
+        attention.window or 0,
+        rows.blocks_RB.shape[1],
+        num_splits,
+        *page_strides(keys),
+        *page_strides(values),
+        NUM_ROWS=num_tokens * group,
+        GROUP=group,
+        BLOCK_SIZE=block_size,
+        PAGE_BLOCKS=keys.codes.shape[1],
+        DIM_K=dim_k,
+        DIM_V=dim_v,
+        K_BITS=k_bits,
+        V_BITS=v_bits,
+        K_GROUPS=keys.scale.shape[3],
+        V_GROUPS=values.scale.shape[3],
+        BLOCK_M=block_m,
+        HAS_POSITIONS=has_positions,
+        HAS_SOFTCAP=attention.softcap is not None,
+        HAS_WINDOW=attention.window is not None,
+        IS_GPU=has_assembly(_integer_kernel),
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
+    )
+    return found
+
+
+def default_settings(num_rows: int) -> DecodeSettings:
+    """The settings for so many query rows of a KV head."""
+    if num_rows > 8:
+        return DecodeSettings(num_warps=4, programs_per_processor=3)
+    return DecodeSettings(num_warps=2, programs_per_processor=6)
+
+
+def code_bits(pages: IntegerPages, contiguous: int) -> int:
+    """Of an array whose codes are packed along an axis of this length. Raises: ValueError."""
+    bits, rest = divmod(8 * pages.codes.shape[4], contiguous)
+    if rest or bits not in BITS:
+        raise ValueError(f"{pages.codes.shape[4]} bytes of {contiguous} codes: want bits in {BITS}")
+    return bits
+
+
+def page_strides(pages: IntegerPages) -> list[int]:
+    """Of codes, scale, zero and unit. Raises: ValueError where blocks do not lie together."""
+    strides = []
+    for plane in pages:
+        if plane is not None and not plane[0].is_contiguous():
+            raise ValueError("the blocks of a page must lie together")
+        strides.append(0 if plane is None else plane.stride(0))
+    return strides
+
+
+@triton.jit
+def _integer_kernel(
+    q_ptr: tl.tensor,
+    k_codes_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    k_zero_ptr: tl.tensor,
+    k_unit_ptr: tl.tensor,
+    v_codes_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
+    v_zero_ptr: tl.tensor,
+    v_unit_ptr: tl.tensor,
+    blocks_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    block_positions_ptr: tl.tensor,
+    q_positions_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    window: tl.tensor,
+    max_blocks: tl.tensor,
+    num_splits: tl.tensor,
+    stride_k_codes: tl.tensor,
+    stride_k_scale: tl.tensor,
+    stride_k_zero: tl.tensor,
+    stride_k_unit: tl.tensor,
+    stride_v_codes: tl.tensor,
+    stride_v_scale: tl.tensor,
+    stride_v_zero: tl.tensor,
+    stride_v_unit: tl.tensor,
+    NUM_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> None:
+    K_BYTES: tl.constexpr = DIM_K * K_BITS // 8
+    V_BYTES: tl.constexpr = BLOCK_SIZE * V_BITS // 8
+    ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
+    split = tl.program_id(0) // ROW_TILES
+    rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    row = tl.program_id(2)
+    begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
+    q0, q1, q2, q3, size_M = load_query_parts(
+        q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, K_BITS
+    )
+    q_positions_M = rows_M
+    if HAS_POSITIONS:
+        q_positions_ptr += row * (NUM_ROWS // GROUP)
+        q_positions_M = tl.load(q_positions_ptr + rows_M // GROUP, mask=rows_M < NUM_ROWS, other=0)
+    blocks_ptr += row.to(tl.int64) * max_blocks
+    block_positions_ptr += row.to(tl.int64) * max_blocks
+
+    max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    acc, zeros = empty_sums(DIM_V, V_GROUPS, BLOCK_SIZE, BLOCK_M)
+    for tile in tl.range(begin, stop):
+        block = tl.load(blocks_ptr + tile)
+        page = (block // PAGE_BLOCKS).to(tl.int64)
+        place = block % PAGE_BLOCKS * num_kv_heads + head
+        products_SM = score_codes(
+            k_codes_ptr + page * stride_k_codes + place * (BLOCK_SIZE * K_BYTES),
+            k_scale_ptr + page * stride_k_scale + place * (K_GROUPS * DIM_K),
+            k_zero_ptr + page * stride_k_zero + place * (K_GROUPS * DIM_K),
+            k_unit_ptr + page * stride_k_unit + place,
+            q0, q1, q2, q3, BLOCK_SIZE, DIM_K, K_BITS, K_GROUPS, IS_GPU,
+        )  # fmt: skip
+        scores_SM = to_base_2(products_SM * size_M[None, :], scale, softcap, HAS_SOFTCAP)
+        tokens_S = tl.arange(0, BLOCK_SIZE)
+        inside_S = (tile * BLOCK_SIZE + tokens_S >= start) & (tile * BLOCK_SIZE + tokens_S < end)
+        scores_SM = tl.where(inside_S[:, None], scores_SM, -float("inf"))
+        if HAS_POSITIONS:
+            positions_S = tl.load(block_positions_ptr + tile) + tokens_S
+            distance_SM = q_positions_M[None, :] - positions_S[:, None]
+            scores_SM = visible_at(scores_SM, distance_SM, window, HAS_WINDOW)
+        acc, zeros, max_M, sum_M = weigh_codes(
+            v_codes_ptr + page * stride_v_codes + place * (DIM_V * V_BYTES),
+            v_scale_ptr + page * stride_v_scale + place * (V_GROUPS * BLOCK_SIZE),
+            v_zero_ptr + page * stride_v_zero + place * (V_GROUPS * BLOCK_SIZE),
+            v_unit_ptr + page * stride_v_unit + place,
+            scores_SM, max_M, sum_M, acc, zeros, BLOCK_SIZE, DIM_V, V_BITS, V_GROUPS, IS_GPU,
+        )  # fmt: skip
+    out_EDM = acc * (CODE_UNIT / 2 ** (8 - V_BITS)) + tl.sum(zeros, 1)[:, None, :]
+    first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
+    store_columns(out_ptr, lse_ptr, out_EDM, max_M, sum_M, first_row, rows_M, NUM_ROWS, DIM_V, V_GROUPS)  # fmt: skip # noqa: E501

@@ -1,0 +1,66 @@
+"""Decode over paged caches of packed formats in PyTorch: the definitions of the kernels, on any
+device. Blocks are gathered and restored to numbers, then attended to.
+
+Shape letters: those of `paging.py`; S tokens of a block or of a row in line, L and C the second
+last and the last axis as stored, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcluster_kernels.decode_plain import attend_tokens
+from kvcluster_kernels.integer_decode import IntegerPages, code_bits
+from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
+
+
+def decode_integers(
+    q_RTHD: Tensor,
+    keys: IntegerPages,
+    values: IntegerPages,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,  # noqa: ARG001
+) -> Partial:
+    """As the kernel; computed in float64 where queries are, else in float32."""
+    dtype = torch.promote_types(q_RTHD.dtype, torch.float32)
+    k_RBKSD = restore_integers(keys, rows.blocks_RB, q_RTHD.shape[3], dtype)
+    v_RBKDS = restore_integers(values, rows.blocks_RB, k_RBKSD.shape[3], dtype)
+    return attend_tokens(
+        q_RTHD, in_line(k_RBKSD), in_line(v_RBKDS.transpose(3, 4)), rows, attention
+    )
+
+
+def restore_integers(
+    pages: IntegerPages, blocks_RB: Tensor, contiguous: int, dtype: torch.dtype
+) -> Tensor:
+    """x_RBKLC of the blocks: zero + scale * code."""
+    bits = code_bits(pages, contiguous)
+    codes = unpack(gather_blocks(pages.codes, blocks_RB), bits).to(dtype)
+    scale, zero = (gather_blocks(plane, blocks_RB) for plane in (pages.scale, pages.zero))
+    if pages.unit is None:
+        step, offset = scale.to(dtype), zero.to(dtype)
+    else:
+        unit = gather_blocks(pages.unit, blocks_RB)[..., None, None].to(dtype)
+        step = (scale.to(torch.int16) << 5).view(torch.float16).to(dtype) * unit
+        offset = step * zero.to(dtype)
+    group = codes.shape[3] // step.shape[3]
+    return codes * step.repeat_interleave(group, 3) + offset.repeat_interleave(group, 3)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Codes, uint8, of bytes whose fields are the parts of the last axis, lowest bits first."""
+    if bits == 8:
+        return packed.view(torch.uint8) ^ 0x80
+    mask = (1 << bits) - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1)
+
+
+def gather_blocks(plane: Tensor, blocks_RB: Tensor) -> Tensor:
+    """Blocks of an array `[pages, blocks of a page, ...]`, by row."""
+    ids_RB = blocks_RB.long()
+    return plane[ids_RB // plane.shape[1], ids_RB % plane.shape[1]]
+
+
+def in_line(x_RBKSD: Tensor) -> Tensor:
+    """x_RKSD: a row's blocks one after another."""
+    return x_RBKSD.transpose(1, 2).flatten(2, 3)
