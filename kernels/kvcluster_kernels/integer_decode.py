@@ -29,17 +29,16 @@ from kvcluster_kernels.integer_tiles import (
     score_codes,
     weigh_codes,
 )
+from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
     Attention,
     DecodeSettings,
     PagedRows,
     Partial,
     SplitPartials,
-    check_contiguous,
-    check_positions,
     split_tiles,
 )
-from kvcluster_kernels.softmax import store_columns, to_base_2, visible_at
+from kvcluster_kernels.softmax import store_columns, to_base_2, visible_columns
 
 BITS = (8, 4, 2)
 """The code widths of these kernels."""
@@ -87,9 +86,7 @@ def integer_splits(
     settings: DecodeSettings | None = None,
 ) -> SplitPartials:
     """The same before it is merged, to be merged with more."""
-    check_positions(rows, attention)
-    check_contiguous(q_RTHD=q_RTHD, **rows._asdict())
-    num_rows, num_tokens, num_heads, dim_k = q_RTHD.shape
+    dim_k = q_RTHD.shape[3]
     num_kv_heads, block_size = keys.codes.shape[2:4]
     dim_v = values.codes.shape[3]
     k_bits, v_bits = code_bits(keys, dim_k), code_bits(values, block_size)
@@ -98,37 +95,15 @@ def integer_splits(
             f"{k_bits} and {v_bits} bits want heads of {_LEAST_BYTES * 8 // k_bits} channels and "
             f"blocks of {_LEAST_BYTES * 8 // v_bits} tokens or more"
         )
-    group = num_heads // num_kv_heads
-    settings = settings or default_settings(num_tokens * group)
-    block_m = min(16, max(8, triton.next_power_of_2(num_tokens * group)))
-    row_tiles = triton.cdiv(num_tokens * group, block_m)
-    num_splits = settings.splits(
-        q_RTHD.device,
-        num_programs=num_rows * num_kv_heads * row_tiles,
-        num_tiles=rows.blocks_RB.shape[1],
-    )
-    found = SplitPartials.empty(q_RTHD, num_kv_heads=num_kv_heads, num_splits=num_splits, dim=dim_v)
-    has_positions = rows.q_positions_RT is not None
-    _integer_kernel[(num_splits * row_tiles, num_kv_heads, num_rows)](
+    launch = plan_launch(q_RTHD, rows, attention, settings, num_kv_heads=num_kv_heads, dim_v=dim_v)
+    _integer_kernel[launch.grid](
         q_RTHD,
         *keys._replace(unit=keys.scale if keys.unit is None else keys.unit),
         *values._replace(unit=values.scale if values.unit is None else values.unit),
-        rows.blocks_RB,
-        rows.starts_R,
-        rows.ends_R,
-        rows.block_positions_RB if has_positions else rows.blocks_RB,
-        rows.q_positions_RT if has_positions else rows.blocks_RB,
-        found.out_RKXMD,
-        found.lse_RKXM,
-        attention.scale,
-        attention.softcap or 0.0,
-        attention.window or 0,
-        rows.blocks_RB.shape[1],
-        num_splits,
+        *launch.arguments,
         *page_strides(keys),
         *page_strides(values),
-        NUM_ROWS=num_tokens * group,
-        GROUP=group,
+        **launch.constants,
         BLOCK_SIZE=block_size,
         PAGE_BLOCKS=keys.codes.shape[1],
         DIM_K=dim_k,
@@ -137,22 +112,9 @@ def integer_splits(
         V_BITS=v_bits,
         K_GROUPS=keys.scale.shape[3],
         V_GROUPS=values.scale.shape[3],
-        BLOCK_M=block_m,
-        HAS_POSITIONS=has_positions,
-        HAS_SOFTCAP=attention.softcap is not None,
-        HAS_WINDOW=attention.window is not None,
         IS_GPU=has_assembly(_integer_kernel),
-        num_warps=settings.num_warps,
-        num_stages=settings.num_stages,
     )
-    return found
-
-
-def default_settings(num_rows: int) -> DecodeSettings:
-    """The settings for so many query rows of a KV head."""
-    if num_rows > 8:
-        return DecodeSettings(num_warps=4, programs_per_processor=3)
-    return DecodeSettings(num_warps=2, programs_per_processor=6)
+    return launch.found
 
 
 def code_bits(pages: IntegerPages, contiguous: int) -> int:
@@ -161,16 +123,6 @@ def code_bits(pages: IntegerPages, contiguous: int) -> int:
     if rest or bits not in BITS:
         raise ValueError(f"{pages.codes.shape[4]} bytes of {contiguous} codes: want bits in {BITS}")
     return bits
-
-
-def page_strides(pages: IntegerPages) -> list[int]:
-    """Of codes, scale, zero and unit. Raises: ValueError where blocks do not lie together."""
-    strides = []
-    for plane in pages:
-        if plane is not None and not plane[0].is_contiguous():
-            raise ValueError("the blocks of a page must lie together")
-        strides.append(0 if plane is None else plane.stride(0))
-    return strides
 
 
 @triton.jit
@@ -253,13 +205,10 @@ def _integer_kernel(
             q0, q1, q2, q3, BLOCK_SIZE, DIM_K, K_BITS, K_GROUPS, IS_GPU,
         )  # fmt: skip
         scores_SM = to_base_2(products_SM * size_M[None, :], scale, softcap, HAS_SOFTCAP)
-        tokens_S = tl.arange(0, BLOCK_SIZE)
-        inside_S = (tile * BLOCK_SIZE + tokens_S >= start) & (tile * BLOCK_SIZE + tokens_S < end)
-        scores_SM = tl.where(inside_S[:, None], scores_SM, -float("inf"))
-        if HAS_POSITIONS:
-            positions_S = tl.load(block_positions_ptr + tile) + tokens_S
-            distance_SM = q_positions_M[None, :] - positions_S[:, None]
-            scores_SM = visible_at(scores_SM, distance_SM, window, HAS_WINDOW)
+        position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
+        scores_SM = visible_columns(
+            scores_SM, tile, start, end, position, q_positions_M, window, HAS_POSITIONS, HAS_WINDOW
+        )
         acc, zeros, max_M, sum_M = weigh_codes(
             v_codes_ptr + page * stride_v_codes + place * (DIM_V * V_BYTES),
             v_scale_ptr + page * stride_v_scale + place * (V_GROUPS * BLOCK_SIZE),

@@ -220,4 +220,5 @@ def _halves(x_ESM: tl.tensor) -> tuple[tl.tensor, ...]:
     E: tl.constexpr = x_ESM.shape[0]
     S: tl.constexpr = x_ESM.shape[1]
     M: tl.constexpr = x_ESM.shape[2]
-    return tl.split(x_ESM.reshape(E, 2, S // 2, M).permute(0, 2, 3, 1))
+    first, second = tl.split(x_ESM.reshape(E, 2, S // 2, M).permute(0, 2, 3, 1))
+    return first, second

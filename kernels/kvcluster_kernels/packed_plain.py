@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcluster_kernels.decode_plain import attend_tokens
+from kvcluster_kernels.float8_decode import Float8Pages
 from kvcluster_kernels.integer_decode import IntegerPages, code_bits
 from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
 
@@ -64,3 +65,28 @@ def gather_blocks(plane: Tensor, blocks_RB: Tensor) -> Tensor:
 def in_line(x_RBKSD: Tensor) -> Tensor:
     """x_RKSD: a row's blocks one after another."""
     return x_RBKSD.transpose(1, 2).flatten(2, 3)
+
+
+def decode_float8(
+    q_RTHD: Tensor,
+    keys: Float8Pages,
+    values: Float8Pages,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,  # noqa: ARG001
+) -> Partial:
+    """As the kernel; computed in float64 where queries are, else in float32."""
+    dtype = torch.promote_types(q_RTHD.dtype, torch.float32)
+    k_RBKSD = restore_float8(keys, rows.blocks_RB, dtype)
+    v_RBKDS = restore_float8(values, rows.blocks_RB, dtype)
+    return attend_tokens(
+        q_RTHD, in_line(k_RBKSD), in_line(v_RBKDS.transpose(3, 4)), rows, attention
+    )
+
+
+def restore_float8(pages: Float8Pages, blocks_RB: Tensor, dtype: torch.dtype) -> Tensor:
+    """x_RBKLC of the blocks: scale * value."""
+    scale = gather_blocks(pages.scale, blocks_RB)[..., None, None].to(dtype)
+    # Blocks are picked as bytes: not every device indexes float8.
+    stored = gather_blocks(pages.values.view(torch.uint8), blocks_RB)
+    return stored.view(torch.float8_e4m3fn).to(dtype) * scale

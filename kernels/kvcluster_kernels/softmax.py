@@ -36,6 +36,30 @@ def visible_at(
 
 
 @triton.jit
+def visible_columns(
+    scores_SM: tl.tensor,
+    tile: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    position: tl.tensor,
+    q_positions_M: tl.tensor,
+    window: tl.tensor,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+) -> tl.tensor:
+    """Scores of the tokens in [start, end) of a row that are visible, -inf for others. Its block
+    number `tile` begins at `position`."""
+    offs_s = tl.arange(0, scores_SM.shape[0])
+    tokens_S = tile * scores_SM.shape[0] + offs_s
+    inside_S = (tokens_S >= start) & (tokens_S < end)
+    scores_SM = tl.where(inside_S[:, None], scores_SM, -float("inf"))
+    if HAS_POSITIONS:
+        distance_SM = q_positions_M[None, :] - (position + offs_s)[:, None]
+        scores_SM = visible_at(scores_SM, distance_SM, window, HAS_WINDOW)
+    return scores_SM
+
+
+@triton.jit
 def online(scores_MN: tl.tensor, max_M: tl.tensor, sum_M: tl.tensor) -> tuple[tl.tensor, ...]:
     """Weights of a tile, the new maximum and sum, and what to multiply earlier sums with."""
     new_max_M = tl.maximum(max_M, tl.max(scores_MN, 1))

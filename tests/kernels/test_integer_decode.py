@@ -92,7 +92,7 @@ def test_keys_and_values_of_different_widths(interpreted: torch.device) -> None:
 
 @pytest.mark.parametrize("num_tokens", [4, 16])
 def test_several_query_tokens_with_a_window(num_tokens: int, interpreted: torch.device) -> None:
-    batch = replace(BLOCKS, num_tokens=num_tokens, num_heads=16, has_positions=True)
+    batch = replace(BLOCKS, num_tokens=num_tokens, has_positions=True, lengths=(110, 0, 70))
 
     check(
         batch,

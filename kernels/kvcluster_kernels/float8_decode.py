@@ -1,0 +1,183 @@
+"""Decode over a paged cache of e4m3 floats with one scale per block and KV head, as stored.
+
+    score_t  = scale_k sum_d q_d key_td
+    output_d = sum_t (p_t scale_v) value_td
+
+Products are of float16, which every e4m3 number is; queries are brought to at most 1 first. The
+scale of a block's values is a boost of its scores, as in `integer_decode.py`, where tokens and
+channels are rows too. `packed_plain.decode_float8` is the definition.
+
+Shape letters: those of `paging.py`; S tokens of a block, C channels.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcluster_kernels.codes import dot, has_assembly
+from kvcluster_kernels.combine import combine
+from kvcluster_kernels.integer_tiles import load_query_parts
+from kvcluster_kernels.packed_launch import page_strides, plan_launch
+from kvcluster_kernels.paging import (
+    Attention,
+    DecodeSettings,
+    PagedRows,
+    Partial,
+    SplitPartials,
+    split_tiles,
+)
+from kvcluster_kernels.softmax import online_columns, store_columns, to_base_2, visible_columns
+
+
+class Float8Pages(NamedTuple):
+    """Pages of one array, keys or values."""
+
+    values: Tensor
+    """[P, N, K, S, D] of keys, [P, N, K, D, S] of values, float8 e4m3fn; N blocks of a page."""
+    scale: Tensor
+    """[P, N, K], float32."""
+
+
+def decode_float8(
+    q_RTHD: Tensor,
+    keys: Float8Pages,
+    values: Float8Pages,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,
+) -> Partial:
+    """As `integer_decode.decode_integers`. Raises: ValueError."""
+    splits = float8_splits(q_RTHD, keys, values, rows, attention, settings)
+    return combine(splits, num_tokens=q_RTHD.shape[1])
+
+
+def float8_splits(
+    q_RTHD: Tensor,
+    keys: Float8Pages,
+    values: Float8Pages,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,
+) -> SplitPartials:
+    """The same before it is merged, to be merged with more."""
+    num_kv_heads, block_size, dim_k = keys.values.shape[2:]
+    dim_v = values.values.shape[3]
+    if dim_k != q_RTHD.shape[3] or values.values.shape[4] != block_size:
+        raise ValueError(
+            f"queries {tuple(q_RTHD.shape)}, keys {tuple(keys.values.shape)} and values "
+            f"{tuple(values.values.shape)} do not go together"
+        )
+    launch = plan_launch(q_RTHD, rows, attention, settings, num_kv_heads=num_kv_heads, dim_v=dim_v)
+    _float8_kernel[launch.grid](
+        q_RTHD,
+        *keys,
+        *values,
+        *launch.arguments,
+        *page_strides(keys),
+        *page_strides(values),
+        **launch.constants,
+        BLOCK_SIZE=block_size,
+        PAGE_BLOCKS=keys.values.shape[1],
+        DIM_K=dim_k,
+        DIM_V=dim_v,
+        IS_GPU=has_assembly(_float8_kernel),
+    )
+    return launch.found
+
+
+@triton.jit
+def _float8_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
+    blocks_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    block_positions_ptr: tl.tensor,
+    q_positions_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    window: tl.tensor,
+    max_blocks: tl.tensor,
+    num_splits: tl.tensor,
+    stride_k: tl.tensor,
+    stride_k_scale: tl.tensor,
+    stride_v: tl.tensor,
+    stride_v_scale: tl.tensor,
+    NUM_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> None:
+    BLOCK_DK: tl.constexpr = triton.next_power_of_2(DIM_K)
+    BLOCK_DV: tl.constexpr = triton.next_power_of_2(DIM_V)
+    ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
+    split = tl.program_id(0) // ROW_TILES
+    rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    row = tl.program_id(2)
+    begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
+    q_CM, _, _, _, size_M = load_query_parts(
+        q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, 8
+    )
+    q_1CM = q_CM.to(tl.float16)[None, :, :]
+    q_positions_M = rows_M
+    if HAS_POSITIONS:
+        q_positions_ptr += row * (NUM_ROWS // GROUP)
+        q_positions_M = tl.load(q_positions_ptr + rows_M // GROUP, mask=rows_M < NUM_ROWS, other=0)
+    blocks_ptr += row.to(tl.int64) * max_blocks
+    block_positions_ptr += row.to(tl.int64) * max_blocks
+    offs_s = tl.arange(0, BLOCK_SIZE)
+    offs_k = tl.arange(0, BLOCK_DK)
+    offs_v = tl.arange(0, BLOCK_DV)
+
+    max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    acc_1DM = tl.zeros([1, BLOCK_DV, BLOCK_M], tl.float32)
+    for tile in tl.range(begin, stop):
+        block = tl.load(blocks_ptr + tile)
+        page = (block // PAGE_BLOCKS).to(tl.int64)
+        place = block % PAGE_BLOCKS * num_kv_heads + head
+        k_start = k_ptr + page * stride_k + place * (BLOCK_SIZE * DIM_K)
+        k_SC = tl.load(
+            k_start + offs_s[:, None] * DIM_K + offs_k[None, :],
+            mask=(offs_k < DIM_K)[None, :],
+            other=0.0,
+        )
+        v_start = v_ptr + page * stride_v + place * (BLOCK_SIZE * DIM_V)
+        v_DS = tl.load(
+            v_start + offs_v[:, None] * BLOCK_SIZE + offs_s[None, :],
+            mask=(offs_v < DIM_V)[:, None],
+            other=0.0,
+        )
+        k_scale = tl.load(k_scale_ptr + page * stride_k_scale + place)
+        v_scale = tl.load(v_scale_ptr + page * stride_v_scale + place)
+        nothing = tl.zeros([1, BLOCK_SIZE, BLOCK_M], tl.float32)
+        products_1SM = dot(k_SC.to(tl.float16)[None, :, :], q_1CM, nothing, IS_GPU)
+        products_SM = products_1SM.reshape(BLOCK_SIZE, BLOCK_M) * (size_M * k_scale)[None, :]
+        scores_SM = to_base_2(products_SM, scale, softcap, HAS_SOFTCAP)
+        position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
+        scores_SM = visible_columns(
+            scores_SM, tile, start, end, position, q_positions_M, window, HAS_POSITIONS, HAS_WINDOW
+        )
+        boost_S = tl.math.log2(v_scale) + tl.zeros([BLOCK_SIZE], tl.float32)
+        weights_SM, max_M, sum_M, decay_M = online_columns(scores_SM, boost_S, max_M, sum_M)
+        w_1SM = (weights_SM * v_scale).to(tl.float16)[None, :, :]
+        acc_1DM = dot(
+            v_DS.to(tl.float16)[None, :, :], w_1SM, acc_1DM * decay_M[None, None, :], IS_GPU
+        )
+    first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
+    store_columns(out_ptr, lse_ptr, acc_1DM, max_M, sum_M, first_row, rows_M, NUM_ROWS, DIM_V, 1)
