@@ -1,0 +1,147 @@
+"""Paged caches of one layer with random contents, for benchmarks of decode kernels."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final, NamedTuple
+
+import torch
+from kvcluster_kernels.decode import ExactPages, decode
+from kvcluster_kernels.float8_decode import Float8Pages, decode_float8
+from kvcluster_kernels.integer_decode import IntegerPages, decode_integers
+from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
+from torch import Tensor
+
+from kvcluster.types import PAGE_BLOCKS
+
+BLOCK_SIZE: Final = 64
+_GROUP: Final = {8: 64, 4: 64, 2: 32}
+"""Numbers that share a scale, as the policies of that name have them."""
+
+Decode = Callable[[DecodeSettings | None], Partial]
+"""One launch over all keys, with these settings or the kernel's own."""
+
+
+class DecodeShape(NamedTuple):
+    """One request's decode in one layer."""
+
+    num_query_heads: int
+    num_kv_heads: int
+    dim: int
+    num_keys: int
+    num_tokens: int = 1
+
+    def __str__(self) -> str:
+        keys = self.num_keys >> 10
+        length = f"{keys >> 10}M" if keys >= 1024 else f"{keys}K"
+        heads = f"{self.num_query_heads}/{self.num_kv_heads}"
+        return f"D{self.dim} {heads} q{self.num_tokens} {length}"
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_keys // BLOCK_SIZE
+
+    @property
+    def exact_bytes(self) -> int:
+        """Of K and V in bfloat16."""
+        return 4 * self.num_keys * self.num_kv_heads * self.dim
+
+
+class Cache(NamedTuple):
+    """A cache that a kernel reads."""
+
+    decode: Decode
+    num_bytes: int
+    """Of what is read: scales included."""
+
+
+def queries(shape: DecodeShape, device: torch.device) -> Tensor:
+    """q_RTHD of one row, bfloat16, on the device where its caches will be."""
+    size = (1, shape.num_tokens, shape.num_query_heads, shape.dim)
+    return torch.randn(size, dtype=torch.bfloat16, device=device)
+
+
+def exact_cache(shape: DecodeShape, q_RTHD: Tensor) -> Cache:
+    """Bfloat16 in pages as the cache has them, blocks in any order."""
+    num_pages = -(-shape.num_blocks // PAGE_BLOCKS)
+    size = (num_pages, shape.num_kv_heads, PAGE_BLOCKS * BLOCK_SIZE, shape.dim)
+    k_PKND, v_PKND = (
+        torch.randn(size, dtype=torch.bfloat16, device=q_RTHD.device) for _ in range(2)
+    )
+    pages = ExactPages(k_PKND, v_PKND, BLOCK_SIZE)
+    run = partial(decode, q_RTHD, pages, *_asked(shape, q_RTHD.device))
+    return Cache(run, shape.exact_bytes)
+
+
+def float8_cache(shape: DecodeShape, q_RTHD: Tensor) -> Cache:
+    """e4m3 floats, values transposed."""
+
+    def pages(*axes: int) -> Float8Pages:
+        blocks = _block_axes(shape)
+        # Written a page at a time: numbers of float32 would be four times the cache.
+        values = torch.empty((*blocks, *axes), dtype=torch.float8_e4m3fn, device=q_RTHD.device)
+        for page in values:
+            page.copy_(torch.randn(page.shape, device=q_RTHD.device))
+        return Float8Pages(values, torch.ones(blocks, device=q_RTHD.device))
+
+    keys, values = pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
+    run = partial(
+        decode_float8, q_RTHD, keys, values, _rows(shape, q_RTHD.device), _attention(shape)
+    )
+    return Cache(run, _num_bytes(*keys, *values))
+
+
+def integer_cache(bits: int, scale_bits: int, shape: DecodeShape, q_RTHD: Tensor) -> Cache:
+    """Keys per channel and values per token."""
+
+    def pages(grouped: int, contiguous: int) -> IntegerPages:
+        blocks = _block_axes(shape)
+        codes = _random_bytes(q_RTHD.device, *blocks, grouped, contiguous * bits // 8)
+        grid = (*blocks, grouped // _GROUP[bits], contiguous)
+        if scale_bits == 8:
+            zero = torch.randint(-8, -6, grid, dtype=torch.int8, device=q_RTHD.device)
+            unit = torch.full(blocks, 16.0, device=q_RTHD.device)
+            return IntegerPages(codes, _random_bytes(q_RTHD.device, *grid), zero, unit)
+        scale = torch.rand(grid, dtype=torch.float16, device=q_RTHD.device) * (4 / 2**bits)
+        return IntegerPages(codes, scale, scale * -(2.0 ** (bits - 1)))
+
+    keys, values = pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
+    if bits == 8:
+        keys, values = (x._replace(codes=x.codes.view(torch.int8)) for x in (keys, values))
+    run = partial(
+        decode_integers, q_RTHD, keys, values, _rows(shape, q_RTHD.device), _attention(shape)
+    )
+    return Cache(run, _num_bytes(*keys, *values))
+
+
+CACHES: Final[Mapping[str, Callable[[DecodeShape, Tensor], Cache]]] = {
+    "bf16": exact_cache,
+    "fp8": float8_cache,
+    "int8": partial(integer_cache, 8, 16),
+    "int4": partial(integer_cache, 4, 16),
+    "int4 scale_bits=8": partial(integer_cache, 4, 8),
+    "int2": partial(integer_cache, 2, 16),
+}
+"""By name; `bf16` first, which the others are compared with."""
+
+
+def _asked(shape: DecodeShape, device: torch.device) -> tuple[PagedRows, Attention]:
+    """All keys of one row, in blocks in any order."""
+
+    def int32(*numbers: int) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    blocks_1B = torch.randperm(shape.num_blocks, dtype=torch.int32, device=device)[None]
+    rows = PagedRows(blocks_1B, int32(0), int32(shape.num_keys))
+    return rows, Attention(scale=shape.dim**-0.5)
+
+
+def _block_axes(shape: DecodeShape) -> tuple[int, int, int]:
+    return (-(-shape.num_blocks // PAGE_BLOCKS), PAGE_BLOCKS, shape.num_kv_heads)
+
+
+def _random_bytes(device: torch.device, *shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
+
+def _num_bytes(*planes: Tensor | None) -> int:
+    return sum(plane.nbytes for plane in planes if plane is not None)
