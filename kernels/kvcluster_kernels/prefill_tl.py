@@ -1,0 +1,154 @@
+"""Launches the portable prefill kernel.
+
+Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimension, Z splits.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kvcluster_kernels.merge import merge
+from kvcluster_kernels.prefill_arguments import Causal, Keys, PartialAttention, check_arguments
+from kvcluster_kernels.prefill_tl_kernel import prefill_kernel
+
+
+class Tiles(NamedTuple):
+    """How a prefill is cut for the processor."""
+
+    block_m: int
+    """Rows of a program."""
+    block_n: int
+    """Keys of a step."""
+    num_warps: int
+    num_stages: int
+    """Steps whose keys are in shared memory at a time."""
+
+
+_TILES = {
+    # Padded head size, the wider one of keys and values.
+    16: Tiles(128, 128, 8, 3),
+    32: Tiles(128, 128, 8, 3),
+    64: Tiles(128, 128, 8, 3),
+    128: Tiles(128, 128, 8, 2),
+    256: Tiles(128, 64, 8, 2),
+}
+"""For 16-bit numbers on Hopper; chosen with `kvcluster bench kernels`."""
+_WIDE_TILES = Tiles(64, 32, 4, 1)
+"""For float32, which the matrix unit does not multiply."""
+_MIN_SPLIT_KEYS = 1024
+_MAX_SPLITS = 32
+
+
+def tiles_for(q_THD: Tensor, keys: Keys) -> Tiles:
+    """The tiles of a call that does not name its own."""
+    if q_THD.dtype == torch.float32:
+        return _WIDE_TILES
+    num_tokens, num_heads, key_dim = q_THD.shape
+    widest = max(16, triton.next_power_of_2(max(key_dim, keys.v_PKSD.shape[3])))
+    tiles = _TILES[widest]
+    num_rows = num_tokens * num_heads // keys.k_PKSD.shape[1]
+    if num_rows <= 64:
+        # The matrix unit's own tile has 64 rows, one group of four warps.
+        return tiles._replace(block_m=64, num_warps=4)
+    return tiles
+
+
+def prefill(
+    q_THD: Tensor,
+    keys: Keys,
+    *,
+    scale: float,
+    causal: Causal | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    carry: PartialAttention | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    tiles: Tiles | None = None,
+    num_splits: int | None = None,
+) -> PartialAttention:
+    """As `prefill_reference.prefill`, in one kernel; on a CPU in Triton's interpreter.
+
+    `num_splits`: programs that share the keys of a row, whose partials are merged afterwards;
+    None: as many as keep the processor busy.
+
+    Raises: ValueError when shapes do not fit.
+    """
+    check_arguments(q_THD, keys, scale, causal, carry)
+    num_tokens, num_heads, key_dim = q_THD.shape
+    num_kv_heads, value_dim = keys.k_PKSD.shape[1], keys.v_PKSD.shape[3]
+    tiles = tiles or tiles_for(q_THD, keys)
+    group = num_heads // num_kv_heads
+    num_programs = triton.cdiv(num_tokens * group, tiles.block_m) * num_kv_heads
+    if num_splits is None:
+        num_splits = _splits(q_THD.device, num_programs, keys.num_keys)
+    # Wide heads leave no registers for another partial beside their own.
+    is_whole = num_splits == 1 and (max(key_dim, value_dim) <= 128 or carry is None)
+    folded_carry, folded_sinks = (carry, sinks_H) if is_whole else (None, None)
+    partial_dtype = out_dtype if is_whole else torch.float32
+    out_ZTHD = q_THD.new_empty((num_splits, num_tokens, num_heads, value_dim), dtype=partial_dtype)
+    lse_ZTH = q_THD.new_empty((num_splits, num_tokens, num_heads), dtype=torch.float32)
+    if num_tokens == 0:
+        return PartialAttention(out_ZTHD[0], lse_ZTH[0])
+    rule = causal or Causal()
+    scale2 = scale * math.log2(math.e)
+    is_float32 = q_THD.dtype == torch.float32
+    # Where there is nothing to point at, any tensor of the right type does.
+    carry_out, carry_lse = folded_carry or PartialAttention(lse_ZTH, lse_ZTH)
+    prefill_kernel[(num_programs, num_splits)](
+        q_THD,
+        keys.k_PKSD,
+        keys.v_PKSD,
+        out_ZTHD,
+        lse_ZTH,
+        lse_ZTH if keys.block_ids_N is None else keys.block_ids_N,
+        carry_out.contiguous(),
+        carry_lse.contiguous(),
+        lse_ZTH if folded_sinks is None else folded_sinks.float(),
+        num_tokens,
+        keys.num_keys,
+        rule.start,
+        num_tokens if rule.split is None else rule.split,
+        rule.resume,
+        rule.window or 0,
+        2.0 * scale2 / softcap if softcap is not None else scale2,
+        softcap * math.log2(math.e) if softcap is not None else 1.0,
+        *q_THD.stride()[:2],
+        *keys.k_PKSD.stride()[:3],
+        *keys.v_PKSD.stride()[:3],
+        GROUP=group,
+        NUM_KV_HEADS=num_kv_heads,
+        NUM_SPLITS=num_splits,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        PADDED_KEY_DIM=max(16, triton.next_power_of_2(key_dim)),
+        PADDED_VALUE_DIM=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_TOKENS=0 if keys.block_ids_N is None else keys.block_tokens,
+        PAGE_BLOCKS=keys.blocks_per_page,
+        CAUSAL=causal is not None,
+        WINDOWED=rule.window is not None,
+        SOFTCAPPED=softcap is not None,
+        CARRIED=folded_carry is not None,
+        SINKS=folded_sinks is not None,
+        # The interpreter multiplies the bits of bfloat16 as if they were integers.
+        UPCAST=q_THD.device.type == "cpu" and not is_float32,
+        PRECISION="ieee" if is_float32 or q_THD.device.type == "cpu" else "tf32",
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if is_whole:
+        return PartialAttention(out_ZTHD[0], lse_ZTH[0])
+    partials = [*map(PartialAttention, out_ZTHD, lse_ZTH), *([carry] if carry else [])]
+    return merge(partials, sinks_H=sinks_H, out_dtype=out_dtype)
+
+
+def _splits(device: torch.device, num_programs: int, num_keys: int) -> int:
+    """Programs for a row of tiles, such that all multiprocessors have work."""
+    if device.type == "cpu" or num_programs == 0:
+        return 1
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(num_processors // num_programs, num_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS))

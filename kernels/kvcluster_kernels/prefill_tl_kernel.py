@@ -1,0 +1,318 @@
+"""Prefill attention in portable Triton: any head size up to 256, every rule, in line or paged.
+
+One program holds BLOCK_M rows of one KV head and walks over its keys (Dao 2023, FlashAttention-2,
+algorithm 1). A row is one query head of one token: the query heads that share a KV head are
+neighbours, so that its keys are read once for all of them. Logits are kept in base 2, in which the
+processor exponentiates; results leave in the natural one.
+
+Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimension, Z splits.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _positions(tokens, start, split, resume):
+    """Where among the keys these rows lie."""
+    return tl.where(tokens < split, tokens + start, tokens + (resume - split))
+
+
+@triton.jit
+def _key_rows(
+    ptr,
+    first,
+    offs_N,
+    blocks_ptr,
+    num_keys,
+    stride_p,
+    stride_s,
+    BLOCK_TOKENS: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pointers to the rows of keys first .. first + BLOCK_N."""
+    if BLOCK_TOKENS == 0:
+        return ptr + tl.cast(first, tl.int64) * stride_s + offs_N * stride_s
+    if BLOCK_TOKENS % BLOCK_N == 0:
+        block = tl.load(blocks_ptr + first // BLOCK_TOKENS).to(tl.int64)
+        slot = (block % PAGE_BLOCKS) * BLOCK_TOKENS + first % BLOCK_TOKENS
+        return ptr + (block // PAGE_BLOCKS) * stride_p + slot * stride_s + offs_N * stride_s
+    keys_N = first + offs_N
+    blocks_N = tl.load(blocks_ptr + keys_N // BLOCK_TOKENS, mask=keys_N < num_keys, other=0)
+    slots_N = (blocks_N % PAGE_BLOCKS) * BLOCK_TOKENS + keys_N % BLOCK_TOKENS
+    return ptr + (blocks_N // PAGE_BLOCKS).to(tl.int64) * stride_p + slots_N * stride_s
+
+
+@triton.jit
+def _load_rows(rows_N, offs_D, mask_N, DIM: tl.constexpr, MASKED: tl.constexpr):
+    ptrs_ND = rows_N[:, None] + offs_D[None, :]
+    if MASKED:
+        return tl.load(ptrs_ND, mask=mask_N[:, None] & (offs_D < DIM)[None, :], other=0.0)
+    if offs_D.shape[0] != DIM:
+        return tl.load(ptrs_ND, mask=(offs_D < DIM)[None, :], other=0.0)
+    return tl.load(ptrs_ND)
+
+
+@triton.jit
+def _fold_keys(
+    acc_MD,
+    max2_M,
+    sum_M,
+    q_MD,
+    k_ptr,
+    v_ptr,
+    blocks_ptr,
+    stride_k_p,
+    stride_k_s,
+    stride_v_p,
+    stride_v_s,
+    positions_M,
+    first,
+    last,
+    num_keys,
+    window,
+    scale2,
+    softcap2,
+    BLOCK_N: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_KEY_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The online softmax of these rows over keys first .. last, a multiple of BLOCK_N on."""
+    offs_N = tl.arange(0, BLOCK_N)
+    offs_k_D = tl.arange(0, PADDED_KEY_DIM)
+    offs_v_D = tl.arange(0, PADDED_VALUE_DIM)
+    for tile in tl.range(first, last, BLOCK_N):
+        keys_N = tile + offs_N
+        k_rows_N = _key_rows(
+            k_ptr,
+            tile,
+            offs_N,
+            blocks_ptr,
+            num_keys,
+            stride_k_p,
+            stride_k_s,
+            BLOCK_TOKENS,
+            PAGE_BLOCKS,
+            BLOCK_N,
+        )
+        k_ND = _load_rows(k_rows_N, offs_k_D, keys_N < num_keys, KEY_DIM, MASKED)
+        if UPCAST:
+            k_ND = k_ND.to(tl.float32)
+        logits_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
+        factor = scale2
+        if SOFTCAPPED:
+            # tanh by exp2, which is there on every target.
+            capped_MN = 1.0 - 2.0 / (1.0 + tl.exp2(logits_MN * scale2))
+            logits_MN = capped_MN
+            factor = softcap2
+        if MASKED:
+            mask_MN = (keys_N < num_keys)[None, :]
+            if CAUSAL:
+                mask_MN = mask_MN & (keys_N[None, :] <= positions_M[:, None])
+            if WINDOWED:
+                mask_MN = mask_MN & (keys_N[None, :] > (positions_M - window)[:, None])
+            logits_MN = tl.where(mask_MN, logits_MN, float("-inf"))
+        new_max2_M = tl.maximum(max2_M, tl.max(logits_MN, 1) * factor)
+        shift_M = new_max2_M
+        if MASKED:
+            # A row that has seen no key: -inf minus -inf is NaN.
+            shift_M = tl.where(new_max2_M == float("-inf"), 0.0, new_max2_M)
+        weights_MN = tl.exp2(logits_MN * factor - shift_M[:, None])
+        decay_M = tl.exp2(max2_M - shift_M)
+        sum_M = sum_M * decay_M + tl.sum(weights_MN, 1)
+        max2_M = new_max2_M
+        v_rows_N = _key_rows(
+            v_ptr,
+            tile,
+            offs_N,
+            blocks_ptr,
+            num_keys,
+            stride_v_p,
+            stride_v_s,
+            BLOCK_TOKENS,
+            PAGE_BLOCKS,
+            BLOCK_N,
+        )
+        v_ND = _load_rows(v_rows_N, offs_v_D, keys_N < num_keys, VALUE_DIM, MASKED)
+        if UPCAST:
+            v_ND = v_ND.to(tl.float32)
+        acc_MD = acc_MD * decay_M[:, None]
+        acc_MD = tl.dot(weights_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision=PRECISION)
+    return acc_MD, max2_M, sum_M
+
+
+@triton.jit
+def _meet(one2_M, other2_M):
+    """The maximum of two logarithms, and what either weighs beside it. Both may be -inf."""
+    max2_M = tl.maximum(one2_M, other2_M)
+    shift_M = tl.where(max2_M == float("-inf"), 0.0, max2_M)
+    return max2_M, tl.exp2(one2_M - shift_M), tl.exp2(other2_M - shift_M)
+
+
+@triton.jit
+def prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    blocks_ptr,
+    carry_out_ptr,
+    carry_lse_ptr,
+    sinks_ptr,
+    num_tokens,
+    num_keys,
+    start,
+    split,
+    resume,
+    window,
+    scale2,
+    softcap2,
+    stride_q_t,
+    stride_q_h,
+    stride_k_p,
+    stride_k_h,
+    stride_k_s,
+    stride_v_p,
+    stride_v_h,
+    stride_v_s,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_KEY_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    CARRIED: tl.constexpr,
+    SINKS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    num_tiles = tl.cdiv(num_tokens * GROUP, BLOCK_M)
+    if CAUSAL:
+        # The longest walks first, so that none of them is left over at the end.
+        tile = num_tiles - 1 - tl.program_id(0) // NUM_KV_HEADS
+        head = tl.program_id(0) % NUM_KV_HEADS
+    else:
+        # Programs that run together read the same keys.
+        tile = tl.program_id(0) % num_tiles
+        head = tl.program_id(0) // num_tiles
+    part = tl.program_id(1)
+    rows_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens_M = rows_M // GROUP
+    heads_M = head * GROUP + rows_M % GROUP
+    row_mask_M = tokens_M < num_tokens
+    offs_k_D = tl.arange(0, PADDED_KEY_DIM)
+    offs_v_D = tl.arange(0, PADDED_VALUE_DIM)
+    q_rows_M = q_ptr + tokens_M.to(tl.int64) * stride_q_t + heads_M * stride_q_h
+    q_MD = _load_rows(q_rows_M, offs_k_D, row_mask_M, KEY_DIM, MASKED=True)
+    if UPCAST:
+        q_MD = q_MD.to(tl.float32)
+
+    # Keys begin .. plain are seen by all rows of the tile, those up to `end` by some of them.
+    begin = 0
+    end = num_keys
+    plain = num_keys // BLOCK_N * BLOCK_N
+    positions_M = _positions(tokens_M, start, split, resume)
+    if CAUSAL:
+        lowest = _positions(tile * BLOCK_M // GROUP, start, split, resume)
+        last_token = tl.minimum(num_tokens - 1, (tile * BLOCK_M + BLOCK_M - 1) // GROUP)
+        highest = _positions(last_token, start, split, resume)
+        end = tl.maximum(0, tl.minimum(num_keys, highest + 1))
+        plain = tl.minimum(plain, tl.maximum(0, lowest + 1) // BLOCK_N * BLOCK_N)
+        if WINDOWED:
+            begin = tl.minimum(end, tl.maximum(0, lowest - window + 1)) // BLOCK_N * BLOCK_N
+            plain = begin
+    if NUM_SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), NUM_SPLITS) * BLOCK_N
+        begin = tl.minimum(end, begin + part * share)
+        end = tl.minimum(end, begin + share)
+        plain = tl.maximum(begin, tl.minimum(plain, end // BLOCK_N * BLOCK_N))
+
+    max2_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    acc_MD = tl.zeros([BLOCK_M, PADDED_VALUE_DIM], tl.float32)
+    head = head.to(tl.int64)
+    k_ptr += head * stride_k_h
+    v_ptr += head * stride_v_h
+    for masked in tl.static_range(2):
+        acc_MD, max2_M, sum_M = _fold_keys(
+            acc_MD,
+            max2_M,
+            sum_M,
+            q_MD,
+            k_ptr,
+            v_ptr,
+            blocks_ptr,
+            stride_k_p,
+            stride_k_s,
+            stride_v_p,
+            stride_v_s,
+            positions_M,
+            plain if masked else begin,
+            end if masked else plain,
+            num_keys,
+            window,
+            scale2,
+            softcap2,
+            BLOCK_N,
+            KEY_DIM,
+            VALUE_DIM,
+            PADDED_KEY_DIM,
+            PADDED_VALUE_DIM,
+            BLOCK_TOKENS,
+            PAGE_BLOCKS,
+            MASKED=masked == 1,
+            CAUSAL=CAUSAL,
+            WINDOWED=WINDOWED,
+            SOFTCAPPED=SOFTCAPPED,
+            UPCAST=UPCAST,
+            PRECISION=PRECISION,
+        )
+    own_rows_M = tokens_M.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads_M
+    if SINKS:
+        sink2_M = tl.load(sinks_ptr + heads_M, mask=row_mask_M, other=float("-inf")) * LOG2_E
+        max2_M, decay_M, share_M = _meet(max2_M, sink2_M)
+        sum_M = sum_M * decay_M + share_M
+        acc_MD = acc_MD * decay_M[:, None]
+    if CARRIED:
+        carry2_M = tl.load(carry_lse_ptr + own_rows_M, mask=row_mask_M, other=float("-inf"))
+        max2_M, decay_M, share_M = _meet(max2_M, carry2_M * LOG2_E)
+        sum_M = sum_M * decay_M + share_M
+        carry_MD = tl.load(
+            (carry_out_ptr + own_rows_M * VALUE_DIM)[:, None] + offs_v_D[None, :],
+            mask=row_mask_M[:, None] & (offs_v_D < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        acc_MD = acc_MD * decay_M[:, None] + carry_MD * share_M[:, None]
+    seen_M = sum_M > 0.0
+    divisor_M = tl.where(seen_M, sum_M, 1.0)
+    own_rows_M += part.to(tl.int64) * num_tokens * (NUM_KV_HEADS * GROUP)
+    tl.store(
+        (out_ptr + own_rows_M * VALUE_DIM)[:, None] + offs_v_D[None, :],
+        (acc_MD / divisor_M[:, None]).to(out_ptr.dtype.element_ty),
+        mask=row_mask_M[:, None] & (offs_v_D < VALUE_DIM)[None, :],
+    )
+    lse_M = tl.where(seen_M, (max2_M + tl.log2(divisor_M)) * _LN_2, float("-inf"))
+    tl.store(lse_ptr + own_rows_M, lse_M, mask=row_mask_M)
