@@ -1,0 +1,194 @@
+"""What the groups of the pipelined prefill kernel share: who walks over which keys, and the group
+that fetches them.
+
+Shape letters: T query tokens, S keys, H query heads, K KV heads, P pages, D head dimension, M rows
+of a consumer, N keys of a step.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Renamed after Triton 3.6.
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def position(token, start, split, resume):
+    """Where among the keys a row lies."""
+    return gl.where(token < split, token + start, token + (resume - split))
+
+
+@gluon.jit
+def turns(num_tiles):
+    """How many tiles this program has."""
+    programs = gl.num_programs(0)
+    rounds = num_tiles // programs
+    place = gl.program_id(0)
+    if rounds % 2 == 1:
+        place = programs - 1 - place
+    return rounds + gl.where(place < num_tiles % programs, 1, 0)
+
+
+@gluon.jit
+def tile(turn, num_row_tiles, CAUSAL: gl.constexpr, HEADS_AT_ONCE: gl.constexpr):
+    """Row tile and head of this program's turn.
+
+    Every other round runs backwards, so that who had the longest of one has the shortest of the
+    next one.
+    """
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    if turn % 2 == 1:
+        place = programs - 1 - place
+    index = turn * programs + place
+    if CAUSAL:
+        # The longest walks first, for as many heads as L2 holds keys of.
+        group = index // (num_row_tiles * HEADS_AT_ONCE)
+        rest = index % (num_row_tiles * HEADS_AT_ONCE)
+        row_tile = num_row_tiles - 1 - rest // HEADS_AT_ONCE
+        head = group * HEADS_AT_ONCE + rest % HEADS_AT_ONCE
+    else:
+        row_tile = index % num_row_tiles
+        head = index // num_row_tiles
+    return row_tile, head
+
+
+@gluon.jit
+def steps(
+    row_tile,
+    num_tokens,
+    num_keys,
+    start,
+    split,
+    resume,
+    ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    CAUSAL: gl.constexpr,
+):
+    """Steps of a row tile, and how many of them, the first ones of all, all rows see whole."""
+    end = num_keys
+    plain = num_keys // BLOCK_N
+    if CAUSAL:
+        last = gl.minimum(num_tokens, row_tile * ROWS + ROWS) - 1
+        end = gl.minimum(num_keys, position(last, start, split, resume) + 1)
+        lowest = position(row_tile * ROWS, start, split, resume)
+        plain = gl.minimum(plain, (lowest + 1) // BLOCK_N)
+    return (end + BLOCK_N - 1) // BLOCK_N, plain
+
+
+@gluon.jit
+def _copy_keys(
+    desc,
+    blocks_ptr,
+    head,
+    first,
+    num_keys,
+    barrier,
+    room,
+    BLOCK_N: gl.constexpr,
+    BLOCK_TOKENS: gl.constexpr,
+    PAGE_BLOCKS: gl.constexpr,
+):
+    """Ask for keys first .. first + BLOCK_N; what lies behind the last one is zero or unread."""
+    mbarrier.expect(barrier, BLOCK_N * desc.block_type.shape[3] * 2)
+    if BLOCK_TOKENS == 0:
+        _copy(desc, [0, head, first, 0], barrier, room)
+    elif BLOCK_TOKENS >= BLOCK_N:
+        block = gl.load(blocks_ptr + first // BLOCK_TOKENS)
+        slot = block % PAGE_BLOCKS * BLOCK_TOKENS + first % BLOCK_TOKENS
+        _copy(desc, [block // PAGE_BLOCKS, head, slot, 0], barrier, room)
+    else:
+        for i in gl.static_range(BLOCK_N // BLOCK_TOKENS):
+            key = first + i * BLOCK_TOKENS
+            # A block that is not there is read from behind the last page: as zeros.
+            block = gl.load(blocks_ptr + key // BLOCK_TOKENS, mask=key < num_keys, other=1 << 30)
+            slot = block % PAGE_BLOCKS * BLOCK_TOKENS
+            part = room.slice(i * BLOCK_TOKENS, BLOCK_TOKENS)
+            _copy(desc, [block // PAGE_BLOCKS, head, slot, 0], barrier, part)
+
+
+@gluon.jit
+def produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    blocks_ptr,
+    q_smem,
+    k_smem,
+    v_smem,
+    q_full,
+    q_empty,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    num_row_tiles,
+    num_tokens,
+    num_keys,
+    start,
+    split,
+    resume,
+    NUM_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BLOCK_TOKENS: gl.constexpr,
+    PAGE_BLOCKS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HEADS_AT_ONCE: gl.constexpr,
+):
+    ROWS: gl.constexpr = BLOCK_M * CONSUMERS
+    step = 0
+    for turn in range(turns(num_row_tiles * NUM_HEADS)):
+        row_tile, head = tile(turn, num_row_tiles, CAUSAL, HEADS_AT_ONCE)
+        num_steps, _ = steps(
+            row_tile, num_tokens, num_keys, start, split, resume, ROWS, BLOCK_N, CAUSAL
+        )
+        for g in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(g), q_desc.block_type.nbytes)
+            _copy(
+                q_desc,
+                [row_tile * ROWS + g * BLOCK_M, head, 0],
+                q_full.index(g),
+                q_smem.index(g),
+            )
+        kv_head = head // GROUP
+        # Values follow one step behind, as they are used.
+        for i in range(num_steps + 1):
+            if i < num_steps:
+                k_step = step + i
+                k_slot = k_step % STAGES
+                mbarrier.wait(k_empty.index(k_slot), ((k_step // STAGES) & 1) ^ 1)
+                _copy_keys(
+                    k_desc,
+                    blocks_ptr,
+                    kv_head,
+                    (num_steps - 1 - i) * BLOCK_N,
+                    num_keys,
+                    k_full.index(k_slot),
+                    k_smem.index(k_slot),
+                    BLOCK_N,
+                    BLOCK_TOKENS,
+                    PAGE_BLOCKS,
+                )
+            if i > 0:
+                v_step = step + i - 1
+                v_slot = v_step % STAGES
+                mbarrier.wait(v_empty.index(v_slot), ((v_step // STAGES) & 1) ^ 1)
+                _copy_keys(
+                    v_desc,
+                    blocks_ptr,
+                    kv_head,
+                    (num_steps - i) * BLOCK_N,
+                    num_keys,
+                    v_full.index(v_slot),
+                    v_smem.index(v_slot),
+                    BLOCK_N,
+                    BLOCK_TOKENS,
+                    PAGE_BLOCKS,
+                )
+        step += num_steps
