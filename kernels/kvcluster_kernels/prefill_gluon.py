@@ -58,9 +58,11 @@ def pipeline_for(dim: int, causal: Causal | None) -> Pipeline:
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether the kernel runs there: on Hopper, with a Triton whose Gluon we know."""
+    """Whether the kernel runs there as it was written: on Hopper, with Triton 3.6. The assembler
+    of 3.9 waits for each of its products before it asks for the next one."""
     return (
         prefill_kernel is not None
+        and triton.__version__.startswith("3.6.")
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) == (9, 0)
     )

@@ -28,31 +28,30 @@ class Tiles(NamedTuple):
 
 
 _TILES = {
-    # Padded head size, the wider one of keys and values.
-    16: Tiles(128, 128, 8, 3),
-    32: Tiles(128, 128, 8, 3),
+    # The wider head size of keys and values, and all sizes below it.
     64: Tiles(128, 128, 8, 3),
+    127: Tiles(128, 64, 8, 3),
     128: Tiles(128, 128, 8, 2),
     256: Tiles(128, 64, 8, 2),
 }
 """For 16-bit numbers on Hopper; chosen with `kvcluster bench kernels`."""
-_WIDE_TILES = Tiles(64, 32, 4, 1)
-"""For float32, which the matrix unit does not multiply."""
+_FLOAT32_TILES = Tiles(64, 32, 4, 1)
+"""The matrix unit does not multiply these."""
 _MIN_SPLIT_KEYS = 1024
 _MAX_SPLITS = 32
 
 
-def tiles_for(q_THD: Tensor, keys: Keys) -> Tiles:
-    """The tiles of a call that does not name its own."""
-    if q_THD.dtype == torch.float32:
-        return _WIDE_TILES
-    num_tokens, num_heads, key_dim = q_THD.shape
-    widest = max(16, triton.next_power_of_2(max(key_dim, keys.v_PKSD.shape[3])))
-    tiles = _TILES[widest]
-    num_rows = num_tokens * num_heads // keys.k_PKSD.shape[1]
+def tiles_for(dim: int, *, num_rows: int = 1 << 30, block_tokens: int = 0) -> Tiles:
+    """The tiles of a call in 16-bit numbers: `dim` is the wider head size of keys and values,
+    `num_rows` are the rows of a KV head, `block_tokens` the keys of a block, 0 if in line."""
+    tiles = next(tiles for size, tiles in _TILES.items() if dim <= size)
+    if block_tokens:
+        # Keys of one block are found by one look at the table.
+        block_n = max(16, min(tiles.block_n, block_tokens))
+        tiles = tiles._replace(block_n=block_n, num_stages=3 if dim <= 128 else 2)
     if num_rows <= 64:
         # The matrix unit's own tile has 64 rows, one group of four warps.
-        return tiles._replace(block_m=64, num_warps=4)
+        tiles = tiles._replace(block_m=64, num_warps=4)
     return tiles
 
 
@@ -79,8 +78,16 @@ def prefill(
     check_arguments(q_THD, keys, scale, causal, carry)
     num_tokens, num_heads, key_dim = q_THD.shape
     num_kv_heads, value_dim = keys.k_PKSD.shape[1], keys.v_PKSD.shape[3]
-    tiles = tiles or tiles_for(q_THD, keys)
     group = num_heads // num_kv_heads
+    is_float32 = q_THD.dtype == torch.float32
+    if tiles is None:
+        tiles = _FLOAT32_TILES
+        if not is_float32:
+            tiles = tiles_for(
+                max(key_dim, value_dim),
+                num_rows=num_tokens * group,
+                block_tokens=0 if keys.block_ids_N is None else keys.block_tokens,
+            )
     num_programs = triton.cdiv(num_tokens * group, tiles.block_m) * num_kv_heads
     if num_splits is None:
         num_splits = _splits(q_THD.device, num_programs, keys.num_keys)
@@ -94,7 +101,6 @@ def prefill(
         return PartialAttention(out_ZTHD[0], lse_ZTH[0])
     rule = causal or Causal()
     scale2 = scale * math.log2(math.e)
-    is_float32 = q_THD.dtype == torch.float32
     # Where there is nothing to point at, any tensor of the right type does.
     carry_out, carry_lse = folded_carry or PartialAttention(lse_ZTH, lse_ZTH)
     prefill_kernel[(num_programs, num_splits)](

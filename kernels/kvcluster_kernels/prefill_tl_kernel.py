@@ -291,28 +291,29 @@ def prefill_kernel(
             PRECISION=PRECISION,
         )
     own_rows_M = tokens_M.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads_M
+    factor_M = tl.full([BLOCK_M], 1.0, tl.float32)
     if SINKS:
         sink2_M = tl.load(sinks_ptr + heads_M, mask=row_mask_M, other=float("-inf")) * LOG2_E
-        max2_M, decay_M, share_M = _meet(max2_M, sink2_M)
-        sum_M = sum_M * decay_M + share_M
-        acc_MD = acc_MD * decay_M[:, None]
+        max2_M, factor_M, share_M = _meet(max2_M, sink2_M)
+        sum_M = sum_M * factor_M + share_M
     if CARRIED:
         carry2_M = tl.load(carry_lse_ptr + own_rows_M, mask=row_mask_M, other=float("-inf"))
         max2_M, decay_M, share_M = _meet(max2_M, carry2_M * LOG2_E)
         sum_M = sum_M * decay_M + share_M
-        carry_MD = tl.load(
-            (carry_out_ptr + own_rows_M * VALUE_DIM)[:, None] + offs_v_D[None, :],
-            mask=row_mask_M[:, None] & (offs_v_D < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        acc_MD = acc_MD * decay_M[:, None] + carry_MD * share_M[:, None]
+        factor_M *= decay_M
     seen_M = sum_M > 0.0
     divisor_M = tl.where(seen_M, sum_M, 1.0)
+    out_MD = acc_MD * (factor_M / divisor_M)[:, None]
+    mask_MD = row_mask_M[:, None] & (offs_v_D < VALUE_DIM)[None, :]
+    if CARRIED:
+        carry_rows_M = carry_out_ptr + own_rows_M * VALUE_DIM
+        carry_MD = tl.load(carry_rows_M[:, None] + offs_v_D[None, :], mask=mask_MD, other=0.0)
+        out_MD += carry_MD * (share_M / divisor_M)[:, None]
     own_rows_M += part.to(tl.int64) * num_tokens * (NUM_KV_HEADS * GROUP)
     tl.store(
         (out_ptr + own_rows_M * VALUE_DIM)[:, None] + offs_v_D[None, :],
-        (acc_MD / divisor_M[:, None]).to(out_ptr.dtype.element_ty),
-        mask=row_mask_M[:, None] & (offs_v_D < VALUE_DIM)[None, :],
+        out_MD.to(out_ptr.dtype.element_ty),
+        mask=mask_MD,
     )
     lse_M = tl.where(seen_M, (max2_M + tl.log2(divisor_M)) * _LN_2, float("-inf"))
     tl.store(lse_ptr + own_rows_M, lse_M, mask=row_mask_M)
