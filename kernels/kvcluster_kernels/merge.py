@@ -19,7 +19,7 @@ _MAX_AT_ONCE = 8
 """Partials that one pass reads; more are merged in several."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _merge(
     outs,
     lses,

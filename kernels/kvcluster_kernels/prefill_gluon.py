@@ -149,6 +149,7 @@ def prefill(
         rule.start,
         num_tokens if rule.split is None else rule.split,
         rule.resume,
+        heads_at_once(keys, num_heads),
         scale * math.log2(math.e),
         NUM_HEADS=num_heads,
         GROUP=num_heads // num_kv_heads,
@@ -163,7 +164,6 @@ def prefill(
         CAUSAL=causal is not None,
         CARRIED=carry is not None,
         PING_PONG=pipeline.takes_turns,
-        HEADS_AT_ONCE=_heads_at_once(keys, num_heads, num_kv_heads, dim),
         num_warps=4,
     )
     return PartialAttention(out_THD, lse_TH)
@@ -189,8 +189,10 @@ def _can_be_copied(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
 
 
-def _heads_at_once(keys: Keys, num_heads: int, num_kv_heads: int, dim: int) -> int:
-    """Query heads whose keys and values stay in L2 together; a divisor of all query heads."""
+def heads_at_once(keys: Keys, num_heads: int) -> int:
+    """Query heads whose keys and values stay in L2 together: a divisor of all, at least those of
+    one KV head."""
+    num_kv_heads, dim = keys.k_PKSD.shape[1], keys.k_PKSD.shape[3]
     room = max(1, _L2_KEY_BYTES // (keys.num_keys * dim * 4))
     together = max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= room)
     return together * (num_heads // num_kv_heads)

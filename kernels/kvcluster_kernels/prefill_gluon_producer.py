@@ -31,7 +31,7 @@ def turns(num_tiles):
 
 
 @gluon.jit
-def tile(turn, num_row_tiles, CAUSAL: gl.constexpr, HEADS_AT_ONCE: gl.constexpr):
+def tile(turn, num_row_tiles, heads_at_once, CAUSAL: gl.constexpr):
     """Row tile and head of this program's turn.
 
     Every other round runs backwards, so that who had the longest of one has the shortest of the
@@ -44,10 +44,10 @@ def tile(turn, num_row_tiles, CAUSAL: gl.constexpr, HEADS_AT_ONCE: gl.constexpr)
     index = turn * programs + place
     if CAUSAL:
         # The longest walks first, for as many heads as L2 holds keys of.
-        group = index // (num_row_tiles * HEADS_AT_ONCE)
-        rest = index % (num_row_tiles * HEADS_AT_ONCE)
-        row_tile = num_row_tiles - 1 - rest // HEADS_AT_ONCE
-        head = group * HEADS_AT_ONCE + rest % HEADS_AT_ONCE
+        group = index // (num_row_tiles * heads_at_once)
+        rest = index % (num_row_tiles * heads_at_once)
+        row_tile = num_row_tiles - 1 - rest // heads_at_once
+        head = group * heads_at_once + rest % heads_at_once
     else:
         row_tile = index % num_row_tiles
         head = index // num_row_tiles
@@ -129,6 +129,7 @@ def produce(
     start,
     split,
     resume,
+    heads_at_once,
     NUM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -138,12 +139,11 @@ def produce(
     BLOCK_TOKENS: gl.constexpr,
     PAGE_BLOCKS: gl.constexpr,
     CAUSAL: gl.constexpr,
-    HEADS_AT_ONCE: gl.constexpr,
 ):
     ROWS: gl.constexpr = BLOCK_M * CONSUMERS
     step = 0
     for turn in range(turns(num_row_tiles * NUM_HEADS)):
-        row_tile, head = tile(turn, num_row_tiles, CAUSAL, HEADS_AT_ONCE)
+        row_tile, head = tile(turn, num_row_tiles, heads_at_once, CAUSAL)
         num_steps, _ = steps(
             row_tile, num_tokens, num_keys, start, split, resume, ROWS, BLOCK_N, CAUSAL
         )

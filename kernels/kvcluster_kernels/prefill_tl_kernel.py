@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# A compilation takes seconds: none because of a length.
+_NUMBERS = ("num_tokens", "num_keys", "start", "split", "resume", "window")
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -163,7 +165,7 @@ def _meet(one2_M, other2_M):
     return max2_M, tl.exp2(one2_M - shift_M), tl.exp2(other2_M - shift_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def prefill_kernel(
     q_ptr,
     k_ptr,

@@ -11,6 +11,9 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from tests.kernels.sm90 import MAX_SHARED_BYTES, Configuration, MachineCode, compiled
 
+# Whoever asks first compiles for all.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 _POINTERS = ("out_ptr", "lse_ptr", "carry_out_ptr", "carry_lse_ptr")
 _NUMBERS = ("num_tokens", "num_keys", "start", "split", "resume")
 _STRIDES = ("q_t", "q_h", "k_p", "k_h", "k_s", "v_p", "v_h", "v_s")
@@ -70,11 +73,11 @@ def pipelined(
             **dict.fromkeys(("k_desc", "v_desc"), _descriptor(1, 1, key_rows, dim)),
             "blocks_ptr": "*i32:16",
             **dict.fromkeys(_POINTERS, "*fp32:16"),
-            **dict.fromkeys(("num_row_tiles", *_NUMBERS), "i32"),
+            **dict.fromkeys(("num_row_tiles", *_NUMBERS, "heads_at_once"), "i32"),
             "scale2": "fp32",
         },
         constants={
-            **{"NUM_HEADS": 32, "GROUP": 4, "HEADS_AT_ONCE": 4, "DIM": dim},
+            **{"NUM_HEADS": 32, "GROUP": 4, "DIM": dim},
             **{"BLOCK_M": 64, "BLOCK_N": pipeline.block_n, "CONSUMERS": pipeline.num_consumers},
             **{"STAGES": pipeline.num_stages, "REGISTERS": registers(pipeline)},
             **{"BLOCK_TOKENS": block_tokens, "PAGE_BLOCKS": 8, "PING_PONG": pipeline.takes_turns},
@@ -122,7 +125,6 @@ def pipelined_code() -> dict[str, MachineCode]:
     return compiled(PIPELINED)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("configuration", PORTABLE, ids=lambda each: each.name)
 def test_the_portable_kernel_multiplies_on_the_matrix_unit_and_spills_nothing(
     configuration: Configuration,
@@ -135,7 +137,6 @@ def test_the_portable_kernel_multiplies_on_the_matrix_unit_and_spills_nothing(
     assert code.shared_bytes <= MAX_SHARED_BYTES
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("configuration", PIPELINED, ids=lambda each: each.name)
 def test_the_pipelined_kernel_is_what_it_was_written_as(configuration: Configuration) -> None:
     code = pipelined_code()[configuration.name]
@@ -148,7 +149,6 @@ def test_the_pipelined_kernel_is_what_it_was_written_as(configuration: Configura
     assert code.loop_opcodes["HGMMA"] == steps
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="serialised by this one")
 @pytest.mark.parametrize("configuration", PIPELINED, ids=lambda each: each.name)
 def test_the_assembler_leaves_products_in_flight(configuration: Configuration) -> None:

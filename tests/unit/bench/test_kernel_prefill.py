@@ -1,0 +1,31 @@
+import pytest
+import torch
+from kvcluster_kernels.prefill_arguments import Keys
+from kvcluster_kernels.prefill_reference import keys_in_line, visible
+
+from kvcluster.bench.kernel_prefill import SHAPES, PrefillShape, in_pages
+
+
+@pytest.mark.parametrize(("num_tokens", "num_keys"), [(5, 5), (3, 8), (8, 8)])
+def test_operations_are_counted_over_the_keys_that_rows_see(num_tokens: int, num_keys: int) -> None:
+    shape = PrefillShape(num_tokens=num_tokens, num_keys=num_keys, dim=64, is_causal=True)
+    assert shape.causal is not None
+
+    mask_TS = visible(shape.causal, num_tokens, num_keys, torch.device("cpu"))
+
+    # Two products of two operations each for every number of every head.
+    assert shape.flops == 4 * int(mask_TS.sum()) * 64 * 32
+
+
+def test_pages_hold_the_keys_that_lie_in_line() -> None:
+    x_KSD = torch.randn(3, 1024, 4)
+    ids_N = torch.randperm(16)
+
+    x_PKSD = in_pages(x_KSD, ids_N)
+
+    paged, _ = keys_in_line(Keys(x_PKSD, x_PKSD, 1024, ids_N.int(), 64))
+    assert torch.equal(paged, x_KSD)
+
+
+def test_shapes_have_names_of_their_own() -> None:
+    assert len({str(shape) for shape in SHAPES}) == len(SHAPES)
