@@ -92,8 +92,8 @@ class StepAttention:
                 inside = self._chunks.attend(layer, part, q_THD, k_TKD, v_TKD)
                 if inside is not None:
                     partials[part] = merge(partials[part], inside) if part in partials else inside
-        if is_stored:
-            self._choose_survivors(layer, q_THD, sinks_H)
+        if self._choice is not None:
+            self._choose_survivors(self._choice, layer, q_THD, sinks_H)
         if not partials:
             return q_THD
         whole = concatenate([partials[part] for part in self._parts if part in partials])
@@ -108,15 +108,17 @@ class StepAttention:
             self._store.write(layer, places, k_TKD, v_TKD)
         self._encoding.encode_full(layer, q_THD)
 
-    def _choose_survivors(self, layer: int, q_THD: Tensor, sinks_H: Tensor | None) -> None:
-        """Leave survivors as the next step finds them."""
-        if self._choice is None:
-            return
+    def _choose_survivors(
+        self, choice: SurvivorChoice, layer: int, q_THD: Tensor, sinks_H: Tensor | None
+    ) -> None:
+        """Leave survivors as the next layer that reads them finds them, or the next step."""
+        is_last = self._spec.is_last_reader(layer)
         for kept in self._survivors_in(self._groups[layer]):
-            if kept.is_observed or kept.ends_epoch:
+            ends = kept.ends_epoch and is_last
+            if kept.is_observed or ends:
                 keys = self._keys(layer, kept.reader)
-                self._choice.after_rows(layer, kept, keys, q_THD, sinks_H)
-            if kept.ends_epoch:
+                choice.after_rows(layer, kept, keys, q_THD, sinks_H)
+            if ends:
                 self._know_survivors(layer, kept)
 
     def _know_survivors(self, layer: int, kept: SurvivorPart) -> None:
@@ -125,7 +127,8 @@ class StepAttention:
             return
         k_KSD, _ = self._keys(layer, kept.next_reader)
         blocks_B = kept.blocks_after(self._ring.rank).to(k_KSD.device)
-        self._selected.keep_survivors(layer, kept.part, blocks_B, k_KSD)
+        source = self._spec.kv_layer_of(layer)
+        self._selected.keep_survivors(source, kept.part, blocks_B, k_KSD)
 
     def encoding_errors(self) -> dict[SequencePart, tuple[float, float]]:
         """What encoding did to attention in all layers so far: see `EncodingErrors.sums`."""
@@ -270,7 +273,7 @@ class StepAttention:
         held = history.ranks[self._ring.rank]
         if not held.num_blocks:
             return partial
-        positions_BS = part.encoded_positions(held, part.sent_positions(layer, q_1HD))
+        positions_BS = part.encoded_positions(held, self._sent_positions(layer, part, q_1HD))
         keys = EncodedKeys(part.codec, history.encoded_ids_B, positions_BS, held.num_skipped)
         return merge(partial, attend_encoded(q_1HD, self._store, layer, keys, geometry))
 
@@ -298,8 +301,11 @@ class StepAttention:
         if part.codec == EXACT:
             return exact
         encoded = self._store.read_encoded(layer, part.codec, history.encoded_ids_B)
-        positions = part.sent_positions(layer, exact.planes[0])
+        positions = self._sent_positions(layer, part, exact.planes[0])
         return EncodedKV((*exact.planes, *positions, *encoded))
+
+    def _sent_positions(self, layer: int, part: SequencePart, like: Tensor) -> tuple[Tensor, ...]:
+        return part.sent_positions(self._spec.kv_layer_of(layer), like)
 
     def _shard_room(self, layer: int, part: SequencePart, held: RankHistory) -> EncodedKV:
         exact = self._store.empty(layer, held.num_exact(part.block_size))

@@ -71,27 +71,29 @@ class SurvivorChoice:
         q_THD: Tensor,
         sinks_H: Tensor | None,
     ) -> None:
-        """Observe the part's queries, and end its epoch if it does.
+        """Observe the part's queries, and end its epoch if it does: when the last layer has
+        attended that reads these keys, since the others read the lists as they are.
 
         `survivors`: the lists on this rank as they are read. `q_THD`: all rows of this rank, whose
         keys are in the store.
         """
         method, geometry = part.survivors.method, self._spec.layers[layer]
-        marks = part.survivors.marks_of(layer, geometry.num_kv_heads, q_THD.device)
+        source = self._spec.kv_layer_of(layer)
+        marks = part.survivors.marks_of(source, geometry.num_kv_heads, q_THD.device)
         held = self._held(layer, part, survivors, marks)
         if part.is_observed:
             rows_THD = self._gather_rows(part, q_THD)
             queries = Queries(rows_THD, part.part.start, geometry, sinks_H)
             mass_KS = observe(method, _candidates(held), queries, self._ranks)
             held = held._replace(mass_KS=mass_KS)
-        if part.ends_epoch:
+        if part.ends_epoch and self._spec.is_last_reader(layer):
             kept_KS = choose(method, _candidates(held), part.part.end, self._ranks)
             moved = self._move(part, held, self._chosen(part, kept_KS))
-            self._write(layer, part, moved, marks.positions_KJ)
+            self._write(source, part, moved, marks.positions_KJ)
             after = Marks(moved.positions_KS.int(), moved.mass_KS if method.carries_mass else None)
         else:
             after = marks._replace(mass_KS=held.mass_KS)
-        part.survivors.marks[layer] = after
+        part.survivors.marks[source] = after
 
     def _held(self, layer: int, part: SurvivorPart, survivors: Piece, marks: Marks) -> _Held:
         """The survivors of this rank, then its tokens of the epoch."""

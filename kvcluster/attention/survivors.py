@@ -48,7 +48,7 @@ class SequenceSurvivors:
     """The KV group that is concerned: that of the layers without a window."""
     table: SequenceMap
     marks: dict[int, Marks] = field(default_factory=dict)
-    """By layer; none before the first epoch ends."""
+    """By layer that has K and V of its own; none before queries gave anything or an epoch ended."""
 
     @property
     def num_bytes(self) -> int:

@@ -15,6 +15,7 @@ Shape letters: T query tokens, S keys, B blocks, H query heads, K KV heads, G he
 blocks for themselves, D head dimension.
 """
 
+from collections.abc import Mapping
 from typing import Final, NamedTuple, TypeGuard
 
 import torch
@@ -64,6 +65,13 @@ class _Columns(NamedTuple):
     """By causality, and in which of its forms a key is read."""
 
 
+class Reader(NamedTuple):
+    """Queries of one layer."""
+
+    q_THD: Tensor
+    sinks_H: Tensor | None = None
+
+
 class RetainedAttention:
     """A `LayerAttention` for one forward pass over one sequence, positions 0 to T - 1 in order.
 
@@ -111,22 +119,43 @@ class RetainedAttention:
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
         """See `LayerAttention`. Raises: ValueError from a codec that cannot encode the blocks, or
-        that cannot hold survivors that differ by head."""
+        that cannot hold survivors that differ by head, and with a retention by score for a layer
+        that others share keys and values with: those are to be given to `attend_sharing`."""
         geometry = self._spec.layers[layer]
         is_full = isinstance(self._retention, FullRetention) and self._selection is None
         if geometry.window is not None or is_full:
             return self._strict.attend(layer, q_THD, k_TKD, v_TKD, sinks_H)
-        num_tokens, num_heads, _ = q_THD.shape
-        self._num_causal += num_heads * (num_tokens * (num_tokens + 1) // 2)
-        written = KeysValues(k_TKD.transpose(0, 1), v_TKD.transpose(0, 1))
         if _is_scored(self._retention):
-            epochs = self._by_epochs(self._retention, layer, q_THD, written, sinks_H)
-            partial = _joined(epochs)
-        else:
-            partial = _joined(self._by_position(layer, q_THD, written))
-        if sinks_H is not None:
-            partial = merge_sinks(partial, sinks_H)
-        return partial.out_THD.to(q_THD.dtype)
+            if len(self._spec.readers_of(self._spec.kv_layer_of(layer))) > 1:
+                raise ValueError(
+                    f"retention {self._retention.name} keeps tokens by what all their readers give "
+                    f"them, and layer {layer} shares its keys and values with another: one pass, "
+                    "layer by layer, cannot tell"
+                )
+            readers = {layer: Reader(q_THD, sinks_H)}
+            return self.attend_sharing(readers, k_TKD, v_TKD)[layer]
+        written = KeysValues(k_TKD.transpose(0, 1), v_TKD.transpose(0, 1))
+        partial = _joined(self._by_position(layer, q_THD, written))
+        return self._out(Reader(q_THD, sinks_H), partial)
+
+    def attend_sharing(
+        self, readers: Mapping[int, "Reader"], k_TKD: Tensor, v_TKD: Tensor
+    ) -> dict[int, Tensor]:
+        """out_THD of all layers that read the same keys and values, by layer, those that store them
+        among them. For a retention by score and layers without a window of the model's own."""
+        assert _is_scored(self._retention), "other layers do not depend on each other"
+        written = KeysValues(k_TKD.transpose(0, 1), v_TKD.transpose(0, 1))
+        found = self._by_epochs(self._retention, readers, written)
+        return {
+            layer: self._out(reader, _joined(found[layer])) for layer, reader in readers.items()
+        }
+
+    def _out(self, reader: "Reader", partial: Partial) -> Tensor:
+        num_tokens, num_heads, _ = reader.q_THD.shape
+        self._num_causal += num_heads * (num_tokens * (num_tokens + 1) // 2)
+        if reader.sinks_H is not None:
+            partial = merge_sinks(partial, reader.sinks_H)
+        return partial.out_THD.to(reader.q_THD.dtype)
 
     def _codecs(self, layer: int) -> LayerCodecs:
         return self._codecs_of_layer(layer) or LayerCodecs(None, None)
@@ -196,32 +225,27 @@ class RetainedAttention:
         return _Columns(kv, block_S, seen_TS)
 
     def _by_epochs(
-        self,
-        retention: ScoredRetention,
-        layer: int,
-        q_THD: Tensor,
-        written: KeysValues,
-        sinks_H: Tensor | None,
-    ) -> list[Partial]:
-        geometry, codecs = self._spec.layers[layer], self._codecs(layer)
-        if len(self._spec.readers_of(layer)) != 1:
-            raise ValueError(
-                f"retention {retention.name} chooses tokens layer by layer, and layer {layer} "
-                "shares its keys and values with another"
-            )
+        self, retention: ScoredRetention, readers: Mapping[int, Reader], written: KeysValues
+    ) -> dict[int, list[Partial]]:
+        source = self._spec.kv_layer_of(next(iter(readers)))
+        geometry, codecs = self._spec.layers[source], self._codecs(source)
         if retention.heads is Heads.OWN:
             check_single_heads(*codecs, geometry, self._exact.block_size)
-        num_tokens = len(q_THD)
+        num_tokens = written.k_KTD.shape[1]
         kept = SurvivorList.empty(written)
-        partials = []
+        partials: dict[int, list[Partial]] = {layer: [] for layer in readers}
         for first in range(0, num_tokens, retention.epoch_tokens):
             last = min(first + retention.epoch_tokens, num_tokens)
             own = written.rows(first, last)
-            queries = Queries(q_THD[first:last], first, geometry, sinks_H)
-            partials.append(self._attend_epoch(layer, queries, kept.kv, own))
+            queries = {
+                layer: Queries(q_THD[first:last], first, self._spec.layers[layer], sinks_H)
+                for layer, (q_THD, sinks_H) in readers.items()
+            }
+            for layer, rows in queries.items():
+                partials[layer].append(self._attend_epoch(layer, rows, kept.kv, own))
             if last < num_tokens:
                 before = kept
-                kept = cut(retention, kept, own, queries)
+                kept = cut(retention, kept, own, list(queries.values()))
                 kept = sealed(kept, before, codecs, geometry, self._exact, retention.heads)
         num_held = retention.num_held(num_tokens)
         num_encoded = len(encoded_blocks(kept.positions_KJ.shape[1], self._exact))

@@ -133,6 +133,15 @@ def _attention(
             recent_blocks=recent_blocks(policy.retention, exact.block_size),
         )
     by_score = scored_retention(policy.retention, exact.block_size)
+    if by_score is not None and any(
+        len(spec.readers_of(layer)) > 1 and spec.layers[layer].window is None
+        for layer in spec.storing_layers
+    ):
+        raise ValueError(
+            "layers of this model share keys and values, and tokens are kept by what all of them "
+            "look at, which one pass layer by layer cannot tell: measure it as it is served, with "
+            "`kvcluster bench quality`"
+        )
     if by_score is not None and by_score.heads is Heads.OWN:
         for codec, geometry in zip(layers, spec.layers, strict=True):
             if geometry.window is None:

@@ -11,6 +11,7 @@ Shape letters: S candidates, J survivors, B blocks, O tokens of a block, K KV he
 dimension.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,10 +41,12 @@ class SurvivorList(NamedTuple):
 
 
 def cut(
-    retention: ScoredRetention, kept: SurvivorList, own: KeysValues, queries: Queries
+    retention: ScoredRetention, kept: SurvivorList, own: KeysValues, readers: Sequence[Queries]
 ) -> SurvivorList:
-    """The survivors, not encoded anew, when the epoch of these keys and queries ends."""
-    own_S = torch.arange(queries.first, queries.last, device=queries.q_THD.device)
+    """The survivors, not encoded anew, when the epoch of these keys ends. `readers`: the queries
+    of each layer that reads them."""
+    first, last = readers[0].first, readers[0].last
+    own_S = torch.arange(first, last, device=own.k_KTD.device)
     own_KS = own_S.expand(len(kept.positions_KJ), -1)
     readable = kept.kv.followed_by(own)
     candidates = Candidates(
@@ -51,7 +54,7 @@ def cut(
         readable.k_KTD,
         torch.cat((kept.mass_KJ, torch.zeros_like(own_KS)), dim=1),
     )
-    chosen = survivors(retention, candidates, queries, queries.last)
+    chosen = survivors(retention, candidates, readers, last)
     place_KJ = chosen.kept_KS.nonzero()[:, 1].reshape(len(own_KS), -1)
 
     def taken(x_KSD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Shape letters: S tokens that may survive, K KV heads.
 """
 
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple, Protocol
 
@@ -105,16 +106,19 @@ def choose(
 def survivors(
     method: ScoredRetention,
     candidates: Candidates,
-    queries: Queries,
+    readers: Sequence[Queries],
     num_tokens: int,
     ranks: Ranks = ALONE,
 ) -> Survivors:
     """Observe all queries of an epoch and choose this rank's survivors as it ends. Changes nothing.
 
-    `candidates.mass_KS` is what the epoch began with.
+    `candidates.mass_KS` is what the epoch began with. `readers`: the queries of each layer that
+    reads these keys; what they give adds up.
     """
     if not method.carries_mass:
         candidates = candidates._replace(mass_KS=torch.zeros_like(candidates.mass_KS))
-    ended = candidates._replace(mass_KS=observe(method, candidates, queries, ranks))
+    ended = candidates
+    for queries in readers:
+        ended = ended._replace(mass_KS=observe(method, ended, queries, ranks))
     kept_KS = choose(method, ended, num_tokens, ranks)
     return Survivors(kept_KS, ended.mass_KS if method.carries_mass else candidates.mass_KS)

@@ -48,11 +48,6 @@ class PolicyChecks:
         method = scored_retention(policy.retention, self._block_size)
         if method is None:
             return
-        if len(self._spec.storing_layers) < len(self._spec.layers):
-            raise ValueError(
-                "layers of this model share keys and values, and each keeps tokens by its own "
-                "scores: ask for retention full or window"
-            )
         if policy.storage == EXACT or method.heads is not Heads.OWN:
             return
         codecs = self._layouts.layers(policy.storage)

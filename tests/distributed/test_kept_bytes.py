@@ -129,3 +129,9 @@ async def test_every_byte_of_retention_and_selection_is_counted(
     codec: str, selection: str, retention: str
 ) -> None:
     await watched(model(), f"{codec} + {retention} + {selection}", num_ranks=2)
+
+
+@pytest.mark.parametrize("codec", [EXACT, "int4"])
+@pytest.mark.parametrize("retention", BY_SCORE)
+async def test_what_layers_share_is_counted_once(retention: str, codec: str) -> None:
+    await watched(model("gemma4"), f"{codec} + {retention} + quest:tokens=48", num_ranks=3)

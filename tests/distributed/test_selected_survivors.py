@@ -10,6 +10,7 @@ from tests.codec_models import LATENT
 from tests.distributed import test_selection
 from tests.distributed.test_survivors import (
     METHODS,
+    SHARING,
     VALUES_IN_KEYS,
     Serving,
     check,
@@ -69,6 +70,14 @@ def test_survivors_whose_values_are_in_their_keys_are_selected_as_defined(
     policy = Policy(codec=codec, retention=METHODS[0], selection=selection)
 
     check(policy, SERVING, VALUES_IN_KEYS)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS[1::2])
+@pytest.mark.parametrize("codec", [EXACT, "int4"])
+def test_survivors_that_layers_share_are_selected_as_defined(codec: str, selection: str) -> None:
+    policy = Policy(codec=codec, retention=METHODS[0], selection=selection)
+
+    check(policy, SERVING, SHARING)
 
 
 def test_a_selection_that_surely_reads_everything_changes_nothing() -> None:

@@ -1,5 +1,6 @@
 """K and V that layers of a model share (Gemma 3n, Gemma 4) are found, and stored once."""
 
+import asyncio
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +15,7 @@ from kvcluster.cache.store import KVStore
 from kvcluster.codec.calibration import Calibration
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import GenerationRequest
+from kvcluster.errors import ConfigError
 from kvcluster.model.loader import LoadedModel
 from kvcluster.quality.calibrating import (
     CalibrationText,
@@ -24,12 +26,14 @@ from kvcluster.quality.calibrating import (
 )
 from kvcluster.quality.passes import final_states
 from kvcluster.quality.retained import RetainedAttention
+from kvcluster.quality.served import codecs_of, served_policies
 from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention
 from kvcluster.retention.heavy_hitters import HeavyHitters
 from kvcluster.types import LayerGeometry, ModelSpec, Route
 from tests.architectures import VOCAB_SIZE, WINDOW
 from tests.codec_models import calibrated_codecs, plain_codecs
-from tests.distributed.test_policies import config
+from tests.distributed.test_policies import config, generate
+from tests.distributed.test_policies import model as served_model
 from tests.distributed.test_sharded_model import check_sharded
 from tests.thread_executor import running_engine
 from tests.unit.quality.toys import tiny_model
@@ -212,7 +216,7 @@ def test_a_measurement_counts_shared_layers_once() -> None:
     )
 
 
-def test_a_retention_that_chooses_layer_by_layer_refuses_shared_layers() -> None:
+def test_one_pass_cannot_tell_what_shared_layers_keep_by_score() -> None:
     model = model_of("gemma4")
     attention = RetainedAttention(
         model.spec,
@@ -222,3 +226,30 @@ def test_a_retention_that_chooses_layer_by_layer_refuses_shared_layers() -> None
 
     with pytest.raises(ValueError, match="layer 1 shares its keys and values"):
         final_states(model, torch.tensor(text().token_ids), attention)
+    exact = ExactTokens(block_size=8)
+    with pytest.raises(ConfigError, match="measure it as it is served"):
+        served_policies(["key_diversity:epoch=32"], codecs_of(model, None), model.spec, exact)
+
+
+BY_SCORE = (
+    "heavy_hitters:budget=0.4,epoch=32",
+    "int4 + snap:budget=0.4,epoch=32,queries=9",
+    "int4 + key_diversity:budget=0.5,epoch=32 + quest:tokens=48",
+)
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+async def test_tokens_of_shared_layers_are_kept_by_score_on_any_number_of_ranks(
+    architecture: str,
+) -> None:
+    """A model's own weights: tokens follow from each other, so one other survivor shows."""
+    outputs = []
+    for num_ranks in (1, 3):
+        async with running_engine(served_model(architecture), config(num_ranks)) as (service, _):
+            found = await asyncio.gather(
+                *(generate(service, policy, seed) for seed, policy in enumerate(BY_SCORE))
+            )
+        outputs.append([output for output, _ in found])
+
+    assert outputs[0] == outputs[1]
+    assert all(outputs[0])

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcluster.quality.retained import RetainedAttention
+from kvcluster.quality.retained import Reader, RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.registry import scored_retention
 from kvcluster.selection.registry import build_selection
@@ -26,6 +26,15 @@ MODEL = ScriptedModel(
     max_tokens=MAX_TOKENS,
 )
 LATENT_MODEL = ScriptedModel(latent_geometry(), latent_geometry(window=24), max_tokens=MAX_TOKENS)
+SHARING_MODEL = ScriptedModel(
+    geometry(),
+    geometry(window=24),
+    geometry(softcap=5.0, kv_layer=0),
+    geometry(window=24, kv_layer=1),
+    geometry(),
+    geometry(kv_layer=0),
+    max_tokens=MAX_TOKENS,
+)
 METHODS = (
     "heavy_hitters:budget=0.4,epoch=32",
     "snap:budget=0.5,recent=0.2,epoch=64,queries=20",
@@ -36,6 +45,7 @@ CODECS = (EXACT, "fp8", "int4", "int4:values=rotated3", "int3:value_group=16,win
 
 ORDINARY = Served(MODEL, calibrated_codecs(MODEL.spec))
 VALUES_IN_KEYS = Served(LATENT_MODEL, plain_codecs(LATENT_MODEL.spec))
+SHARING = Served(SHARING_MODEL, calibrated_codecs(SHARING_MODEL.spec))
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,18 @@ def defined(policy: Policy, num_tokens: int, serving: Serving, subject: Served) 
         selection=build_selection(policy.selection, serving.block_size),
         num_prompt_tokens=serving.num_prompt_tokens,
     )
-    return [
-        attention.attend(layer, *(x[:num_tokens] for x in qkv), None)
-        for layer, qkv in enumerate(subject.model.script)
-    ]
+    spec, script = subject.model.spec, subject.model.script
+    found: dict[int, Tensor] = {}
+    for layer in spec.storing_layers:
+        _, k_TKD, v_TKD = (x[:num_tokens] for x in script[layer])
+        readers = {reader: script[reader][0][:num_tokens] for reader in spec.readers_of(layer)}
+        if spec.layers[layer].window is None:
+            asked = {reader: Reader(q_THD) for reader, q_THD in readers.items()}
+            found |= attention.attend_sharing(asked, k_TKD, v_TKD)
+        else:
+            for reader, q_THD in readers.items():
+                found[reader] = attention.attend(reader, q_THD, k_TKD, v_TKD, None)
+    return [found[layer] for layer in range(len(script))]
 
 
 def chunks(epoch_tokens: int, serving: Serving) -> Sequence[int]:
@@ -133,6 +151,40 @@ def test_tokens_whose_values_are_in_their_keys_are_kept_as_defined(
     check(Policy(codec=codec, retention=retention), serving, VALUES_IN_KEYS)
 
 
+@pytest.mark.parametrize("codec", [EXACT, "int4"])
+@pytest.mark.parametrize("retention", METHODS)
+def test_layers_that_share_keys_and_values_keep_tokens_by_what_all_of_them_look_at(
+    retention: str, codec: str
+) -> None:
+    serving = Serving(3, num_prompt_tokens=150, chunk=48, num_decoded=12, exact_blocks=1)
+
+    check(Policy(codec=codec, retention=retention), serving, SHARING)
+
+
+def test_every_reader_of_shared_keys_has_a_say() -> None:
+    """Without the queries of the last reader, other tokens survive."""
+    serving = Serving(1, num_prompt_tokens=150, chunk=48, num_decoded=0)
+    policy = Policy(retention=METHODS[0])
+    deaf = ScriptedModel(*SHARING_MODEL.spec.layers, max_tokens=MAX_TOKENS)
+    deaf.script[5] = (torch.zeros_like(deaf.script[5][0]), *deaf.script[5][1:])
+
+    ours = defined(policy, 150, serving, SHARING)
+
+    without = defined(policy, 150, serving, Served(deaf, SHARING.codecs))
+    assert torch.equal(ours[0][:32], without[0][:32])
+    assert not torch.allclose(ours[0][64:], without[0][64:])
+
+
+@pytest.mark.parametrize("codec", LATENT[::2])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_latents_of_shared_layers_are_kept_by_what_all_of_them_look_at(
+    num_ranks: int, codec: str
+) -> None:
+    serving = Serving(num_ranks, num_prompt_tokens=150, chunk=48, num_decoded=12)
+
+    check(Policy(codec=codec, retention=f"{METHODS[1]},heads=shared"), serving, SHARING)
+
+
 @pytest.mark.parametrize("codec", LATENT)
 @pytest.mark.parametrize("retention", METHODS)
 def test_latents_are_served_where_heads_share_their_tokens(retention: str, codec: str) -> None:
@@ -180,6 +232,7 @@ def servings(draw: st.DrawFn) -> Serving:
     recent=st.sampled_from([0.0, 0.5, 1.0]),
     heads=st.sampled_from(["own", "shared"]),
     epoch_blocks=st.integers(1, 4),
+    subject=st.sampled_from([ORDINARY, SHARING]),
     serving=servings(),
 )
 def test_chunks_and_ranks_change_nothing(
@@ -189,6 +242,7 @@ def test_chunks_and_ranks_change_nothing(
     recent: float,
     heads: str,
     epoch_blocks: int,
+    subject: Served,
     serving: Serving,
 ) -> None:
     epoch = epoch_blocks * serving.block_size
@@ -196,4 +250,4 @@ def test_chunks_and_ranks_change_nothing(
     arguments = f"budget={budget},recent={recent},heads={heads},epoch={epoch}"
     if method == "snap":
         arguments += f",queries={epoch // 2}"
-    check(Policy(codec=codec, retention=f"{method}:{arguments}"), serving)
+    check(Policy(codec=codec, retention=f"{method}:{arguments}"), serving, subject)

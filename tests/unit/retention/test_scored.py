@@ -78,7 +78,7 @@ def survive(
 
     def body(rank: int) -> tuple[Candidates, Tensor, Tensor]:
         own, _ = dealt[rank]
-        chosen = survivors(method, own, queries, NUM_TOKENS, group[rank])
+        chosen = survivors(method, own, [queries], NUM_TOKENS, group[rank])
         return own, chosen.kept_KS, chosen.mass_KS
 
     kept: list[set[int]] = [set() for _ in candidates.positions_KS]
@@ -97,7 +97,7 @@ def survive(
 def test_a_method_keeps_what_its_definition_keeps(method: ScoredRetention, seed: int) -> None:
     candidates, queries = case(seed, heads=method.heads)
 
-    chosen = survivors(method, candidates, queries, NUM_TOKENS)
+    chosen = survivors(method, candidates, [queries], NUM_TOKENS)
 
     assert positions(candidates, chosen.kept_KS) == expected(
         method, candidates, queries, NUM_TOKENS
@@ -114,7 +114,7 @@ def test_any_number_of_ranks_keeps_the_same_tokens_and_masses(
 
     kept, by_token = survive(method, candidates, queries, num_ranks, seed)
 
-    alone = survivors(method, candidates, queries, NUM_TOKENS)
+    alone = survivors(method, candidates, [queries], NUM_TOKENS)
     assert kept == positions(candidates, alone.kept_KS)
     for (head, position), found in by_token.items():
         slot = candidates.positions_KS[head].tolist().index(position)
@@ -130,7 +130,7 @@ def test_a_rank_may_hold_no_token(method: ScoredRetention) -> None:
 
     def body(rank: int) -> Tensor:
         own = empty if rank else candidates
-        return survivors(method, own, queries, NUM_TOKENS, group[rank]).kept_KS
+        return survivors(method, own, [queries], NUM_TOKENS, group[rank]).kept_KS
 
     kept_KS, none_KS = run_ranks(2, body)
 
@@ -146,7 +146,7 @@ def test_the_order_of_the_candidates_does_not_matter(method: ScoredRetention) ->
     )
     shuffled = Candidates(*(plane[:, order_S] for plane in candidates))
 
-    chosen = survivors(method, shuffled, queries, NUM_TOKENS)
+    chosen = survivors(method, shuffled, [queries], NUM_TOKENS)
 
     assert positions(shuffled, chosen.kept_KS) == expected(method, candidates, queries, NUM_TOKENS)
 
@@ -176,7 +176,7 @@ def test_queries_may_be_observed_as_they_come(
 
     kept_KS = choose(method, seen, NUM_TOKENS)
 
-    assert torch.equal(kept_KS, survivors(method, candidates, queries, NUM_TOKENS).kept_KS)
+    assert torch.equal(kept_KS, survivors(method, candidates, [queries], NUM_TOKENS).kept_KS)
 
 
 def test_softcaps_and_learned_sinks_count_in_the_mass() -> None:
@@ -214,6 +214,6 @@ def test_equal_tokens_survive_by_position() -> None:
     )
     method = KeyDiversity(budget=0.5, recent=0.25, block_size=4, epoch_tokens=8)
 
-    chosen = survivors(method, candidates, random_queries(layer, 16, 24, 0), num)
+    chosen = survivors(method, candidates, [random_queries(layer, 16, 24, 0)], num)
 
     assert positions(candidates, chosen.kept_KS) == [{*range(9), 21, 22, 23}] * 2
