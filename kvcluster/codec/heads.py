@@ -1,8 +1,25 @@
 """Which codecs can hold another token in each head of a slot."""
 
+from collections.abc import Iterable
+
 from kvcluster.codec.array import ArrayCodec, BlockShape
 from kvcluster.codec.latent import LatentKeys
 from kvcluster.types import LayerGeometry
+
+
+def check_kept_apart(
+    codecs: Iterable[tuple[ArrayCodec | None, ArrayCodec | None]],
+    layers: Iterable[LayerGeometry],
+    block_size: int,
+) -> None:
+    """Check that heads can keep tokens of their own: the codecs of keys and values of all layers
+    that have no window of the model's own.
+
+    Raises: ValueError as `check_single_heads`.
+    """
+    for (keys, values), geometry in zip(codecs, layers, strict=True):
+        if geometry.window is None:
+            check_single_heads(keys, values, geometry, block_size)
 
 
 def check_single_heads(

@@ -11,7 +11,7 @@ from kvcluster.cache.exact_region import ExactRegion, check_in_steps
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.calibration import Calibration
 from kvcluster.codec.exact_array import ExactArray
-from kvcluster.codec.heads import check_single_heads
+from kvcluster.codec.heads import check_kept_apart
 from kvcluster.codec.latent_method import LATENT
 from kvcluster.codec.method import CodecModel, LayerCodec
 from kvcluster.codec.model_codecs import ModelCodecs
@@ -143,9 +143,7 @@ def _attention(
             "`kvcluster bench quality`"
         )
     if by_score is not None and by_score.heads is Heads.OWN:
-        for codec, geometry in zip(layers, spec.layers, strict=True):
-            if geometry.window is None:
-                check_single_heads(*codec, geometry, exact.block_size)
+        check_kept_apart(layers, spec.layers, exact.block_size)
     num_blocks = recent_blocks(policy.retention, exact.block_size)
     selection = build_selection(policy.selection, exact.block_size)
     retention: RetentionPolicy = FullRetention()

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 from kvcluster.cache.encoded_pages import blocks_per_page
 from kvcluster.cache.exact_region import check_in_steps
-from kvcluster.codec.heads import check_single_heads
+from kvcluster.codec.heads import check_kept_apart
 from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
 from kvcluster.retention.base import Heads
 from kvcluster.retention.offered import recent_blocks
@@ -51,6 +51,4 @@ class PolicyChecks:
         if policy.storage == EXACT or method.heads is not Heads.OWN:
             return
         codecs = self._layouts.layers(policy.storage)
-        for codec, geometry in zip(codecs, self._spec.layers, strict=True):
-            if geometry.window is None:
-                check_single_heads(*codec, geometry, self._block_size)
+        check_kept_apart(codecs, self._spec.layers, self._block_size)
