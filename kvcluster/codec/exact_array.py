@@ -5,12 +5,20 @@ Shape letters: B blocks, K KV heads, S tokens of a block, D head dimension.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvcluster.codec.array import BlockShape, Plane
 from kvcluster.codec.checks import check_planes, shape_of_blocks, shape_of_stored
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""Those that a model may compute and a cache keep K and V in, by `ModelSpec.dtype`."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class ExactArray:
     """float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
 
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:

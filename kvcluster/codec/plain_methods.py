@@ -3,10 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Final
 
-import torch
-
 from kvcluster.codec.array import ArrayCodec
-from kvcluster.codec.exact_array import ExactArray
+from kvcluster.codec.exact_array import DTYPES, ExactArray
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
@@ -111,8 +109,7 @@ ROTATED2: Final = _rotated(2)
 
 
 def _exact(_arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    array = ExactArray(dtypes[model.spec.dtype])
+    array = ExactArray(DTYPES[model.spec.dtype])
     return [LayerCodec(array, array)] * len(model.spec.layers)
 
 

@@ -2,23 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from kvcluster.codec.exact_array import DTYPES
 from kvcluster.errors import ConfigError, ModelUnsupported
 from kvcluster.model.attention_hook import LayerAttention, forward
 from kvcluster.model.probe import probe
 from kvcluster.model.source import LOAD_ERRORS, ModelFiles, find_model, first_line
 from kvcluster.types import ModelSpec
-
-_DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +65,9 @@ def load_model(
     Raises: ConfigError (dtype), ModelNotFound, ModelUnsupported.
     """
     target = torch.device(device)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"dtype: want auto, {', '.join(_DTYPES)}, got {dtype!r}")
-    wanted: torch.dtype | str = _DTYPES.get(dtype, "auto")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype: want auto, {', '.join(DTYPES)}, got {dtype!r}")
+    wanted: torch.dtype | str = DTYPES.get(dtype, "auto")
     if dtype == "auto" and target.type == "cpu":
         wanted = torch.float32
     files = find_model(source, cache_dir)
