@@ -133,13 +133,25 @@ def needle_document(
         for passage, (key, value) in enumerate(zip(keys, values, strict=True))
     ]
     script = Script(
-        name=f"{style.name}/{haystack.name}/{num_tokens}/{seed}",
+        name=document_name(style.name, haystack, num_tokens, seed),
         opening=style.opening,
         passages=tuple(style.fact(key, value) for key, value in zip(keys, values, strict=True)),
         asking=style.asking,
         # Small models miss the farthest facts unless the near ones, asked for first, show how.
         questions=tuple(reversed(questions)),
     )
+    return placed_document(tokenizer, script, haystack, num_tokens, choice)
+
+
+def document_name(kind: str, haystack: Text, num_tokens: int, seed: int) -> str:
+    """Of a document that these make."""
+    return f"{kind}/{haystack.name}/{num_tokens}/{seed}"
+
+
+def placed_document(
+    tokenizer: TextTokenizer, script: Script, haystack: Text, num_tokens: int, choice: random.Random
+) -> NeedleDocument:
+    """A document whose haystack begins anywhere. Raises: ValueError as `scripted_document`."""
     start = choice.randrange(NUM_STARTS)
     return scripted_document(tokenizer, script, haystack, num_tokens=num_tokens, start=start)
 

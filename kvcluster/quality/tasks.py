@@ -24,7 +24,9 @@ from kvcluster.quality.needles import (
     NeedleDocument,
     PieceEncoder,
     Script,
+    document_name,
     paragraphs_from,
+    placed_document,
     scripted_document,
 )
 from kvcluster.quality.texts import Purpose, Text
@@ -49,7 +51,7 @@ def multi_key(
         "multi-key",
         (haystack, num_tokens, seed),
         opening=_PAIRS_OPENING,
-        passages=[f"{_pair_sentence(first)} {second}." for first, second in pairs],
+        passages=_pair_passages(pairs),
         asking="Here are some of the magic pairs again.",
         questions=[
             Asked(
@@ -61,7 +63,7 @@ def multi_key(
             for pair in asked
         ],
     )
-    return _placed(tokenizer, script, haystack, num_tokens, choice)
+    return placed_document(tokenizer, script, haystack, num_tokens, choice)
 
 
 def multi_value(
@@ -86,11 +88,11 @@ def multi_value(
         "multi-value",
         (haystack, num_tokens, seed),
         opening=_PAIRS_OPENING,
-        passages=[f"{_pair_sentence(first)} {second}." for first, second in pairs],
+        passages=_pair_passages(pairs),
         asking="Here are the magic pairs again.",
         questions=questions,
     )
-    return _placed(tokenizer, script, haystack, num_tokens, choice)
+    return placed_document(tokenizer, script, haystack, num_tokens, choice)
 
 
 def multi_query(
@@ -114,11 +116,11 @@ def multi_query(
         "multi-query",
         (haystack, num_tokens, seed),
         opening=_PAIRS_OPENING,
-        passages=[f"{_pair_sentence(first)} {second}." for first, second in pairs],
+        passages=_pair_passages(pairs),
         asking="Here are all the magic pairs again, in another order:",
         questions=questions,
     )
-    return _placed(tokenizer, script, haystack, num_tokens, choice)
+    return placed_document(tokenizer, script, haystack, num_tokens, choice)
 
 
 def variable_tracking(
@@ -156,7 +158,7 @@ def variable_tracking(
         asking="These are the variables again, each chain from its start.",
         questions=questions,
     )
-    return _placed(tokenizer, script, haystack, num_tokens, choice)
+    return placed_document(tokenizer, script, haystack, num_tokens, choice)
 
 
 def common_words(
@@ -256,7 +258,7 @@ def _script(
 ) -> Script:
     haystack, num_tokens, seed = made_from
     return Script(
-        name=f"{task}/{haystack.name}/{num_tokens}/{seed}",
+        name=document_name(task, haystack, num_tokens, seed),
         opening=opening,
         passages=tuple(passages),
         asking=asking,
@@ -264,16 +266,13 @@ def _script(
     )
 
 
-def _placed(
-    tokenizer: TextTokenizer, script: Script, haystack: Text, num_tokens: int, choice: random.Random
-) -> NeedleDocument:
-    start = choice.randrange(NUM_STARTS)
-    return scripted_document(tokenizer, script, haystack, num_tokens=num_tokens, start=start)
-
-
 def _pairs(choice: random.Random, number: int) -> list[tuple[str, str]]:
     firsts, seconds = choice.sample(_FIRST_WORDS, number), choice.sample(_SECOND_WORDS, number)
     return list(zip(firsts, seconds, strict=True))
+
+
+def _pair_passages(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{_pair_sentence(first)} {second}." for first, second in pairs]
 
 
 def _pair_sentence(first: str) -> str:
