@@ -19,8 +19,9 @@ from kvcluster.quality.served import MENU
 from kvcluster.types import EXACT, PAGE_BLOCKS, Policy
 from tests.architectures import VOCAB_SIZE
 from tests.codec_models import plain_codecs
-from tests.distributed.test_policies import config, model
+from tests.distributed.test_policies import config
 from tests.fake_ring import FakeRing
+from tests.served_model import served_model
 from tests.thread_executor import ThreadExecutor, hear, running_engine
 
 BLOCK_SIZE = 16
@@ -128,10 +129,10 @@ async def watched(loaded: LoadedModel, text: str, num_ranks: int) -> None:
 async def test_every_byte_of_retention_and_selection_is_counted(
     codec: str, selection: str, retention: str
 ) -> None:
-    await watched(model(), f"{codec} + {retention} + {selection}", num_ranks=2)
+    await watched(served_model(), f"{codec} + {retention} + {selection}", num_ranks=2)
 
 
 @pytest.mark.parametrize("codec", [EXACT, "int4"])
 @pytest.mark.parametrize("retention", BY_SCORE)
 async def test_what_layers_share_is_counted_once(retention: str, codec: str) -> None:
-    await watched(model("gemma4"), f"{codec} + {retention} + quest:tokens=48", num_ranks=3)
+    await watched(served_model("gemma4"), f"{codec} + {retention} + quest:tokens=48", num_ranks=3)

@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfi
 from kvcluster.engine.api import Finished, GenerationRequest, Output, Usage
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import InvalidField, KvClusterError, PolicyUnsupported
-from kvcluster.model.loader import LoadedModel
-from kvcluster.model.probe import probe
-from kvcluster.types import EXACT, PAGE_BLOCKS, ModelSpec
-from tests.architectures import VOCAB_SIZE, tiny_models
+from kvcluster.types import EXACT, PAGE_BLOCKS
+from tests.architectures import VOCAB_SIZE
 from tests.codec_models import PLAIN
+from tests.served_model import served_model
 from tests.thread_executor import hear, running_engine
 
 BLOCK_SIZE = 16
@@ -41,23 +39,6 @@ POLICIES = (
     "int4 + heavy_hitters:budget=0.5,epoch=32 + quest:tokens=48",
     "snap:budget=0.4,epoch=64,queries=8 + estimated:share=40%",
 )
-
-
-@cache
-def model(architecture: str = "gemma2") -> LoadedModel:
-    module = tiny_models()[architecture]()
-    spec = ModelSpec(
-        name="tiny",
-        layers=probe(module),
-        vocab_size=VOCAB_SIZE,
-        max_context_tokens=512,
-        eos_token_ids=(),
-        dtype="float32",
-        bytes_per_element=4,
-        weights_digest="test",
-        tokenizer_digest="",
-    )
-    return LoadedModel(spec=spec, module=module, device=torch.device("cpu"))
 
 
 def config(num_ranks: int, exact_recent_tokens: int = 20) -> ClusterConfig:
@@ -89,7 +70,7 @@ async def generate(service: EngineService, policy: str, seed: int) -> tuple[list
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 async def test_mixed_policies_give_what_each_gives_alone(num_ranks: int) -> None:
-    async with running_engine(model(), config(num_ranks)) as (service, _):
+    async with running_engine(served_model(), config(num_ranks)) as (service, _):
         alone = [await generate(service, policy, seed) for seed, policy in enumerate(POLICIES)]
         together = await asyncio.gather(
             *(generate(service, policy, seed) for seed, policy in enumerate(POLICIES))
@@ -103,7 +84,7 @@ async def test_mixed_policies_give_what_each_gives_alone(num_ranks: int) -> None
 
 async def test_usage_and_estimate_fall_with_the_bits() -> None:
     cluster = config(num_ranks=1, exact_recent_tokens=0)
-    async with running_engine(model(), cluster) as (service, _):
+    async with running_engine(served_model(), cluster) as (service, _):
         used = {
             policy: (await generate(service, policy, seed=0))[1].kv_bytes
             for policy in (EXACT, "int8", "int4", "int2", "pooled", "pooled + int8")
@@ -127,7 +108,10 @@ async def test_usage_and_estimate_fall_with_the_bits() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 async def test_the_attention_error_falls_with_the_bits(num_ranks: int) -> None:
-    async with running_engine(model(), config(num_ranks, exact_recent_tokens=0)) as (service, _):
+    async with running_engine(served_model(), config(num_ranks, exact_recent_tokens=0)) as (
+        service,
+        _,
+    ):
         errors = {
             policy: (await generate(service, policy, seed=0))[1].attention_error
             for policy in (EXACT, "int8", "int4", "int2")
@@ -139,7 +123,7 @@ async def test_the_attention_error_falls_with_the_bits(num_ranks: int) -> None:
 
 
 async def test_a_window_bounds_what_a_sequence_holds() -> None:
-    async with running_engine(model(), config(num_ranks=3)) as (service, _):
+    async with running_engine(served_model(), config(num_ranks=3)) as (service, _):
         estimated = [
             await service.estimate(
                 GenerationRequest(
@@ -160,7 +144,7 @@ async def test_a_window_bounds_what_a_sequence_holds() -> None:
 
 
 async def test_a_window_that_is_no_whole_blocks_is_refused() -> None:
-    async with running_engine(model(), config(num_ranks=1)) as (service, _):
+    async with running_engine(served_model(), config(num_ranks=1)) as (service, _):
         with pytest.raises(PolicyUnsupported, match="give 16 or a multiple of it, not 40"):
             await generate(service, "window:recent=40", seed=0)
 
@@ -169,20 +153,20 @@ async def test_pooled_heads_are_refused_until_they_are_measured() -> None:
     cluster = config(num_ranks=1)
     careful = replace(cluster, engine=replace(cluster.engine, admit_unmeasured_pooling=False))
 
-    async with running_engine(model(), careful) as (service, _):
+    async with running_engine(served_model(), careful) as (service, _):
         with pytest.raises(PolicyUnsupported, match="has not been measured"):
             await generate(service, "pooled + int4", seed=0)
 
 
 @pytest.mark.parametrize("tokens", [40, 32])
 async def test_a_selection_that_is_no_whole_blocks_or_too_few_is_refused(tokens: int) -> None:
-    async with running_engine(model(), config(num_ranks=1)) as (service, _):
+    async with running_engine(served_model(), config(num_ranks=1)) as (service, _):
         with pytest.raises(PolicyUnsupported, match=f"give 48 or more, not {tokens}"):
             await generate(service, f"quest:tokens={tokens}", seed=0)
 
 
 async def test_usage_and_estimate_fall_with_the_budget() -> None:
-    async with running_engine(model(), config(num_ranks=3)) as (service, _):
+    async with running_engine(served_model(), config(num_ranks=3)) as (service, _):
         used, estimated = [], []
         for budget in (1, 0.5, 0.2):
             policy = f"heavy_hitters:budget={budget},epoch=32"
@@ -204,7 +188,7 @@ async def test_usage_and_estimate_fall_with_the_budget() -> None:
 async def test_usage_is_the_bytes_of_the_tensors_that_hold_survivors_and_epoch(codec: str) -> None:
     """150 tokens: of the first 128, 70 survive, in 5 blocks; 22 are in the open epoch, in 2. Each
     head has the survivors' positions, and a sum of attention for all 92."""
-    llama, policy = model("llama"), f"{codec} + heavy_hitters:budget=0.54,epoch=32"
+    llama, policy = served_model("llama"), f"{codec} + heavy_hitters:budget=0.54,epoch=32"
     async with running_engine(llama, config(num_ranks=1)) as (service, executor):
         opened = await service.open(
             GenerationRequest(model="tiny", max_output_tokens=1, policy=policy)
@@ -242,7 +226,7 @@ async def test_usage_is_the_bytes_of_the_tensors_that_hold_survivors_and_epoch(c
 async def test_what_cannot_be_kept_by_score_is_refused(
     policy: str, error: type[KvClusterError], reason: str
 ) -> None:
-    async with running_engine(model(), config(num_ranks=1)) as (service, _):
+    async with running_engine(served_model(), config(num_ranks=1)) as (service, _):
         with pytest.raises(error, match=reason):
             await generate(service, policy, seed=0)
 
@@ -252,7 +236,7 @@ async def test_a_codec_that_cannot_encode_the_blocks_is_refused() -> None:
         config(num_ranks=1), cache=CacheConfig(block_size=1, capacity_tokens=1024)
     )
 
-    async with running_engine(model(), tiny_blocks) as (service, _):
+    async with running_engine(served_model(), tiny_blocks) as (service, _):
         with pytest.raises(PolicyUnsupported, match="more than 2 KV heads"):
             await generate(service, "pooled:heads=2", seed=0)
         with pytest.raises(PolicyUnsupported, match="must be a multiple of 2, not 1"):
@@ -264,7 +248,7 @@ LATENT_POLICIES = (EXACT, "int8", "int4", "fp8", "rotated4", "int4 + window:rece
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 async def test_a_model_with_latent_attention_is_served_under_its_policies(num_ranks: int) -> None:
-    latent = model("deepseek_v2")
+    latent = served_model("deepseek_v2")
     async with running_engine(latent, config(num_ranks)) as (service, _):
         alone = [
             await generate(service, policy, seed) for seed, policy in enumerate(LATENT_POLICIES)
@@ -295,6 +279,6 @@ async def test_a_model_with_latent_attention_is_served_under_its_policies(num_ra
 async def test_a_policy_that_latent_attention_cannot_have_is_refused(
     policy: str, reason: str
 ) -> None:
-    async with running_engine(model("deepseek_v2"), config(num_ranks=1)) as (service, _):
+    async with running_engine(served_model("deepseek_v2"), config(num_ranks=1)) as (service, _):
         with pytest.raises(PolicyUnsupported, match=reason):
             await generate(service, policy, seed=0)

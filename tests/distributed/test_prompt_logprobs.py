@@ -8,30 +8,12 @@ import torch
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
 from kvcluster.engine.api import Event, GenerationRequest, Output, PromptScores
 from kvcluster.engine.service import EngineService
-from kvcluster.model.loader import LoadedModel
-from kvcluster.model.probe import probe
-from kvcluster.types import ModelSpec, SamplingParams
+from kvcluster.types import SamplingParams
 from tests.architectures import VOCAB_SIZE, tiny_models
+from tests.served_model import served_model
 from tests.thread_executor import hear, running_engine
 
 PROMPT = torch.randint(3, VOCAB_SIZE, (150,), generator=torch.Generator().manual_seed(7)).tolist()
-
-
-@cache
-def model() -> LoadedModel:
-    module = tiny_models()["gemma2"]()
-    spec = ModelSpec(
-        name="tiny",
-        layers=probe(module),
-        vocab_size=VOCAB_SIZE,
-        max_context_tokens=512,
-        eos_token_ids=(),
-        dtype="float32",
-        bytes_per_element=4,
-        weights_digest="test",
-        tokenizer_digest="",
-    )
-    return LoadedModel(spec=spec, module=module, device=torch.device("cpu"))
 
 
 @cache
@@ -68,7 +50,7 @@ def scores_of(events: list[Event]) -> list[PromptScores]:
 async def test_every_prompt_token_but_the_first_is_scored(
     num_ranks: int, chunk_tokens: int
 ) -> None:
-    async with running_engine(model(), config(num_ranks, chunk_tokens)) as (service, _):
+    async with running_engine(served_model(), config(num_ranks, chunk_tokens)) as (service, _):
         scores = scores_of(await score(service, PROMPT, prompt_logprobs=2))
 
     assert [event.first for event in scores] == [
@@ -83,7 +65,7 @@ async def test_every_prompt_token_but_the_first_is_scored(
 
 
 async def test_scores_come_before_the_output_and_change_nothing_of_it() -> None:
-    async with running_engine(model(), config(2, 48)) as (service, _):
+    async with running_engine(served_model(), config(2, 48)) as (service, _):
         scored = await score(service, PROMPT, prompt_logprobs=0)
         plain = await score(service, PROMPT)
 
@@ -97,7 +79,7 @@ async def test_scores_come_before_the_output_and_change_nothing_of_it() -> None:
 
 
 async def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
-    async with running_engine(model(), config(1, 16)) as (service, _):
+    async with running_engine(served_model(), config(1, 16)) as (service, _):
         events = await score(service, PROMPT[:1], prompt_logprobs=0)
 
     assert not scores_of(events)

@@ -33,8 +33,8 @@ from kvcluster.types import LayerGeometry, ModelSpec, Route
 from tests.architectures import VOCAB_SIZE, WINDOW
 from tests.codec_models import calibrated_codecs, plain_codecs
 from tests.distributed.test_policies import config, generate
-from tests.distributed.test_policies import model as served_model
 from tests.distributed.test_sharded_model import check_sharded
+from tests.served_model import served_model
 from tests.thread_executor import running_engine
 from tests.unit.quality.toys import tiny_model
 
