@@ -22,7 +22,8 @@ from kvcluster.engine.api import (
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.plan import StepPlan, StepResult
-from kvcluster.policy import MeasuredRecipe, Menu
+from kvcluster.policy import Menu
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.types import (
     DEFAULT_TENANT,
     EXACT,

@@ -9,7 +9,8 @@ from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.estimator import EstimatorStatistics
 from kvcluster.engine.scheduler import RouteChoice
 from kvcluster.engine.text import Tokenizer
-from kvcluster.policy import MeasuredRecipe, Menu
+from kvcluster.policy import Menu
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.types import ModelSpec, Policy, TenantId
 
 

@@ -9,7 +9,8 @@ from kvcluster.engine.api import GenerationRequest, PolicySource
 from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.pooling import pooling_refusal
 from kvcluster.errors import ConfigError, InvalidField, PolicyUnsupported
-from kvcluster.policy import MeasuredRecipe, parse_bound, parse_policy, resolve
+from kvcluster.policy import parse_policy
+from kvcluster.policy_bounds import MeasuredRecipe, parse_bound, resolve
 from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits, allows, check_allowed
 from kvcluster.types import Policy
 

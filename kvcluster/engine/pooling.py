@@ -6,7 +6,8 @@ so the burden of proof is turned round: no measurement, no admission, unless the
 
 from kvcluster.engine.parts import EngineParts
 from kvcluster.errors import InvalidField
-from kvcluster.policy import MeasuredRecipe, parse_policy
+from kvcluster.policy import parse_policy
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.types import Policy
 
 

@@ -11,7 +11,7 @@ from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.errors import CalibrationMismatch
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.rotary import check_rotary, read_rotary
-from kvcluster.policy import MeasuredRecipe
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.types import ModelSpec
 
 

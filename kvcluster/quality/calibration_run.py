@@ -20,7 +20,8 @@ from kvcluster.config import CacheConfig
 from kvcluster.errors import ConfigError
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.tokenizer import TextTokenizer
-from kvcluster.policy import MeasuredRecipe, parse_choice, parse_policy
+from kvcluster.policy import parse_choice, parse_policy
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.quality.calibrating import (
     SHORTEST_TEXT,
     CalibrationText,

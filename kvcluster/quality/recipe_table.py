@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from kvcluster.policy import MeasuredRecipe
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.quality.sweep_records import RecipeScore
 
 DEFAULT_RECIPES: Final = (

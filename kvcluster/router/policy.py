@@ -7,7 +7,8 @@ import math
 import re
 
 from kvcluster.errors import InvalidField
-from kvcluster.policy import AutoBound, Value, choice_text
+from kvcluster.policy import Value, choice_text
+from kvcluster.policy_bounds import AutoBound
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 
 FIELD = "cache_policy"

@@ -14,11 +14,11 @@ from kvcluster.policy import (
     PlugPoint,
     Value,
     choice_text,
-    parse_bound,
     parse_choice,
     parse_policy,
     value_text,
 )
+from kvcluster.policy_bounds import parse_bound
 from kvcluster.types import Policy
 
 LATENT = Method(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcluster.errors import InvalidField, PolicyUnsupported
-from kvcluster.policy import AutoBound, MeasuredRecipe, parse_bound, resolve
+from kvcluster.policy_bounds import AutoBound, MeasuredRecipe, parse_bound, resolve
 
 
 def recipe(policy: str, ratio: float, increase: float, recall: float = 1.0) -> MeasuredRecipe:

@@ -8,7 +8,8 @@ from kvcluster.engine.api import Admitted
 from kvcluster.engine.policies import choose_policy
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import ConfigError, InvalidField, PolicyUnsupported
-from kvcluster.policy import MeasuredRecipe, Menu, Method, Parameter, PlugPoint
+from kvcluster.policy import Menu, Method, Parameter, PlugPoint
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.types import Policy, TenantId
 from tests.fake_engine import FakeCluster, model_spec, request
 from tests.unit.engine.serving import RingExecutor

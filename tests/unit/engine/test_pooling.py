@@ -5,7 +5,8 @@ import pytest
 from kvcluster.config import EngineConfig
 from kvcluster.engine.policies import choose_policy
 from kvcluster.errors import ConfigError, PolicyUnsupported
-from kvcluster.policy import MeasuredRecipe, Menu, Method, Parameter, PlugPoint
+from kvcluster.policy import Menu, Method, Parameter, PlugPoint
+from kvcluster.policy_bounds import MeasuredRecipe
 from tests.fake_engine import FakeCluster, request
 
 MENU = Menu(

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from kvcluster.policy import MeasuredRecipe, parse_policy
+from kvcluster.policy import parse_policy
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.quality.recipe_table import DEFAULT_RECIPES, dominated, measured_recipe
 from kvcluster.quality.records import RecallScore, Storage, TextScore
 from kvcluster.quality.served import MENU

@@ -43,17 +43,8 @@ from kvcluster.errors import (
     RequestIdConflict,
     ResumeExpired,
 )
-from kvcluster.policy import (
-    AutoBound,
-    MeasuredRecipe,
-    Menu,
-    Method,
-    Parameter,
-    PlugPoint,
-    parse_bound,
-    parse_policy,
-    resolve,
-)
+from kvcluster.policy import Menu, Method, Parameter, PlugPoint, parse_policy
+from kvcluster.policy_bounds import AutoBound, MeasuredRecipe, parse_bound, resolve
 from kvcluster.router.convert import pack_ids
 from kvcluster.router.status import error_of_kind
 from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcluster.errors import InvalidField
-from kvcluster.policy import AutoBound, Value, parse_bound, parse_choice, parse_policy
+from kvcluster.policy import Value, parse_choice, parse_policy
+from kvcluster.policy_bounds import AutoBound, parse_bound
 from kvcluster.router.policy import policy_from_proto
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 from kvcluster.types import Policy
