@@ -139,7 +139,7 @@ class SelectedPart:
         is_whole = part.start % self._size == 0 or part.start >= num_prompt_tokens
         assert is_whole, "rows of the prompt in one block choose together"
         self._spans = self._readable_spans()
-        self._shift = self._num_before()
+        self._shift = self._index_shift()
 
     @property
     def is_choosing(self) -> bool:
@@ -263,8 +263,9 @@ class SelectedPart:
         starts = [self._table.block_starts(rank, *span) for span in self._spans]
         return self._tensor(starts) // self._size + self._shift
 
-    def _num_before(self) -> int:
-        """Blocks in front of those of the positions, less the positions' that are gone."""
+    def _index_shift(self) -> int:
+        """What a block's index among all that rows choose from is more than that of its first
+        position."""
         return 0
 
     def _tensor(self, arrays: Sequence[NDArray[np.int64]]) -> Tensor:

@@ -79,7 +79,7 @@ class SelectedSurvivors(SelectedPart):
         starts = self._lists.block_starts(rank, 0, self._num_kept)
         return torch.cat((self._tensor([starts]) // self._size, super()._blocks(rank)))
 
-    def _num_before(self) -> int:
+    def _index_shift(self) -> int:
         return -(-self._num_kept // self._size) - self._survivors.epoch_start // self._size
 
     def _readable_spans(self) -> list[tuple[int, int]]:

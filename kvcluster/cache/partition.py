@@ -145,7 +145,7 @@ class Partition:
         exact blocks' worth, in place of what was counted before. It takes no block of any pool,
         but of what the tenant may hold. False, and nothing changed: there is too little left."""
         more = num_blocks - table.num_beside[group]
-        if more > self.free_per_group()[group]:
+        if more > 0 and more > self.free_per_group()[group]:
             return False
         table.num_beside[group] = num_blocks
         self._beside[group] += more

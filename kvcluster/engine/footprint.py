@@ -15,12 +15,10 @@ from kvcluster.types import ModelSpec, Policy
 class Footprint(NamedTuple):
     """Most memory that a sequence holds at one time."""
 
-    in_pages: tuple[int, ...]
-    """Exact blocks' worth, per KV group."""
     num_bytes: int
-    """Of those, and of what is kept beside all pages."""
+    """In pages, and beside them."""
     blocks: tuple[int, ...]
-    """Exact blocks' worth of both, per KV group: what the partition counts."""
+    """The same as exact blocks' worth, per KV group: what the partition counts."""
 
 
 def footprint(
@@ -49,7 +47,7 @@ def footprint(
         for group, (count, size) in enumerate(zip(in_pages, block_bytes, strict=True))
     )
     num_bytes = sum(count * size for count, size in zip(in_pages, block_bytes, strict=True))
-    return Footprint(in_pages, num_bytes + num_beside, blocks)
+    return Footprint(num_bytes + num_beside, blocks)
 
 
 def blocks_beside(num_bytes: int, block_bytes: int) -> int:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from kvcluster.engine.api import Backend, BackendStatus
 from kvcluster.errors import InvalidField
-from kvcluster.policy import Menu, parse_bound, parse_policy
+from kvcluster.policy import Menu, parse_policy
+from kvcluster.policy_bounds import parse_bound
 from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.types import Policy
 

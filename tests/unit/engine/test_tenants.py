@@ -17,7 +17,8 @@ from kvcluster.errors import (
     PolicyUnsupported,
     QuotaExceeded,
 )
-from kvcluster.policy import MeasuredRecipe, Menu, Method, PlugPoint
+from kvcluster.policy import Menu, Method, PlugPoint
+from kvcluster.policy_bounds import MeasuredRecipe
 from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
 from kvcluster.types import GenerationId, TenantId
 from tests.fake_engine import FakeCluster, packed, request
