@@ -69,7 +69,8 @@ def float8_splits(
             f"queries {tuple(q_RTHD.shape)}, keys {tuple(keys.values.shape)} and values "
             f"{tuple(values.values.shape)} do not go together"
         )
-    launch = plan_launch(q_RTHD, rows, attention, settings, num_kv_heads=num_kv_heads, dim_v=dim_v)
+    chosen = settings or default_settings(q_RTHD, num_kv_heads)
+    launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim_v)
     _float8_kernel[launch.grid](
         q_RTHD,
         *keys,
@@ -85,6 +86,13 @@ def float8_splits(
         IS_GPU=has_assembly(_float8_kernel),
     )
     return launch.found
+
+
+def default_settings(q_RTHD: Tensor, num_kv_heads: int) -> DecodeSettings:
+    """The settings for these queries."""
+    if q_RTHD.shape[1] * q_RTHD.shape[2] // num_kv_heads > 8:
+        return DecodeSettings(num_warps=4)
+    return DecodeSettings(num_warps=2, programs_per_processor=6)
 
 
 @triton.jit
@@ -167,8 +175,9 @@ def _float8_kernel(
         v_scale = tl.load(v_scale_ptr + page * stride_v_scale + place)
         nothing = tl.zeros([1, BLOCK_SIZE, BLOCK_M], tl.float32)
         products_1SM = dot(k_SC.to(tl.float16)[None, :, :], q_1CM, nothing, IS_GPU)
-        products_SM = products_1SM.reshape(BLOCK_SIZE, BLOCK_M) * (size_M * k_scale)[None, :]
-        scores_SM = to_base_2(products_SM, scale, softcap, HAS_SOFTCAP)
+        products_SM = products_1SM.reshape(BLOCK_SIZE, BLOCK_M)
+        k_scale_M = scale * k_scale * size_M
+        scores_SM = to_base_2(products_SM, k_scale_M[None, :], softcap, HAS_SOFTCAP)
         position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
         scores_SM = visible_columns(
             scores_SM, tile, start, end, position, q_positions_M, window, HAS_POSITIONS, HAS_WINDOW

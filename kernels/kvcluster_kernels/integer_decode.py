@@ -95,7 +95,8 @@ def integer_splits(
             f"{k_bits} and {v_bits} bits want heads of {_LEAST_BYTES * 8 // k_bits} channels and "
             f"blocks of {_LEAST_BYTES * 8 // v_bits} tokens or more"
         )
-    launch = plan_launch(q_RTHD, rows, attention, settings, num_kv_heads=num_kv_heads, dim_v=dim_v)
+    chosen = settings or default_settings(q_RTHD, num_kv_heads, max(k_bits, v_bits))
+    launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim_v)
     _integer_kernel[launch.grid](
         q_RTHD,
         *keys._replace(unit=keys.scale if keys.unit is None else keys.unit),
@@ -115,6 +116,15 @@ def integer_splits(
         IS_GPU=has_assembly(_integer_kernel),
     )
     return launch.found
+
+
+def default_settings(q_RTHD: Tensor, num_kv_heads: int, bits: int) -> DecodeSettings:
+    """One warp a program needs no barrier, as long as what it unpacks fits its registers."""
+    if q_RTHD.shape[1] * q_RTHD.shape[2] // num_kv_heads > 8:
+        return DecodeSettings(num_warps=4)
+    if bits == 4:
+        return DecodeSettings(num_warps=1, programs_per_processor=8)
+    return DecodeSettings(num_warps=2, programs_per_processor=4)
 
 
 def code_bits(pages: IntegerPages, contiguous: int) -> int:
@@ -192,7 +202,7 @@ def _integer_kernel(
 
     max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    acc, zeros = empty_sums(DIM_V, V_GROUPS, BLOCK_SIZE, BLOCK_M)
+    acc, zeros = empty_sums(DIM_V, V_GROUPS, BLOCK_M)
     for tile in tl.range(begin, stop):
         block = tl.load(blocks_ptr + tile)
         page = (block // PAGE_BLOCKS).to(tl.int64)
@@ -204,7 +214,7 @@ def _integer_kernel(
             k_unit_ptr + page * stride_k_unit + place,
             q0, q1, q2, q3, BLOCK_SIZE, DIM_K, K_BITS, K_GROUPS, IS_GPU,
         )  # fmt: skip
-        scores_SM = to_base_2(products_SM * size_M[None, :], scale, softcap, HAS_SOFTCAP)
+        scores_SM = to_base_2(products_SM, scale * size_M[None, :], softcap, HAS_SOFTCAP)
         position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
         scores_SM = visible_columns(
             scores_SM, tile, start, end, position, q_positions_M, window, HAS_POSITIONS, HAS_WINDOW
@@ -216,6 +226,6 @@ def _integer_kernel(
             v_unit_ptr + page * stride_v_unit + place,
             scores_SM, max_M, sum_M, acc, zeros, BLOCK_SIZE, DIM_V, V_BITS, V_GROUPS, IS_GPU,
         )  # fmt: skip
-    out_EDM = acc * (CODE_UNIT / 2 ** (8 - V_BITS)) + tl.sum(zeros, 1)[:, None, :]
+    out_EDM = acc * (CODE_UNIT / 2 ** (8 - V_BITS)) + zeros[:, None, :]
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
     store_columns(out_ptr, lse_ptr, out_EDM, max_M, sum_M, first_row, rows_M, NUM_ROWS, DIM_V, V_GROUPS)  # fmt: skip # noqa: E501

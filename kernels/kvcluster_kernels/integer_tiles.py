@@ -26,7 +26,7 @@ def load_query_parts(
     DIM: tl.constexpr,
     BITS: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """Query rows as columns [C, M], float32, one array for each field of a byte of codes, divided
+    """Query rows as columns [C, M], one array for each field of a byte of codes, divided
     by what the field multiplies codes with; and the power of two, [M], that they were divided by,
     so that none is above 1."""
     C: tl.constexpr = DIM * BITS // 8
@@ -51,7 +51,9 @@ def load_query_parts(
     q1 = q1 * (shrink / 2**BITS)
     q2 = q2 * (shrink / 2 ** (2 * BITS))
     q3 = q3 * (shrink / 2 ** (3 * BITS))
-    return q0 * shrink, q1, q2, q3, tl.math.exp2(exponent_M)
+    # Kept in the dtype that they came in, which loses nothing: registers are scarce.
+    kept: tl.constexpr = q_ptr.dtype.element_ty
+    return (q0 * shrink).to(kept), q1.to(kept), q2.to(kept), q3.to(kept), tl.math.exp2(exponent_M)
 
 
 @triton.jit
@@ -76,10 +78,10 @@ def score_codes(
     BLOCK_M: tl.constexpr = q0.shape[1]
     offs_c = tl.arange(0, triton.next_power_of_2(C))
     tokens_GS = tl.arange(0, GROUPS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    packed_GSC = tl.load(
+    packed_GSC = _load(
         codes_ptr + tokens_GS[:, :, None] * C + offs_c[None, None, :],
-        mask=(offs_c < C)[None, None, :],
-        other=0,
+        (offs_c < C)[None, None, :],
+        offs_c.shape[0] == C,
     )
     f0, zero_GM = _fold(q0, scale_ptr, zero_ptr, unit_ptr, 0, DIM, BITS, GROUPS)
     f1 = f0
@@ -110,15 +112,15 @@ def weigh_codes(
     max_M: tl.tensor,
     sum_M: tl.tensor,
     acc_EDM: tl.tensor,
-    zeros_ESM: tl.tensor,
+    zeros_EM: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """The sums with a block's values added: of codes, in units of 2^(8 - BITS - 24), of zeros by
-    token, the new maximum, and the sum of weights."""
+    """The sums with a block's values added: of codes, in units of 2^(8 - BITS - 24), of
+    zero-points, the new maximum, and the sum of weights."""
     C: tl.constexpr = BLOCK_SIZE * BITS // 8
     CHANNELS: tl.constexpr = DIM // GROUPS
     E: tl.constexpr = acc_EDM.shape[0]
@@ -126,10 +128,10 @@ def weigh_codes(
     offs_d = tl.arange(0, acc_EDM.shape[1])
     channels_ED = offs_e[:, None] * CHANNELS + offs_d[None, :]
     mask_ED = (offs_e < GROUPS)[:, None] & (offs_d < CHANNELS)[None, :]
-    packed_EDC = tl.load(
+    packed_EDC = _load(
         codes_ptr + channels_ED[:, :, None] * C + tl.arange(0, C)[None, None, :],
-        mask=mask_ED[:, :, None],
-        other=0,
+        mask_ED[:, :, None],
+        E * acc_EDM.shape[1] == DIM,
     )
     offs_s = tl.arange(0, BLOCK_SIZE)
     scale_ES, zero_ES = _read_scales(
@@ -138,36 +140,39 @@ def weigh_codes(
         unit_ptr,
         offs_e[:, None] * BLOCK_SIZE + offs_s[None, :],
         (offs_e < GROUPS)[:, None],
+        E == GROUPS,
     )
     boost_S = tl.math.log2(tl.maximum(tl.max(scale_ES, 0), _LEAST_SCALE))
     weights_SM, max_M, sum_M, decay_M = online_columns(scores_SM, boost_S, max_M, sum_M)
-    zeros_ESM = zeros_ESM * decay_M[None, None, :] + weights_SM[None, :, :] * zero_ES[:, :, None]
-    # The last field of a byte multiplies codes most: what meets the others is made up for it.
-    field_S = tl.math.exp2(((8 // BITS - 1 - offs_s // C) * BITS).to(tl.float32))
-    scale_ES = scale_ES * field_S[None, :]
+    zeros_EM = zeros_EM * decay_M[None, :] + tl.sum(weights_SM[None, :, :] * zero_ES[:, :, None], 1)
     w_ESM = (weights_SM[None, :, :] * scale_ES[:, :, None]).to(tl.float16)
     w0 = w_ESM
     w1 = w_ESM
     w2 = w_ESM
     w3 = w_ESM
-    if BITS < 8:
+    # The last field of a byte multiplies codes most: what meets the others is made up for it.
+    if BITS == 4:
         w0, w1 = _halves(w_ESM)
-    if BITS < 4:
-        w2, w3 = _halves(w1)
-        w0, w1 = _halves(w0)
+        w0 = w0 * 16.0
+    if BITS == 2:
+        w1, w3 = _halves(w_ESM)
+        w0, w1 = _halves(w1 * 16.0)
+        w2, w3 = _halves(w3)
+        w0 = w0 * 4.0
+        w2 = w2 * 4.0
     acc_EDM = acc_EDM * decay_M[None, None, :]
     acc_EDM = dot_codes(packed_EDC, w0, w1, w2, w3, acc_EDM, BITS, IS_GPU)
-    return acc_EDM, zeros_ESM, max_M, sum_M
+    return acc_EDM, zeros_EM, max_M, sum_M
 
 
 @triton.jit
 def empty_sums(
-    DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr
+    DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """What `weigh_codes` adds to: acc_EDM and zeros_ESM."""
+    """What `weigh_codes` adds to: acc_EDM and zeros_EM."""
     E: tl.constexpr = triton.next_power_of_2(GROUPS)
     D: tl.constexpr = triton.next_power_of_2(DIM // GROUPS)
-    return tl.zeros([E, D, BLOCK_M], tl.float32), tl.zeros([E, BLOCK_SIZE, BLOCK_M], tl.float32)
+    return tl.zeros([E, D, BLOCK_M], tl.float32), tl.zeros([E, BLOCK_M], tl.float32)
 
 
 @triton.jit
@@ -187,10 +192,19 @@ def _fold(
     offs_g = tl.arange(0, GROUPS)
     offs_c = tl.arange(0, q_CM.shape[0])
     offs_GC = offs_g[:, None] * DIM + FIELD * C + offs_c[None, :]
-    scale_GC, zero_GC = _read_scales(scale_ptr, zero_ptr, unit_ptr, offs_GC, (offs_c < C)[None, :])
+    scale_GC, zero_GC = _read_scales(
+        scale_ptr, zero_ptr, unit_ptr, offs_GC, (offs_c < C)[None, :], offs_c.shape[0] == C
+    )
+    q_CM = q_CM.to(tl.float32)
     folded = (q_CM[None, :, :] * scale_GC[:, :, None]).to(tl.float16)
     zero_GC = zero_GC * 2 ** (FIELD * BITS)
     return folded, tl.sum(q_CM[None, :, :] * zero_GC[:, :, None], 1)
+
+
+@triton.jit
+def _load(pointers: tl.tensor, mask: tl.tensor, IS_WHOLE: tl.constexpr) -> tl.tensor:
+    """What is there, 0 where the mask is false; nothing is asked of a mask that is all true."""
+    return tl.load(pointers) if IS_WHOLE else tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit
@@ -200,10 +214,11 @@ def _read_scales(
     unit_ptr: tl.tensor,
     offs: tl.tensor,
     mask: tl.tensor,
+    IS_WHOLE: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """Scale and zero of groups, float32; 0 where the mask says so."""
-    scale = tl.load(scale_ptr + offs, mask=mask, other=0)
-    zero = tl.load(zero_ptr + offs, mask=mask, other=0)
+    """Scale and zero of groups, float32."""
+    scale = _load(scale_ptr + offs, mask, IS_WHOLE)
+    zero = _load(zero_ptr + offs, mask, IS_WHOLE)
     if scale.dtype == tl.uint8:
         step = (scale.to(tl.uint16) << 5).to(tl.float16, bitcast=True).to(tl.float32)
         step = step * tl.load(unit_ptr)

@@ -36,7 +36,7 @@ def plan_launch(
     q_RTHD: Tensor,
     rows: PagedRows,
     attention: Attention,
-    settings: DecodeSettings | None,
+    settings: DecodeSettings,
     *,
     num_kv_heads: int,
     dim_v: int,
@@ -48,7 +48,6 @@ def plan_launch(
     group = num_heads // num_kv_heads
     if group * num_kv_heads != num_heads:
         raise ValueError(f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly")
-    settings = settings or default_settings(num_tokens * group)
     block_m = min(_MAX_COLUMNS, max(8, triton.next_power_of_2(num_tokens * group)))
     row_tiles = triton.cdiv(num_tokens * group, block_m)
     num_splits = settings.splits(
@@ -86,13 +85,6 @@ def plan_launch(
             "num_stages": settings.num_stages,
         },
     )
-
-
-def default_settings(num_rows: int) -> DecodeSettings:
-    """The settings for so many query rows of a KV head."""
-    if num_rows > 8:
-        return DecodeSettings(num_warps=4)
-    return DecodeSettings(num_warps=2, programs_per_processor=6)
 
 
 def page_strides(planes: Iterable[Tensor | None]) -> list[int]:

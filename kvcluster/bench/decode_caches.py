@@ -84,9 +84,7 @@ def float8_cache(shape: DecodeShape, q_RTHD: Tensor) -> Cache:
         return Float8Pages(values, torch.ones(blocks, device=q_RTHD.device))
 
     keys, values = pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
-    run = partial(
-        decode_float8, q_RTHD, keys, values, _rows(shape, q_RTHD.device), _attention(shape)
-    )
+    run = partial(decode_float8, q_RTHD, keys, values, *_asked(shape, q_RTHD.device))
     return Cache(run, _num_bytes(*keys, *values))
 
 
@@ -107,9 +105,7 @@ def integer_cache(bits: int, scale_bits: int, shape: DecodeShape, q_RTHD: Tensor
     keys, values = pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
     if bits == 8:
         keys, values = (x._replace(codes=x.codes.view(torch.int8)) for x in (keys, values))
-    run = partial(
-        decode_integers, q_RTHD, keys, values, _rows(shape, q_RTHD.device), _attention(shape)
-    )
+    run = partial(decode_integers, q_RTHD, keys, values, *_asked(shape, q_RTHD.device))
     return Cache(run, _num_bytes(*keys, *values))
 
 
