@@ -96,7 +96,7 @@ def _peers(
         if not timer.is_over:
             try:
                 taken[name] = timer.microseconds(call)
-            except RuntimeError as error:
+            except (RuntimeError, TypeError) as error:
                 _report_failure(f"{shape} {name}", error)
                 continue
             yield from _times(f"{shape} {name}", taken[name], shape.exact_bytes)

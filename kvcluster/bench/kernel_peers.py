@@ -24,8 +24,12 @@ def flash3() -> Flash3 | None:
     if find_spec("fa3_fwd_interface") is None:
         return None
     # The wheel renamed its modules, and one of them still imports another by its old name.
-    sys.modules.setdefault("flash_attn_config", import_module("fa3_fwd_config"))
-    module = import_module("fa3_fwd_interface")
+    try:
+        sys.modules.setdefault("flash_attn_config", import_module("fa3_fwd_config"))
+        module = import_module("fa3_fwd_interface")
+    except (ImportError, OSError) as error:
+        sys.stderr.write(f"FA3 does not load here: {error}\n")
+        return None
     return Flash3(module.flash_attn_func, module.flash_attn_with_kvcache)
 
 
