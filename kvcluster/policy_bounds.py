@@ -1,4 +1,4 @@
-"""Bounds in place of policies: `auto: ppl<=1%, ratio>=4` is a policy measured to meet them."""
+"""Bounds in place of policies: `auto: ppl<=1%, recall>=98%` is a policy measured to meet them."""
 
 import math
 import re
@@ -16,20 +16,23 @@ _LIMIT: Final = re.compile(r"([a-z]+)\s*([<>=]+)(.*)", re.DOTALL)
 
 
 class AutoBound(msgspec.Struct, frozen=True, kw_only=True):
-    """What a policy must keep to, in place of its name. One of both is set, or both."""
+    """What a policy must keep to, in place of its name. Perplexity or ratio is bounded, or both."""
 
     max_perplexity_increase: float | None = None
     """Relative to the exact cache: 0.01 is 1 %."""
     min_ratio: float | None = None
     """Bytes of the exact cache per byte stored."""
+    min_recall: float = 1.0
+    """Needles found, of those that the exact cache finds."""
 
     def __str__(self) -> str:
         limits = []
         if self.max_perplexity_increase is not None:
-            percent = (Decimal(repr(self.max_perplexity_increase)) * 100).normalize()
-            limits.append(f"ppl<={percent:f}%")
+            limits.append(f"ppl<={_percent(self.max_perplexity_increase)}")
         if self.min_ratio is not None:
             limits.append(f"ratio>={value_text(self.min_ratio)}")
+        if self.min_recall != 1:
+            limits.append(f"recall>={_percent(self.min_recall)}")
         return f"{AUTO}: {', '.join(limits)}"
 
 
@@ -69,19 +72,21 @@ def parse_bound(text: str) -> AutoBound | None:
         matched = _LIMIT.fullmatch(part.text)
         parameter = _LIMITS.get(matched[1] + matched[2]) if matched else None
         if matched is None or parameter is None:
-            raise fault(part, f"want ppl<=1% or ratio>=4 after {AUTO}:, got {quoted(part)}")
+            raise fault(part, f"want {_WANTED} after {AUTO}:, got {quoted(part)}")
         if parameter.name in given:
             raise fault(part, f"{matched[1]} is bounded twice")
         number = stripped(matched[3], part.at + matched.start(3))
-        if matched[1] == "ppl" and not number.text.endswith("%"):
-            raise fault(number, f"ppl is a percentage: 1%, got {quoted(number)}")
+        if matched[1] != "ratio" and not number.text.endswith("%"):
+            raise fault(number, f"{matched[1]} is a percentage: 1%, got {quoted(number)}")
         given[parameter.name] = float(read_value(number, parameter, matched[1]))
+    if set(given) == {"min_recall"}:
+        raise fault(whole, f"recall is bounded beside ppl or ratio: {AUTO}: ppl<=1%, recall>=98%")
     return AutoBound(**given)
 
 
-def resolve(bound: AutoBound, recipes: Sequence[MeasuredRecipe], *, min_recall: float = 1.0) -> str:
+def resolve(bound: AutoBound, recipes: Sequence[MeasuredRecipe]) -> str:
     """The measured policy for a bound: the smallest cache within the perplexity; where a ratio
-    alone is given, the least perplexity at that ratio. Recipes below `min_recall` are left out.
+    alone is given, the least perplexity at that ratio. Recipes of too little recall are left out.
 
     Raises: PolicyUnsupported when none meets the bound, or none was measured.
     """
@@ -92,7 +97,7 @@ def resolve(bound: AutoBound, recipes: Sequence[MeasuredRecipe], *, min_recall: 
         )
     most = bound.max_perplexity_increase
     measured = [recipe for recipe in recipes if math.isfinite(recipe.perplexity_increase)]
-    recalling = [recipe for recipe in measured if recipe.recall >= min_recall]
+    recalling = [recipe for recipe in measured if recipe.recall >= bound.min_recall]
     small = [recipe for recipe in recalling if recipe.ratio >= (bound.min_ratio or 0.0)]
     good = [recipe for recipe in small if most is None or recipe.perplexity_increase <= most]
     if good:
@@ -104,8 +109,8 @@ def resolve(bound: AutoBound, recipes: Sequence[MeasuredRecipe], *, min_recall: 
     else:
         nearest = max(recipes, key=lambda recipe: recipe.recall)
     raise PolicyUnsupported(
-        f"{bound}: no measured policy keeps to it with a recall of {min_recall:g}; the nearest is "
-        f"{nearest}",
+        f"{bound}: no measured policy keeps to it with a recall of {bound.min_recall:g}; "
+        f"the nearest is {nearest}",
         metadata={"nearest": nearest.policy},
     )
 
@@ -115,7 +120,13 @@ _LIMITS: Final = {
         name="max_perplexity_increase", meaning="", default=0.0, lowest=0, highest=1
     ),
     "ratio>=": Parameter(name="min_ratio", meaning="", default=1.0, lowest=1),
+    "recall>=": Parameter(name="min_recall", meaning="", default=1.0, lowest=0, highest=1),
 }
+_WANTED: Final = "ppl<=1%, ratio>=4 or recall>=98%"
+
+
+def _percent(share: float) -> str:
+    return f"{(Decimal(repr(share)) * 100).normalize():f}%"
 
 
 def _by_perplexity(recipe: MeasuredRecipe) -> tuple[float, float, str]:

@@ -12,6 +12,7 @@ from kvcluster.policy_bounds import AutoBound
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 
 FIELD = "cache_policy"
+_BOUND_FIELDS = ("max_perplexity_increase", "min_ratio", "min_recall")
 # What the text of a policy is made of besides names must not come in through a name.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -37,17 +38,16 @@ def policy_from_proto(message: pb.GenerateRequest | pb.EstimateGenerationRequest
 
 
 def _bound_text(bound: pb.PolicyBound) -> str:
-    has_perplexity, has_ratio = (
-        bound.HasField(name) for name in ("max_perplexity_increase", "min_ratio")
-    )
+    has_perplexity, has_ratio, has_recall = (bound.HasField(name) for name in _BOUND_FIELDS)
     if not has_perplexity and not has_ratio:
         raise InvalidField(f"{FIELD}.bound", "want max_perplexity_increase, min_ratio or both")
-    for name in ("max_perplexity_increase", "min_ratio"):
+    for name in _BOUND_FIELDS:
         _check_finite(f"{FIELD}.bound.{name}", getattr(bound, name))
     return str(
         AutoBound(
             max_perplexity_increase=bound.max_perplexity_increase if has_perplexity else None,
             min_ratio=bound.min_ratio if has_ratio else None,
+            min_recall=bound.min_recall if has_recall else 1.0,
         )
     )
 

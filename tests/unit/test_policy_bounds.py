@@ -20,6 +20,7 @@ def recipe(policy: str, ratio: float, increase: float, recall: float = 1.0) -> M
     )
 
 
+WANTED = "want ppl<=1%, ratio>=4 or recall>=98% after auto:, got"
 RECIPES = (
     recipe("int8", 1.9, 0.0005),
     recipe("int4", 3.8, 0.004),
@@ -32,6 +33,7 @@ BOUNDS = st.builds(
     AutoBound,
     max_perplexity_increase=st.none() | st.floats(0, 1, allow_subnormal=False),
     min_ratio=st.floats(1, 1e9),
+    min_recall=st.floats(0, 1, allow_subnormal=False),
 ) | st.builds(AutoBound, max_perplexity_increase=st.integers(0, 10_000).map(lambda n: n / 10_000))
 
 
@@ -46,6 +48,12 @@ BOUNDS = st.builds(
             AutoBound(max_perplexity_increase=1.0, min_ratio=4.5),
             "auto: ppl<=100%, ratio>=4.5",
         ),
+        (
+            "auto: recall>=98.5%, ppl<=1%",
+            AutoBound(max_perplexity_increase=0.01, min_recall=0.985),
+            "auto: ppl<=1%, recall>=98.5%",
+        ),
+        ("auto: ratio>=4, recall>=100%", AutoBound(min_ratio=4), "auto: ratio>=4"),
     ],
 )
 def test_a_bound_is_read_with_either_limit_or_both(
@@ -68,20 +76,27 @@ def test_what_does_not_begin_with_auto_is_no_bound(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "position", "sentence"),
     [
-        ("auto", 6, "want ppl<=1% or ratio>=4 after auto:, got ''"),
-        ("auto:", 6, "want ppl<=1% or ratio>=4 after auto:, got ''"),
-        ("auto: ppl<=1%,", 15, "want ppl<=1% or ratio>=4 after auto:, got ''"),
-        ("auto: ppl>=1%", 7, "want ppl<=1% or ratio>=4 after auto:, got 'ppl>=1%'"),
-        ("auto: loss<=1%", 7, "want ppl<=1% or ratio>=4 after auto:, got 'loss<=1%'"),
-        ("auto: ratio>4", 7, "want ppl<=1% or ratio>=4 after auto:, got 'ratio>4'"),
-        ("auto: ratio=4", 7, "want ppl<=1% or ratio>=4 after auto:, got 'ratio=4'"),
-        ("auto: 1<=ratio>=4", 7, "want ppl<=1% or ratio>=4 after auto:, got '1<=ratio>=4'"),
+        ("auto", 6, f"{WANTED} ''"),
+        ("auto:", 6, f"{WANTED} ''"),
+        ("auto: ppl<=1%,", 15, f"{WANTED} ''"),
+        ("auto: ppl>=1%", 7, f"{WANTED} 'ppl>=1%'"),
+        ("auto: loss<=1%", 7, f"{WANTED} 'loss<=1%'"),
+        ("auto: ratio>4", 7, f"{WANTED} 'ratio>4'"),
+        ("auto: ratio=4", 7, f"{WANTED} 'ratio=4'"),
+        ("auto: 1<=ratio>=4", 7, f"{WANTED} '1<=ratio>=4'"),
         ("auto: ppl<=1", 12, "ppl is a percentage: 1%, got '1'"),
         ("auto: ppl<= -1%", 13, "ppl must be at least 0 and at most 1, got '-1%'"),
         ("auto: ppl<=nan%", 12, "ppl must be a number, got 'nan%'"),
         ("auto: ratio>=", 14, "ratio must be a number, got ''"),
         ("auto: ratio>=0.5", 14, "ratio must be at least 1, got '0.5'"),
         ("auto: ratio>=4, ratio>=5", 17, "ratio is bounded twice"),
+        ("auto: ppl<=1%, recall>=98", 24, "recall is a percentage: 1%, got '98'"),
+        ("auto: ppl<=1%, recall>=101%", 24, "recall must be at least 0 and at most 1, got '101%'"),
+        (
+            "auto: recall>=98%",
+            1,
+            "recall is bounded beside ppl or ratio: auto: ppl<=1%, recall>=98%",
+        ),
         ("auto: ppl<=1% + window", 17, "auto stands alone: it chooses every method"),
     ],
 )
@@ -116,7 +131,7 @@ def test_a_bound_stands_for_the_best_recipe_that_keeps_every_needle(
 
 
 def test_the_recall_gate_is_the_callers_to_lower() -> None:
-    assert resolve(bound_of("auto: ppl<=1%"), RECIPES, min_recall=0.6) == "latent"
+    assert resolve(bound_of("auto: ppl<=1%, recall>=60%"), RECIPES) == "latent"
 
 
 @given(st.permutations(RECIPES), BOUNDS)
@@ -140,7 +155,7 @@ def test_what_is_chosen_keeps_to_the_bound(bound: AutoBound) -> None:
         return
     (found,) = (each for each in RECIPES if each.policy == chosen)
 
-    assert found.recall == 1.0
+    assert found.recall >= bound.min_recall
     assert found.ratio >= (bound.min_ratio or 0)
     assert found.perplexity_increase <= (
         math.inf if bound.max_perplexity_increase is None else bound.max_perplexity_increase

@@ -250,12 +250,15 @@ Global___PolicyValue: _TypeAlias = PolicyValue  # noqa: Y015
 
 @_typing.final
 class PolicyBound(_message.Message):
-    """What a policy must keep to, by what was measured on the model. At least one field is set."""
+    """What a policy must keep to, by what was measured on the model. Perplexity or ratio is bounded, or
+    both.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MAX_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
     MIN_RATIO_FIELD_NUMBER: _builtins.int
+    MIN_RECALL_FIELD_NUMBER: _builtins.int
     max_perplexity_increase: _builtins.float
     """Most that perplexity may grow, relative to the uncompressed cache: 0.01 is 1 %. The smallest
     cache that keeps to it is chosen.
@@ -264,24 +267,33 @@ class PolicyBound(_message.Message):
     """Least ratio of uncompressed to stored bytes. Alone: the least perplexity at this ratio is
     chosen.
     """
+    min_recall: _builtins.float
+    """Least share of needles found, of those that the uncompressed cache finds: 0.98 is 98 %.
+    Absent: all of them.
+    """
     def __init__(
         self,
         *,
         max_perplexity_increase: _builtins.float | None = ...,
         min_ratio: _builtins.float | None = ...,
+        min_recall: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "_min_ratio", b"_min_ratio", "max_perplexity_increase", b"max_perplexity_increase", "min_ratio", b"min_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "_min_ratio", b"_min_ratio", "_min_recall", b"_min_recall", "max_perplexity_increase", b"max_perplexity_increase", "min_ratio", b"min_ratio", "min_recall", b"min_recall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "_min_ratio", b"_min_ratio", "max_perplexity_increase", b"max_perplexity_increase", "min_ratio", b"min_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "_min_ratio", b"_min_ratio", "_min_recall", b"_min_recall", "max_perplexity_increase", b"max_perplexity_increase", "min_ratio", b"min_ratio", "min_recall", b"min_recall"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_perplexity_increase: _TypeAlias = _typing.Literal["max_perplexity_increase"]  # noqa: Y015
     _WhichOneofArgType__max_perplexity_increase: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase"]  # noqa: Y015
     _WhichOneofReturnType__min_ratio: _TypeAlias = _typing.Literal["min_ratio"]  # noqa: Y015
     _WhichOneofArgType__min_ratio: _TypeAlias = _typing.Literal["_min_ratio", b"_min_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__min_recall: _TypeAlias = _typing.Literal["min_recall"]  # noqa: Y015
+    _WhichOneofArgType__min_recall: _TypeAlias = _typing.Literal["_min_recall", b"_min_recall"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_perplexity_increase) -> _WhichOneofReturnType__max_perplexity_increase | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_ratio) -> _WhichOneofReturnType__min_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_recall) -> _WhichOneofReturnType__min_recall | None: ...
 
 Global___PolicyBound: _TypeAlias = PolicyBound  # noqa: Y015
 

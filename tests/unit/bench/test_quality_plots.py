@@ -95,8 +95,7 @@ def test_the_table_has_a_row_for_each_recipe_in_the_order_of_ratios() -> None:
     _, _, *rows = markdown_table(REPORT).splitlines()
 
     assert rows == [
-        "| `int8` | 8 | 2.00 | 50% | -0.12 ± 0.18 % | +0.25 ± 0.25 % | 0.0125 | 87.5% "
-        "| 8 of 16 |",
+        "| `int8` | 8 | 2.00 | 50% | -0.12 ± 0.18 % | +0.25 ± 0.25 % | 0.0125 | 87.5% | 8 of 16 |",
         "| `int4:windowed=exact` | 4 | 4.00 | 50% | +2.00 ± 0.18 % | +3.00 ± 0.25 % | 0.0125 "
         "| 87.5% | 8 of 16 |",
     ]

@@ -45,15 +45,20 @@ def test_a_policy_in_parts_is_the_policy_in_text(policy: Policy) -> None:
 @given(
     st.none() | st.floats(0, 1, allow_subnormal=False),
     st.none() | st.floats(1, 1e6),
+    st.none() | st.floats(0, 1, allow_subnormal=False),
 )
-def test_a_bound_in_parts_is_the_bound_in_text(most: float | None, least: float | None) -> None:
+def test_a_bound_in_parts_is_the_bound_in_text(
+    most: float | None, least: float | None, recall: float | None
+) -> None:
     if most is None and least is None:
         return
-    bound = pb.PolicyBound(max_perplexity_increase=most, min_ratio=least)
+    bound = pb.PolicyBound(max_perplexity_increase=most, min_ratio=least, min_recall=recall)
     request = pb.EstimateGenerationRequest(cache_policy=pb.CachePolicy(bound=bound))
 
     assert parse_bound(policy_from_proto(request)) == AutoBound(
-        max_perplexity_increase=most, min_ratio=least
+        max_perplexity_increase=most,
+        min_ratio=least,
+        min_recall=1.0 if recall is None else recall,
     )
 
 
@@ -98,6 +103,7 @@ NUMBER = pb.PolicyValue(number=1.0)
             "cache_policy",
         ),
         ("", pb.CachePolicy(bound=pb.PolicyBound()), "cache_policy.bound"),
+        ("", pb.CachePolicy(bound=pb.PolicyBound(min_recall=0.9)), "cache_policy.bound"),
         (
             "",
             pb.CachePolicy(bound=pb.PolicyBound(min_ratio=math.nan)),
