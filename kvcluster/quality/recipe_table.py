@@ -20,7 +20,7 @@ DEFAULT_RECIPES: Final = (
     "rotated3",
     "int3",
     "latent:r=0.5,bits=8",
-    "latent:r=0.5,bits=4,values=int4,ranks=adaptive",
+    "latent:r=0.75,bits=4,values=rotated3,ranks=adaptive",
     "latent:r=0.5,bits=4,values=rotated3,ranks=adaptive",
     "latent:r=0.375,bits=4,values=rotated3,ranks=adaptive",
     "latent:bits=4,values=rotated3,ranks=adaptive",

@@ -20,6 +20,7 @@ SOURCES = sorted(
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_GPU_FUNCTION_LINES = 120
 BANNED_FILES = re.compile(r"utils?|helpers?|manager|handler|common|misc|.*_v\d+|new_.*|tmp.*")
 
 
@@ -50,14 +51,20 @@ def test_no_source_file_is_over_400_lines() -> None:
     ] == []
 
 
-def test_no_function_is_over_60_lines() -> None:
+def test_no_function_is_over_60_lines_and_none_on_a_gpu_over_120() -> None:
     # A command's signature is its list of flags, so its body counts alone.
     assert [
         f"{path.relative_to(ROOT)}:{function.name}"
         for path in SOURCES
         for function in functions(path)
-        if (function.end_lineno or 0) - function.body[0].lineno >= MAX_FUNCTION_LINES
+        if (function.end_lineno or 0) - function.body[0].lineno >= max_lines(function)
     ] == []
+
+
+def max_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """What a GPU's registers hold through a loop is passed through no call."""
+    is_on_gpu = any(ast.unparse(each).endswith(".jit") for each in function.decorator_list)
+    return MAX_GPU_FUNCTION_LINES if is_on_gpu else MAX_FUNCTION_LINES
 
 
 def test_every_module_says_what_it_is() -> None:
