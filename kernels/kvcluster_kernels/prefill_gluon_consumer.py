@@ -17,7 +17,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -94,7 +93,6 @@ def _walk(
     acc_MD,
     weights_MN,
     max2_M,
-    decay_M,
     sums_MQ,
     zeros_MN,
     q,
@@ -123,18 +121,13 @@ def _walk(
     """All steps of a tile but the first one.
 
     Before and after a step: `weights_MN` are those of the step before, not yet multiplied with
-    their values; `acc_MD` has those of all earlier ones, asked for but not waited for, and by the
-    maximum before, which `decay_M` turns into the present one.
+    their values; `acc_MD` has those of all earlier ones, by the present maximum; keys of the next
+    step are there. No product is under way: what it reads or adds to must not be carried into the
+    next turn of the loop, where the assembler takes its registers for others.
     """
     for i in range(1, num_steps):
         k_slot = (base + i) % STAGES
         v_slot = (base + i - 1) % STAGES
-        mbarrier.wait(k_full.index(k_slot), ((base + i) // STAGES) & 1)
-        # Waited for behind another wait, and not where the weights are ready: the assembler would
-        # move this one up to before their computation, on which it does not depend.
-        acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])
-        mbarrier.arrive(v_empty.index((base + i + STAGES - 2) % STAGES), count=1, pred=i > 1)
-        acc_MD = _rows_times(acc_MD, decay_M, O_LAYOUT)
         _await_turn(CONSUMER, PING_PONG)
         s_MN = warpgroup_mma(
             q, k_smem.index(k_slot).permute((1, 0)), zeros_MN, use_acc=False, is_async=True
@@ -153,10 +146,20 @@ def _walk(
         new_weights_MN, max2_M, decay_M = _softmax(s_MN, max2_M, scale2, CAUSAL)
         sums_MQ = _rows_times(sums_MQ, decay_M, Q_LAYOUT)
         sums_MQ += _own_sums(new_weights_MN, BLOCK_M, BLOCK_N, Q_LAYOUT)
+        # Keys of the next step are waited for here, because the assembler would move the wait for
+        # the product up to before the weights' computation, on which it does not depend, but not
+        # past another wait.
+        next_step = base + i + 1
+        mbarrier.wait(
+            k_full.index(next_step % STAGES), (next_step // STAGES) & 1, pred=i + 1 < num_steps
+        )
+        acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])
+        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        acc_MD = _rows_times(acc_MD, decay_M, O_LAYOUT)
         weights_MN = gl.convert_layout(
             new_weights_MN.to(weights_MN.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2)
         )
-    return acc_MD, weights_MN, max2_M, decay_M, sums_MQ
+    return acc_MD, weights_MN, max2_M, sums_MQ
 
 
 @gluon.jit
@@ -237,15 +240,17 @@ def consume(
         mbarrier.arrive(k_empty.index(k_slot), count=1)
         s_MN = _masked(s_MN, (num_steps - 1) * BLOCK_N, limit_M, BLOCK_N, S_LAYOUT)
         max2_M = gl.full([BLOCK_M], float("-inf"), gl.float32, ROW_LAYOUT)
-        weights_MN, max2_M, decay_M = _softmax(s_MN, max2_M, scale2, MASKED=True)
+        weights_MN, max2_M, _ = _softmax(s_MN, max2_M, scale2, MASKED=True)
         sums_MQ = _own_sums(weights_MN, BLOCK_M, BLOCK_N, Q_LAYOUT)
         weights_MN = gl.convert_layout(weights_MN.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-        acc_MD = warpgroup_mma_init(gl.zeros([BLOCK_M, DIM], gl.float32, O_LAYOUT))
-        acc_MD, weights_MN, max2_M, decay_M, sums_MQ = _walk(
+        acc_MD = gl.zeros([BLOCK_M, DIM], gl.float32, O_LAYOUT)
+        mbarrier.wait(
+            k_full.index((base + 1) % STAGES), ((base + 1) // STAGES) & 1, pred=num_steps > 1
+        )
+        acc_MD, weights_MN, max2_M, sums_MQ = _walk(
             acc_MD,
             weights_MN,
             max2_M,
-            decay_M,
             sums_MQ,
             zeros_MN,
             q,
@@ -273,9 +278,6 @@ def consume(
         )
         mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         base += num_steps
-        acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])
-        mbarrier.arrive(v_empty.index((base + STAGES - 2) % STAGES), count=1, pred=num_steps > 1)
-        acc_MD = _rows_times(acc_MD, decay_M, O_LAYOUT)
         v_slot = (base - 1) % STAGES
         mbarrier.wait(v_full.index(v_slot), ((base - 1) // STAGES) & 1)
         acc_MD = warpgroup_mma(weights_MN, v_smem.index(v_slot), acc_MD, is_async=True)

@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tests.kernels import in_flight
+
 MAX_SHARED_BYTES = 227 * 1024
 """What one block may have on an H100."""
 
@@ -55,6 +57,8 @@ class MachineCode:
     loop_opcodes: dict[str, int] = field(repr=False)
     """The same of the longest innermost loop."""
     ttgir: str = field(repr=False)
+    early_touches: list[str]
+    """Instructions that touch registers of products under way (`in_flight`)."""
 
     def count(self, *names: str) -> int:
         return sum(self.opcodes.get(name, 0) for name in names)
@@ -136,6 +140,7 @@ def _read_cubin(cubin: bytes, shared_bytes: int, ttgir: str) -> MachineCode:
         opcodes=dict(opcodes),
         loop_opcodes=dict(_longest_loop(instructions)),
         ttgir=ttgir,
+        early_touches=in_flight.early_touches(in_flight.instructions(listing)),
     )
 
 
