@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kvcluster_kernels.paging import num_processors
 from kvcluster_kernels.prefill_arguments import Causal, Keys, PartialAttention, check_arguments
 
 try:
@@ -127,7 +128,7 @@ def prefill(
     num_row_tiles = triton.cdiv(num_tokens, _ROWS * pipeline.num_consumers)
     num_programs = num_row_tiles * num_heads
     if pipeline.is_persistent:
-        num_programs = min(num_programs, _num_processors(q_THD.device))
+        num_programs = min(num_programs, num_processors(q_THD.device))
     is_paged = keys.block_ids_N is not None
     key_rows = min(keys.block_tokens, pipeline.block_n) if is_paged else pipeline.block_n
     # Where there is nothing to point at, any tensor of the right type does.
@@ -196,7 +197,3 @@ def heads_at_once(keys: Keys, num_heads: int) -> int:
     room = max(1, _L2_KEY_BYTES // (keys.num_keys * dim * 4))
     together = max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= room)
     return together * (num_heads // num_kv_heads)
-
-
-def _num_processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from kvcluster_kernels.merge import merge
+from kvcluster_kernels.paging import is_interpreted, num_processors
 from kvcluster_kernels.prefill_arguments import Causal, Keys, PartialAttention, check_arguments
 from kvcluster_kernels.prefill_tl_kernel import prefill_kernel
 
@@ -101,18 +102,17 @@ def prefill(
         return PartialAttention(out_ZTHD[0], lse_ZTH[0])
     rule = causal or Causal()
     scale2 = scale * math.log2(math.e)
-    # Where there is nothing to point at, any tensor of the right type does.
-    carry_out, carry_lse = folded_carry or PartialAttention(lse_ZTH, lse_ZTH)
+    is_emulated = is_interpreted(prefill_kernel)
     prefill_kernel[(num_programs, num_splits)](
         q_THD,
         keys.k_PKSD,
         keys.v_PKSD,
         out_ZTHD,
         lse_ZTH,
-        lse_ZTH if keys.block_ids_N is None else keys.block_ids_N,
-        carry_out.contiguous(),
-        carry_lse.contiguous(),
-        lse_ZTH if folded_sinks is None else folded_sinks.float(),
+        keys.block_ids_N,
+        folded_carry and folded_carry.out_THD.contiguous(),
+        folded_carry and folded_carry.lse_TH.contiguous(),
+        None if folded_sinks is None else folded_sinks.float(),
         num_tokens,
         keys.num_keys,
         rule.start,
@@ -141,8 +141,8 @@ def prefill(
         CARRIED=folded_carry is not None,
         SINKS=folded_sinks is not None,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
-        UPCAST=q_THD.device.type == "cpu" and not is_float32,
-        PRECISION="ieee" if is_float32 or q_THD.device.type == "cpu" else "tf32",
+        UPCAST=is_emulated and not is_float32,
+        PRECISION="ieee" if is_emulated or is_float32 else "tf32",
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -154,7 +154,7 @@ def prefill(
 
 def _splits(device: torch.device, num_programs: int, num_keys: int) -> int:
     """Programs for a row of tiles, such that all multiprocessors have work."""
-    if device.type == "cpu" or num_programs == 0:
+    if num_programs == 0:
         return 1
-    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(num_processors // num_programs, num_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS))
+    wanted = num_processors(device) // num_programs
+    return max(1, min(wanted, num_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS))

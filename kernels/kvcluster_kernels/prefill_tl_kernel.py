@@ -37,26 +37,31 @@ def _key_rows(
     BLOCK_N: tl.constexpr,
 ):
     """Pointers to the rows of keys first .. first + BLOCK_N."""
+    # One way out: what is behind a return is compiled as well, whatever the constants are.
     if BLOCK_TOKENS == 0:
-        return ptr + tl.cast(first, tl.int64) * stride_s + offs_N * stride_s
-    if BLOCK_TOKENS % BLOCK_N == 0:
+        rows_N = ptr + tl.cast(first, tl.int64) * stride_s + offs_N * stride_s
+    elif BLOCK_TOKENS % BLOCK_N == 0:
         block = tl.load(blocks_ptr + first // BLOCK_TOKENS).to(tl.int64)
         slot = (block % PAGE_BLOCKS) * BLOCK_TOKENS + first % BLOCK_TOKENS
-        return ptr + (block // PAGE_BLOCKS) * stride_p + slot * stride_s + offs_N * stride_s
-    keys_N = first + offs_N
-    blocks_N = tl.load(blocks_ptr + keys_N // BLOCK_TOKENS, mask=keys_N < num_keys, other=0)
-    slots_N = (blocks_N % PAGE_BLOCKS) * BLOCK_TOKENS + keys_N % BLOCK_TOKENS
-    return ptr + (blocks_N // PAGE_BLOCKS).to(tl.int64) * stride_p + slots_N * stride_s
+        rows_N = ptr + (block // PAGE_BLOCKS) * stride_p + slot * stride_s + offs_N * stride_s
+    else:
+        keys_N = first + offs_N
+        blocks_N = tl.load(blocks_ptr + keys_N // BLOCK_TOKENS, mask=keys_N < num_keys, other=0)
+        slots_N = (blocks_N % PAGE_BLOCKS) * BLOCK_TOKENS + keys_N % BLOCK_TOKENS
+        rows_N = ptr + (blocks_N // PAGE_BLOCKS).to(tl.int64) * stride_p + slots_N * stride_s
+    return rows_N
 
 
 @triton.jit
 def _load_rows(rows_N, offs_D, mask_N, DIM: tl.constexpr, MASKED: tl.constexpr):
     ptrs_ND = rows_N[:, None] + offs_D[None, :]
     if MASKED:
-        return tl.load(ptrs_ND, mask=mask_N[:, None] & (offs_D < DIM)[None, :], other=0.0)
-    if offs_D.shape[0] != DIM:
-        return tl.load(ptrs_ND, mask=(offs_D < DIM)[None, :], other=0.0)
-    return tl.load(ptrs_ND)
+        x_ND = tl.load(ptrs_ND, mask=mask_N[:, None] & (offs_D < DIM)[None, :], other=0.0)
+    elif offs_D.shape[0] != DIM:
+        x_ND = tl.load(ptrs_ND, mask=(offs_D < DIM)[None, :], other=0.0)
+    else:
+        x_ND = tl.load(ptrs_ND)
+    return x_ND
 
 
 @triton.jit

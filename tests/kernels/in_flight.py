@@ -17,6 +17,7 @@ _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.
 _PRODUCT = re.compile(r"\.64x(\d+)x\d+\.\S+ R(\d+), (?:R(\d+)|gdesc)")
 _WAIT = re.compile(r"gsb0, 0x([0-9a-f]+)")
 _REGISTER = re.compile(r"(?<![A-Z])R(\d+)(\.64)?")
+_ADDRESS = re.compile(r"\[[^]]*\]")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
 _NO_RESULT = ("ST", "RED", "BAR", "SYNCS", "BRA", "EXIT", "R2UR", "WARP", "NOP", "U")
 """What these begin with writes no register of a thread."""
@@ -128,12 +129,12 @@ def _touches(each: Instruction, state: _State) -> bool:
     if product is not None:
         # Products that add to the same registers wait for each other.
         return any(group.weights & product.sums or group.sums & product.weights for group in state)
-    registers = [(int(match[1]), match[2]) for match in _REGISTER.finditer(each.operands)]
-    if not registers:
-        return False
     width = next((n for suffix, n in _WIDE.items() if suffix in each.opcode), 1)
-    read = {number + i for number, _ in registers for i in range(width)}
-    first = registers[0][0]
-    is_written = not each.opcode.startswith(_NO_RESULT)
-    written = set(range(first, first + width)) if is_written else set()
+    values = [int(match[1]) for match in _REGISTER.finditer(_ADDRESS.sub("", each.operands))]
+    read = {number + i for number in values for i in range(width)}
+    for address in _ADDRESS.findall(each.operands):
+        for match in _REGISTER.finditer(address):
+            read |= {int(match[1]), int(match[1]) + (match[2] is not None)}
+    is_written = values and not each.opcode.startswith(_NO_RESULT)
+    written = set(range(values[0], values[0] + width)) if is_written else set()
     return any(group.sums & read or group.weights & written for group in state)

@@ -12,6 +12,8 @@ from kvcluster_kernels.prefill_arguments import Causal, Keys, PartialAttention
 from torch import Tensor
 
 _PAGE_BLOCKS = 4
+_MAX_LOGITS = 1 << 24
+"""That the definition has at a time: 128 MiB, several times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,18 +168,36 @@ def _poisoned(k_KSD: Tensor, v_KSD: Tensor, block_tokens: int | None) -> Keys:
 
 
 def exact(given: Arguments) -> PartialAttention:
-    """The result in float64, of the same rounded numbers."""
-    carry = given.carry
+    """The result in float64, of the same rounded numbers; some rows at a time, because of the
+    room that their logits take."""
+    num_tokens, num_heads, _ = given.q_THD.shape
     keys = given.keys
-    return prefill_reference.prefill(
-        given.q_THD.double(),
-        keys._replace(k_PKSD=keys.k_PKSD.double(), v_PKSD=keys.v_PKSD.double()),
-        scale=given.scale,
-        causal=given.causal,
-        softcap=given.softcap,
-        sinks_H=given.sinks_H,
-        carry=carry and PartialAttention(carry.out_THD.double(), carry.lse_TH.double()),
-    )
+    keys = keys._replace(k_PKSD=keys.k_PKSD.double(), v_PKSD=keys.v_PKSD.double())
+    num_rows = max(1, _MAX_LOGITS // max(1, num_heads * keys.num_keys))
+    pieces = [
+        prefill_reference.prefill(
+            given.q_THD[first : first + num_rows].double(),
+            keys,
+            scale=given.scale,
+            causal=given.causal and _causal_from(given.causal, first),
+            softcap=given.softcap,
+            sinks_H=given.sinks_H,
+            carry=given.carry
+            and PartialAttention(*(x[first : first + num_rows].double() for x in given.carry)),
+        )
+        for first in range(0, max(1, num_tokens), num_rows)
+    ]
+    return PartialAttention(*map(torch.cat, zip(*pieces, strict=True)))
+
+
+def _causal_from(causal: Causal, first: int) -> Causal:
+    """The rule of rows from `first` on, counted from there."""
+    start = causal.start + first
+    if causal.split is None:
+        return causal._replace(start=start)
+    split = max(0, causal.split - first)
+    resume = causal.resume + first - causal.split + split
+    return Causal(start, split, resume, causal.window)
 
 
 def assert_within_rounding(

@@ -108,10 +108,10 @@ def _compile(configuration: Configuration) -> MachineCode:
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": configuration.num_warps, "num_stages": configuration.num_stages},
     )
-    return _read_cubin(kernel.asm["cubin"], kernel.metadata.shared, kernel.asm["ttgir"])
+    return read_cubin(kernel.asm["cubin"], kernel.metadata.shared, kernel.asm["ttgir"])
 
 
-def _read_cubin(cubin: bytes, shared_bytes: int, ttgir: str) -> MachineCode:
+def read_cubin(cubin: bytes, shared_bytes: int, ttgir: str) -> MachineCode:
     import tempfile
 
     import triton

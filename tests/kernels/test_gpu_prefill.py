@@ -1,7 +1,6 @@
 """The prefill kernels, compiled, against their twin in float64 on a GPU: pytest -m gpu."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,69 +9,23 @@ from kvcluster_kernels.merge import merge, merge_reference
 from kvcluster_kernels.prefill_arguments import Causal, Keys, PartialAttention
 from kvcluster_kernels.prefill_gluon import Pipeline
 
-from tests.kernels.prefill_cases import (
-    DIMS,
-    LAYOUTS,
-    RULES,
-    Arguments,
-    Case,
-    arguments,
-    assert_within_rounding,
+from tests.kernels.prefill_cases import Arguments, Case, arguments, assert_within_rounding
+from tests.kernels.prefill_gpu_cases import (
+    FACTOR,
+    PIPELINED,
+    PIPELINES,
+    PORTABLE,
+    dim_for,
+    pipelined,
+    shaped,
 )
 
 pytestmark = pytest.mark.gpu
-
-FACTOR = 7
-"""Cases of the interpreter with as many times the tokens and keys: several tiles, all ragged."""
-PORTABLE = [
-    *(replace(case, dtype=torch.bfloat16) for case in (*DIMS, *RULES, *LAYOUTS)),
-    *(
-        replace(case, dtype=dtype, name=f"{case.name} {dtype}")
-        for case in (*DIMS[:1], *RULES[-1:], *LAYOUTS[:1])
-        for dtype in (torch.float16, torch.float32)
-    ),
-]
-PIPELINED = (
-    Case(name="full"),
-    Case(name="one step", num_keys=9),
-    Case(name="one key", num_keys=1),
-    Case(name="one token", num_tokens=1),
-    Case(name="carry", is_carried=True),
-    Case(name="causal", num_tokens=1003, num_keys=1003, causal=Causal()),
-    Case(name="chunk after history", causal=Causal(start=630)),
-    Case(name="zigzag", causal=Causal(3, 130, 500), is_carried=True),
-    Case(name="fewer keys than rows", num_keys=70, causal=Causal()),
-    Case(name="blocks of 64", num_keys=832, block_tokens=64),
-    Case(name="blocks of 16", num_keys=208, block_tokens=16),
-    Case(name="blocks of 256", num_keys=1024, block_tokens=256),
-    Case(name="blocks and causal", num_keys=832, block_tokens=64, causal=Causal(start=500)),
-    Case(name="many tiles", num_tokens=2311, num_heads=16, num_kv_heads=8, num_keys=777),
-    Case(name="many causal tiles", num_tokens=2311, num_heads=16, num_kv_heads=8, num_keys=2311,
-         causal=Causal()),
-)  # fmt: skip
-PIPELINES = (
-    Pipeline(),
-    Pipeline(takes_turns=False),
-    Pipeline(is_persistent=True),
-    Pipeline(num_consumers=3, block_n=64, num_stages=4, is_persistent=True),
-    Pipeline(block_n=64, num_stages=3),
-)
 
 
 def weight_unit(dtype: torch.dtype) -> float:
     """What rounding the weights to the dtype of the values does to them, relative."""
     return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-
-
-def pipelined(given: Arguments, pipeline: Pipeline | None = None) -> PartialAttention:
-    return prefill_gluon.prefill(
-        given.q_THD,
-        given.keys,
-        scale=given.scale,
-        causal=given.causal,
-        carry=given.carry,
-        pipeline=pipeline,
-    )
 
 
 def available(gpu: torch.device) -> None:
@@ -95,12 +48,12 @@ def test_the_pipelined_kernel_gives_what_the_definition_gives(
     case: Case, dim: int, gpu: torch.device
 ) -> None:
     available(gpu)
-    dtype = torch.float16 if case.name == "full" else torch.bfloat16
-    given = arguments(replace(case, key_dim=dim, value_dim=dim, dtype=dtype), gpu)
+    case = shaped(case, dim)
+    given = arguments(case, gpu)
 
     found = pipelined(given)
 
-    assert_within_rounding(found, given, weight_unit=weight_unit(dtype))
+    assert_within_rounding(found, given, weight_unit=weight_unit(case.dtype))
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES, ids=str)
@@ -109,8 +62,7 @@ def test_a_pipeline_changes_nothing_but_rounding(
     case: Case, pipeline: Pipeline, gpu: torch.device
 ) -> None:
     available(gpu)
-    dim = 64 if pipeline.num_consumers == 3 else 128
-    given = arguments(replace(case, key_dim=dim, value_dim=dim, dtype=torch.bfloat16), gpu)
+    given = arguments(shaped(case, dim_for(pipeline)), gpu)
 
     found = pipelined(given, pipeline)
 
@@ -122,7 +74,7 @@ def test_the_pipelined_kernel_is_the_same_each_time(dim: int, gpu: torch.device)
     """A race between the groups of a program would show in some run."""
     available(gpu)
     case = Case(name="long", num_tokens=1000, num_keys=9001, num_heads=8, num_kv_heads=2)
-    given = arguments(replace(case, key_dim=dim, value_dim=dim, dtype=torch.bfloat16), gpu)
+    given = arguments(shaped(case, dim), gpu)
 
     first, *others = [pipelined(given) for _ in range(20)]
 

@@ -30,6 +30,8 @@ def touches(*lines: str) -> list[str]:
         ("FADD R2, R48, R3", False),
         ("@!P0 LDS.128 R4, [R2+0x10]", False),
         ("LDS.128 R8, [R2+0x10]", True),
+        ("LDGSTS.E.BYPASS.128 [R39+0x80], desc[UR18][R38.64]", False),
+        ("LDGSTS.E.BYPASS.128 [R2+0x80], desc[UR18][R39.64]", True),
         ("STS.128 [R2], R36", False),
         ("STS.128 [R2], R37", True),
         ("UIADD3 UR8, UR9, UR40, URZ", False),

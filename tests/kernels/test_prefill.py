@@ -6,6 +6,7 @@ from kvcluster_kernels import prefill_reference, prefill_tl
 from kvcluster_kernels.prefill_arguments import Causal, Keys
 from kvcluster_kernels.prefill_tl import Tiles
 
+from tests.kernels import prefill_cases
 from tests.kernels.prefill_cases import (
     DIMS,
     LAYOUTS,
@@ -13,6 +14,7 @@ from tests.kernels.prefill_cases import (
     Case,
     arguments,
     assert_within_rounding,
+    exact,
 )
 
 SMALL = Tiles(32, 32, 4, 2)
@@ -57,13 +59,13 @@ def test_tiles_change_nothing_but_rounding(tiles: Tiles, interpreted: torch.devi
 def test_an_output_of_16_bits_is_the_float32_one_rounded(interpreted: torch.device) -> None:
     given = arguments(Case(name="fp16 out"), interpreted)
 
-    exact = prefill_tl.prefill(given.q_THD, given.keys, **given.rules(), tiles=SMALL)
+    whole = prefill_tl.prefill(given.q_THD, given.keys, **given.rules(), tiles=SMALL)
     rounded = prefill_tl.prefill(
         given.q_THD, given.keys, **given.rules(), tiles=SMALL, out_dtype=torch.float16
     )
 
-    assert torch.equal(rounded.out_THD, exact.out_THD.half())
-    assert torch.equal(rounded.lse_TH, exact.lse_TH)
+    assert torch.equal(rounded.out_THD, whole.out_THD.half())
+    assert torch.equal(rounded.lse_TH, whole.lse_TH)
 
 
 def test_two_spans_of_keys_by_carry_are_all_keys_at_once(interpreted: torch.device) -> None:
@@ -121,3 +123,17 @@ def test_the_definition_sees_what_a_mask_of_positions_shows() -> None:
     mask_TS = prefill_reference.visible(Causal(1, 2, 5, 2), 4, 7, torch.device("cpu"))
 
     assert [row.nonzero().flatten().tolist() for row in mask_TS] == [[0, 1], [1, 2], [4, 5], [5, 6]]
+
+
+@pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+def test_the_exact_result_is_the_same_in_pieces(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(case, torch.device("cpu"))
+
+    at_once = exact(given)
+    monkeypatch.setattr(prefill_cases, "_MAX_LOGITS", 5 * case.num_heads * case.num_keys)
+    in_pieces = exact(given)
+
+    torch.testing.assert_close(in_pieces.out_THD, at_once.out_THD, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(in_pieces.lse_TH, at_once.lse_TH, rtol=1e-12, atol=1e-12)
