@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from kvcluster_kernels import prefill_gluon, prefill_tl
@@ -15,6 +15,7 @@ from kvcluster_kernels.prefill_tl import Tiles
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kvcluster.bench.kernel_failures import FAILURES, report_failure, runs
 from kvcluster.bench.kernel_peers import flash3
 from kvcluster.bench.kernel_timing import KernelTimer
 from kvcluster.bench.report import Measurement
@@ -124,6 +125,17 @@ _TILES: Final = {
 }
 
 
+class Timer(Protocol):
+    """What times calls: a `KernelTimer`."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no time for more."""
+
+    def microseconds(self, call: Call, *, repeats: int) -> float:
+        """Median time of a call."""
+
+
 def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]:
     """Speeds in TFLOP/s, ours beside FlashAttention 3, cuDNN and torch's flash attention."""
     for shape in SHAPES:
@@ -169,22 +181,18 @@ def in_pages(x_KSD: Tensor, ids_N: Tensor) -> Tensor:
 
 def _compare(timer: KernelTimer, shape: PrefillShape) -> Iterator[Measurement]:
     inputs = _Inputs.random(shape)
-    peers, ours = _peers(shape, inputs), _ours(shape, inputs)
+    peers, ours = (
+        {name: call for name, call in calls.items() if runs(f"{shape} {name}", call)}
+        for calls in (_peers(shape, inputs), _ours(shape, inputs))
+    )
     yield from _errors(shape, peers, ours)
-    calls = {**peers, **ours}
-    # One order and then the other one: what comes later finds a warmer GPU.
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for names in (list(calls), list(reversed(calls))):
-        for name in names:
-            if timer.is_over:
-                return
-            taken[name].append(timer.microseconds(calls[name], repeats=_repeats(shape)))
-    speeds = {name: shape.flops / fmean(times) * 1e-6 for name, times in taken.items()}
+    taken = median_times(timer, shape, {**peers, **ours})
+    speeds = {name: shape.flops / microseconds * 1e-6 for name, microseconds in taken.items()}
     for name, speed in speeds.items():
         yield Measurement(name=f"{shape} {name}", value=speed, unit="TFLOP/s")
     if "FA3" not in speeds:
         return
-    for name in ours:
+    for name in (name for name in ours if name in speeds):
         at_least = _PORTABLE_AT_LEAST if name.startswith("portable") else shape.at_least
         yield Measurement(
             name=f"{shape} {name} / FA3",
@@ -192,6 +200,21 @@ def _compare(timer: KernelTimer, shape: PrefillShape) -> Iterator[Measurement]:
             unit="",
             at_least=None if shape.at_least is None else at_least,
         )
+
+
+def median_times(timer: Timer, shape: PrefillShape, calls: Mapping[str, Call]) -> dict[str, float]:
+    """Microseconds of each call that runs each time; of none once the timer's time is over."""
+    # One order and then the other one: what comes later finds a warmer GPU.
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for names in (list(calls), list(calls)[::-1]):
+        for name in names:
+            if timer.is_over:
+                return {}
+            try:
+                taken[name].append(timer.microseconds(calls[name], repeats=_repeats(shape)))
+            except FAILURES as error:
+                report_failure(f"{shape} {name}", error)
+    return {name: fmean(times) for name, times in taken.items() if len(times) == 2}
 
 
 def _repeats(shape: PrefillShape) -> int:
@@ -213,7 +236,7 @@ def _ours(shape: PrefillShape, inputs: _Inputs) -> dict[str, Call]:
 
 
 def _peers(shape: PrefillShape, inputs: _Inputs) -> dict[str, Call]:
-    """By name, those that are there and take the shape."""
+    """By name, those that are there; not all take every shape."""
     q_1HTD = inputs.q_THD.transpose(0, 1)[None]
     k_1KSD, v_1KSD = inputs.keys.k_PKSD, inputs.keys.v_PKSD
     is_square = shape.num_tokens == shape.num_keys
@@ -223,9 +246,7 @@ def _peers(shape: PrefillShape, inputs: _Inputs) -> dict[str, Call]:
             ("cuDNN", SDPBackend.CUDNN_ATTENTION),
             ("torch flash", SDPBackend.FLASH_ATTENTION),
         ):
-            call = partial(_sdpa, backend, q_1HTD, k_1KSD, v_1KSD, is_causal=shape.is_causal)
-            if _runs(call):
-                peers[name] = call
+            peers[name] = partial(_sdpa, backend, q_1HTD, k_1KSD, v_1KSD, is_causal=shape.is_causal)
     flash = flash3()
     if flash is not None:
         q_1THD, k_1SKD, v_1SKD = (x.transpose(1, 2).contiguous() for x in (q_1HTD, k_1KSD, v_1KSD))
@@ -238,14 +259,6 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bo
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, enable_gqa=True
         )
-
-
-def _runs(call: Call) -> bool:
-    try:
-        call()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _errors(
@@ -287,5 +300,9 @@ def _variants(timer: KernelTimer, shape: PrefillShape) -> Iterator[Measurement]:
     for name, call in calls.items():
         if timer.is_over:
             return
-        speed = shape.flops / timer.microseconds(call, repeats=5) * 1e-6
+        try:
+            speed = shape.flops / timer.microseconds(call, repeats=5) * 1e-6
+        except FAILURES as error:
+            report_failure(f"{shape} {name}", error)
+            continue
         yield Measurement(name=f"{shape} {name}", value=speed, unit="TFLOP/s")
