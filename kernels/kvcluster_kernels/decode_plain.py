@@ -2,7 +2,7 @@
 
 `attend_tokens` is its core, which the definitions of packed decode share.
 
-Shape letters: those of `paging.py`; S tokens of a row in line.
+Shape letters: those of `paging.py`; S tokens of a row in line, G query heads of a KV head.
 """
 
 import math
@@ -39,21 +39,21 @@ def attend_tokens(
 ) -> Partial:
     """Attention over the tokens of each row's blocks, gathered and in line."""
     dtype = torch.promote_types(q_RTHD.dtype, torch.float32)
-    group = q_RTHD.shape[2] // k_RKSD.shape[1]
     mask_RTS = visible_tokens(rows, attention, q_RTHD.shape[1], k_RKSD.shape[2])
     seen_RS = mask_RTS.any(dim=1)[:, None, :, None]
     # What is not read may be anything, NaN included.
     k_RKSD, v_RKSD = (torch.where(seen_RS, x, 0).to(dtype) for x in (k_RKSD, v_RKSD))
-    k_RHSD, v_RHSD = (x.repeat_interleave(group, dim=1) for x in (k_RKSD, v_RKSD))
-    scores_RHTS = torch.einsum("rthd,rhsd->rhts", q_RTHD.to(dtype), k_RHSD) * attention.scale
+    # Query heads in groups, one for each KV head: the cache is not copied for every head.
+    q_RTKGD = q_RTHD.to(dtype).unflatten(2, (k_RKSD.shape[1], -1))
+    scores_RKGTS = torch.einsum("rtkgd,rksd->rkgts", q_RTKGD, k_RKSD) * attention.scale
     if attention.softcap is not None:
-        scores_RHTS = attention.softcap * torch.tanh(scores_RHTS / attention.softcap)
-    scores_RHTS = scores_RHTS.masked_fill(~mask_RTS[:, None], -math.inf)
-    lse_RHT = torch.logsumexp(scores_RHTS, dim=-1)
-    shift_RHT = torch.where(lse_RHT == -math.inf, 0.0, lse_RHT)
-    weights_RHTS = torch.exp(scores_RHTS - shift_RHT[..., None])
-    out_RTHD = torch.einsum("rhts,rhsd->rthd", weights_RHTS, v_RHSD)
-    return Partial(out_RTHD, lse_RHT.transpose(1, 2))
+        scores_RKGTS = attention.softcap * torch.tanh(scores_RKGTS / attention.softcap)
+    scores_RKGTS = scores_RKGTS.masked_fill(~mask_RTS[:, None, None], -math.inf)
+    lse_RKGT = torch.logsumexp(scores_RKGTS, dim=-1)
+    shift_RKGT = torch.where(lse_RKGT == -math.inf, 0.0, lse_RKGT)
+    weights_RKGTS = torch.exp(scores_RKGTS - shift_RKGT[..., None])
+    out_RTKGD = torch.einsum("rkgts,rksd->rtkgd", weights_RKGTS, v_RKSD)
+    return Partial(out_RTKGD.flatten(2, 3), lse_RKGT.flatten(1, 2).transpose(1, 2))
 
 
 def visible_tokens(rows: PagedRows, attention: Attention, num_tokens: int, num_keys: int) -> Tensor:

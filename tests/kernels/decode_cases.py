@@ -4,6 +4,7 @@ kernel may be from its definition.
 Shape letters: those of `kvcluster_kernels.paging`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,6 +101,21 @@ def draw_exact(
     return ExactPages(*arrays, batch.block_size)
 
 
+def row_by_row(
+    definition: Callable[[Tensor, PagedRows], Partial], q_RTHD: Tensor, rows: PagedRows
+) -> Partial:
+    """What the definition gives of these queries, in float64, one row of the batch at a time:
+    it gathers what a row reads, and on a GPU tests run side by side."""
+    partials = [
+        definition(
+            q_RTHD[row : row + 1].double(),
+            PagedRows(*(None if x is None else x[row : row + 1] for x in rows)),
+        )
+        for row in range(len(q_RTHD))
+    ]
+    return Partial(*map(torch.cat, zip(*partials, strict=True)))
+
+
 def assert_close_to_definition(
     found: Partial, q_RTHD: Tensor, pages: ExactPages, rows: PagedRows, attention: Attention
 ) -> None:
@@ -112,9 +128,10 @@ def assert_close_to_definition(
     """
     k_PKND, v_PKND, block_size = pages
     exact = ExactPages(k_PKND.double(), v_PKND.double(), block_size)
-    want = decode_plain.decode(q_RTHD.double(), exact, rows, attention)
-    magnitude = decode_plain.decode(
-        q_RTHD.double(), exact._replace(v_PKND=exact.v_PKND.abs()), rows, attention
+    absolute = exact._replace(v_PKND=exact.v_PKND.abs())
+    want, magnitude = (
+        row_by_row(lambda q, row, x=x: decode_plain.decode(q, x, row, attention), q_RTHD, rows)
+        for x in (exact, absolute)
     )
     bounds = Bounds(q_RTHD, k_PKND, attention, weights=q_RTHD.dtype)
     assert_within(found, want, magnitude.out_RTHD, bounds)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from kvcluster_kernels import packed_plain
 from kvcluster_kernels.float8_decode import Float8Pages, decode_float8
-from kvcluster_kernels.paging import Attention, DecodeSettings
+from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
+from torch import Tensor
 
 from kvcluster.codec.float8 import Float8
 from tests.kernels.decode_cases import (
@@ -16,6 +17,7 @@ from tests.kernels.decode_cases import (
     assert_within,
     draw_queries,
     draw_rows,
+    row_by_row,
 )
 from tests.kernels.packed_cases import draw_packed
 
@@ -36,19 +38,20 @@ def check(
 
     found = decode_float8(q_RTHD, k, v, rows, attention, settings)
 
-    want = packed_plain.decode_float8(q_RTHD.double(), k, v, rows, attention)
-    k_RBKSD = packed_plain.restore_float8(k, rows.blocks_RB, torch.float64)
-    v_RBKDS = packed_plain.restore_float8(v, rows.blocks_RB, torch.float64).abs()
-    magnitude = packed_plain.attend_tokens(
-        q_RTHD.double(),
-        packed_plain.in_line(k_RBKSD),
-        packed_plain.in_line(v_RBKDS.transpose(3, 4)),
-        rows,
-        attention,
+    def magnitude(q_1THD: Tensor, row: PagedRows) -> Partial:
+        k_1BKSD = packed_plain.restore_float8(k, row.blocks_RB, torch.float64)
+        v_1BKDS = packed_plain.restore_float8(v, row.blocks_RB, torch.float64).abs()
+        k_1KSD, v_1KSD = (packed_plain.in_line(x) for x in (k_1BKSD, v_1BKDS.transpose(3, 4)))
+        return packed_plain.attend_tokens(q_1THD, k_1KSD, v_1KSD, row, attention)
+
+    want = row_by_row(
+        lambda q, row: packed_plain.decode_float8(q, k, v, row, attention), q_RTHD, rows
     )
+    magnitude_RTHD = row_by_row(magnitude, q_RTHD, rows).out_RTHD
+    k_RBKSD = packed_plain.restore_float8(k, rows.blocks_RB, torch.float32)
     # Queries are rounded to float16, and so are weights.
     bounds = Bounds(q_RTHD, k_RBKSD, attention, weights=torch.float16, operands=torch.float16)
-    assert_within(found, want, magnitude.out_RTHD, bounds)
+    assert_within(found, want, magnitude_RTHD, bounds)
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from kvcluster_kernels import packed_plain
 from kvcluster_kernels.integer_decode import IntegerPages, decode_integers
-from kvcluster_kernels.paging import Attention, DecodeSettings
+from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
+from torch import Tensor
 
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
 from tests.kernels.decode_cases import (
@@ -16,6 +17,7 @@ from tests.kernels.decode_cases import (
     assert_within,
     draw_queries,
     draw_rows,
+    row_by_row,
 )
 from tests.kernels.packed_cases import draw_packed
 
@@ -39,20 +41,21 @@ def check(
 
     found = decode_integers(q_RTHD, k, v, rows, attention, settings)
 
-    want = packed_plain.decode_integers(q_RTHD.double(), k, v, rows, attention)
-    k_RBKSD = packed_plain.restore_integers(k, rows.blocks_RB, batch.dim_k, torch.float64)
-    v_RBKDS = packed_plain.restore_integers(v, rows.blocks_RB, batch.block_size, torch.float64)
-    in_line = packed_plain.in_line
-    magnitude = packed_plain.attend_tokens(
-        q_RTHD.double(),
-        in_line(k_RBKSD),
-        in_line(v_RBKDS.transpose(3, 4)).abs() + _spread(v, batch),
-        rows,
-        attention,
+    def magnitude(q_1THD: Tensor, row: PagedRows) -> Partial:
+        k_1BKSD = packed_plain.restore_integers(k, row.blocks_RB, batch.dim_k, torch.float64)
+        v_1BKDS = packed_plain.restore_integers(v, row.blocks_RB, batch.block_size, torch.float64)
+        v_1KSD = packed_plain.in_line(v_1BKDS.transpose(3, 4)).abs() + _spread(v, batch)
+        k_1KSD = packed_plain.in_line(k_1BKSD)
+        return packed_plain.attend_tokens(q_1THD, k_1KSD, v_1KSD, row, attention)
+
+    want = row_by_row(
+        lambda q, row: packed_plain.decode_integers(q, k, v, row, attention), q_RTHD, rows
     )
+    magnitude_RTHD = row_by_row(magnitude, q_RTHD, rows).out_RTHD
+    k_RBKSD = packed_plain.restore_integers(k, rows.blocks_RB, batch.dim_k, torch.float32)
     # Folded queries are rounded to float16, and so are products of weights and scales.
     bounds = Bounds(q_RTHD, k_RBKSD, attention, weights=torch.float16, operands=torch.float16)
-    assert_within(found, want, magnitude.out_RTHD, bounds)
+    assert_within(found, want, magnitude_RTHD, bounds)
 
 
 def _spread(values: IntegerPages, batch: Batch) -> float:
