@@ -79,40 +79,60 @@ def prefill(
     check_arguments(q_THD, keys, scale, causal, carry)
     num_tokens, num_heads, key_dim = q_THD.shape
     num_kv_heads, value_dim = keys.k_PKSD.shape[1], keys.v_PKSD.shape[3]
-    group = num_heads // num_kv_heads
-    is_float32 = q_THD.dtype == torch.float32
-    if tiles is None:
-        tiles = _FLOAT32_TILES
-        if not is_float32:
-            tiles = tiles_for(
-                max(key_dim, value_dim),
-                num_rows=num_tokens * group,
-                block_tokens=0 if keys.block_ids_N is None else keys.block_tokens,
-            )
-    num_programs = triton.cdiv(num_tokens * group, tiles.block_m) * num_kv_heads
+    num_rows = num_tokens * (num_heads // num_kv_heads)
+    tiles = tiles or _tiles(q_THD, keys, num_rows)
+    num_programs = triton.cdiv(num_rows, tiles.block_m) * num_kv_heads
     if num_splits is None:
         num_splits = _splits(q_THD.device, num_programs, keys.num_keys)
     # Wide heads leave no registers for another partial beside their own.
     is_whole = num_splits == 1 and (max(key_dim, value_dim) <= 128 or carry is None)
-    folded_carry, folded_sinks = (carry, sinks_H) if is_whole else (None, None)
     partial_dtype = out_dtype if is_whole else torch.float32
-    out_ZTHD = q_THD.new_empty((num_splits, num_tokens, num_heads, value_dim), dtype=partial_dtype)
-    lse_ZTH = q_THD.new_empty((num_splits, num_tokens, num_heads), dtype=torch.float32)
-    if num_tokens == 0:
-        return PartialAttention(out_ZTHD[0], lse_ZTH[0])
-    rule = causal or Causal()
-    scale2 = scale * math.log2(math.e)
-    is_emulated = is_interpreted(prefill_kernel)
-    prefill_kernel[(num_programs, num_splits)](
+    split = PartialAttention(
+        q_THD.new_empty((num_splits, num_tokens, num_heads, value_dim), dtype=partial_dtype),
+        q_THD.new_empty((num_splits, num_tokens, num_heads), dtype=torch.float32),
+    )
+    if num_tokens:
+        rules = _Rules(scale, causal, softcap, *((sinks_H, carry) if is_whole else (None, None)))
+        _launch((num_programs, num_splits), q_THD, keys, rules, tiles, split)
+    if is_whole or not num_tokens:
+        return PartialAttention(*(plane[0] for plane in split))
+    partials = [*map(PartialAttention, *split), *([carry] if carry else [])]
+    return merge(partials, sinks_H=sinks_H, out_dtype=out_dtype)
+
+
+class _Rules(NamedTuple):
+    """What a program folds in beside the keys."""
+
+    scale: float
+    causal: Causal | None
+    softcap: float | None
+    sinks_H: Tensor | None
+    carry: PartialAttention | None
+
+
+def _launch(
+    grid: tuple[int, int],
+    q_THD: Tensor,
+    keys: Keys,
+    rules: _Rules,
+    tiles: Tiles,
+    split: PartialAttention,
+) -> None:
+    """Fill `split`, planes with the splits in front."""
+    num_tokens, num_heads, key_dim = q_THD.shape
+    num_kv_heads, value_dim = keys.k_PKSD.shape[1], keys.v_PKSD.shape[3]
+    softcap, carry, rule = rules.softcap, rules.carry, rules.causal or Causal()
+    scale2 = rules.scale * math.log2(math.e)
+    is_float32, is_emulated = q_THD.dtype == torch.float32, is_interpreted(prefill_kernel)
+    prefill_kernel[grid](
         q_THD,
         keys.k_PKSD,
         keys.v_PKSD,
-        out_ZTHD,
-        lse_ZTH,
+        *split,
         keys.block_ids_N,
-        folded_carry and folded_carry.out_THD.contiguous(),
-        folded_carry and folded_carry.lse_TH.contiguous(),
-        None if folded_sinks is None else folded_sinks.float(),
+        carry and carry.out_THD.contiguous(),
+        carry and carry.lse_TH.contiguous(),
+        None if rules.sinks_H is None else rules.sinks_H.float(),
         num_tokens,
         keys.num_keys,
         rule.start,
@@ -124,9 +144,9 @@ def prefill(
         *q_THD.stride()[:2],
         *keys.k_PKSD.stride()[:3],
         *keys.v_PKSD.stride()[:3],
-        GROUP=group,
+        GROUP=num_heads // num_kv_heads,
         NUM_KV_HEADS=num_kv_heads,
-        NUM_SPLITS=num_splits,
+        NUM_SPLITS=grid[1],
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         KEY_DIM=key_dim,
@@ -135,21 +155,27 @@ def prefill(
         PADDED_VALUE_DIM=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_TOKENS=0 if keys.block_ids_N is None else keys.block_tokens,
         PAGE_BLOCKS=keys.blocks_per_page,
-        CAUSAL=causal is not None,
+        CAUSAL=rules.causal is not None,
         WINDOWED=rule.window is not None,
         SOFTCAPPED=softcap is not None,
-        CARRIED=folded_carry is not None,
-        SINKS=folded_sinks is not None,
+        CARRIED=carry is not None,
+        SINKS=rules.sinks_H is not None,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         UPCAST=is_emulated and not is_float32,
         PRECISION="ieee" if is_emulated or is_float32 else "tf32",
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    if is_whole:
-        return PartialAttention(out_ZTHD[0], lse_ZTH[0])
-    partials = [*map(PartialAttention, out_ZTHD, lse_ZTH), *([carry] if carry else [])]
-    return merge(partials, sinks_H=sinks_H, out_dtype=out_dtype)
+
+
+def _tiles(q_THD: Tensor, keys: Keys, num_rows: int) -> Tiles:
+    if q_THD.dtype == torch.float32:
+        return _FLOAT32_TILES
+    return tiles_for(
+        max(q_THD.shape[2], keys.v_PKSD.shape[3]),
+        num_rows=num_rows,
+        block_tokens=0 if keys.block_ids_N is None else keys.block_tokens,
+    )
 
 
 def _splits(device: torch.device, num_programs: int, num_keys: int) -> int:

@@ -5,6 +5,7 @@ The form of the parts is checked here; which methods and arguments there are is 
 
 import math
 import re
+from typing import Final
 
 from kvcluster.errors import InvalidField
 from kvcluster.policy import Value, choice_text
@@ -12,7 +13,7 @@ from kvcluster.policy_bounds import AutoBound
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 
 FIELD = "cache_policy"
-_BOUND_FIELDS = ("max_perplexity_increase", "min_ratio", "min_recall")
+_BOUND_FIELDS: Final = ("max_perplexity_increase", "min_ratio", "min_recall")
 # What the text of a policy is made of besides names must not come in through a name.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
