@@ -79,6 +79,17 @@ def test_the_pipelined_kernel_spills_nothing(case: Case) -> None:
     assert pipelined_code()[f"pipelined {case.name}"].num_spills == 0
 
 
+@pytest.mark.skipif(not IS_SERVED, reason="the kernel is not for this one")
+def test_no_pipeline_touches_registers_of_products_under_way() -> None:
+    """Of all that are measured on a GPU, not only those that were chosen."""
+    names = [name for name in LAUNCHES if "Pipeline(" in name]
+
+    codes = launches.compiled(_MODULE, names)
+
+    assert len(codes) >= 10
+    assert {name: code.early_touches for name, code in codes.items() if code.early_touches} == {}
+
+
 @pytest.mark.skipif(not IS_SERVED, reason="serialised by this one")
 @pytest.mark.parametrize("case", SERVED_PIPELINED, ids=lambda case: case.name)
 def test_the_assembler_leaves_products_in_flight(case: Case) -> None:
