@@ -2,7 +2,15 @@
 
 import pytest
 
-from tests.kernels.sm90 import MAX_SHARED_BYTES, Configuration, MachineCode, compiled
+from kvcluster_kernels.decode import default_settings
+
+from tests.kernels.sm90 import Configuration, MachineCode, compiled
+
+SHARED_BYTES = 228 * 1024
+RESERVED_SHARED_BYTES = 1024
+"""Of each program, by the driver."""
+NUM_REGISTERS = 65536
+"""Of a processor."""
 
 _INT_POINTERS = ("blocks_ptr", "starts_ptr", "ends_ptr", "block_positions_ptr", "q_positions_ptr")
 
@@ -10,6 +18,7 @@ _INT_POINTERS = ("blocks_ptr", "starts_ptr", "ends_ptr", "block_positions_ptr", 
 def exact(name: str, *, dim: int = 128, rows: int = 8, dtype: str = "bf16") -> Configuration:
     """As `decode.decode_splits` launches it, for 8 query heads of a KV head."""
     pointer = f"*{dtype}:16"
+    settings = default_settings(rows, dim)
     return Configuration(
         name=name,
         module="kvcluster_kernels.decode",
@@ -34,14 +43,14 @@ def exact(name: str, *, dim: int = 128, rows: int = 8, dtype: str = "bf16") -> C
             "DIM_K": dim,
             "DIM_V": dim,
             "BLOCK_M": max(16, rows),
-            "TILE": 32 if dim > 128 else 64,
+            "TILE": settings.tile,
             "HAS_POSITIONS": rows > 8,
             "HAS_SOFTCAP": False,
             "HAS_WINDOW": False,
             "UPCAST": False,
         },
-        num_warps=8 if rows > 64 else 4,
-        num_stages=6,
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
     )
 
 
@@ -52,6 +61,9 @@ CONFIGURATIONS = (
     exact("D256", dim=256),
     exact("D128 8 tokens", rows=64),
     exact("D128 16 tokens", rows=128),
+    exact("D256 8 tokens", dim=256, rows=64),
+    exact("D256 16 tokens", dim=256, rows=128),
+    exact("D64 8 tokens", dim=64, rows=64),
     exact("D128 float16", dtype="fp16"),
 )
 NAMES = [configuration.name for configuration in CONFIGURATIONS]
@@ -62,14 +74,17 @@ def codes() -> dict[str, MachineCode]:
     return compiled(CONFIGURATIONS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_spilled_and_shared_memory_holds_two_programs(
-    codes: dict[str, MachineCode], name: str
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=NAMES)
+def test_nothing_is_spilled_and_all_programs_of_a_processor_fit_at_a_time(
+    codes: dict[str, MachineCode], configuration: Configuration
 ) -> None:
-    code = codes[name]
+    code = codes[configuration.name]
+    rows, dim = (configuration.constants[name] for name in ("NUM_ROWS", "DIM_K"))
+    programs = default_settings(rows, dim).programs_per_processor
 
     assert code.num_spills == 0
-    assert code.shared_bytes <= MAX_SHARED_BYTES // (1 if "tokens" in name else 2)
+    assert programs * (code.shared_bytes + RESERVED_SHARED_BYTES) <= SHARED_BYTES
+    assert programs * code.num_registers * 32 * configuration.num_warps <= NUM_REGISTERS
 
 
 @pytest.mark.parametrize("name", NAMES)
