@@ -7,8 +7,7 @@ exactly: the other operand is scaled by the field, the sum by 2^24. On a GPU a r
 bytes is unpacked by a few byte permutations and masks (inline assembly); elsewhere by plain
 operations that give the same.
 
-Shape letters: X groups (a batch of products), I and J rows and columns, C contracted axis as
-packed.
+Shape letters: I rows, C bytes of a row.
 """
 
 import triton
@@ -25,54 +24,28 @@ def has_assembly(kernel: object) -> bool:
 
 
 @triton.jit
-def dot_codes(
-    packed_XIC: tl.tensor,
-    x0_XCJ: tl.tensor,
-    x1_XCJ: tl.tensor,
-    x2_XCJ: tl.tensor,
-    x3_XCJ: tl.tensor,
-    acc_XIJ: tl.tensor,
-    BITS: tl.constexpr,
-    IS_GPU: tl.constexpr,
-) -> tl.tensor:
-    """acc + codes times x / 2^24, where x0 meets the first fields of the bytes, x1 the second
-    divided by 2^BITS already, and so on. Fields that BITS does not have are not read."""
-    if BITS == 8:
-        acc_XIJ = dot(unpack8(packed_XIC, IS_GPU), x0_XCJ, acc_XIJ, IS_GPU)
-    elif BITS == 4:
-        c0_XIC, c1_XIC = unpack4(packed_XIC, IS_GPU)
-        acc_XIJ = dot(c0_XIC, x0_XCJ, acc_XIJ, IS_GPU)
-        acc_XIJ = dot(c1_XIC, x1_XCJ, acc_XIJ, IS_GPU)
-    else:
-        c0_XIC, c1_XIC, c2_XIC, c3_XIC = unpack2(packed_XIC, IS_GPU)
-        acc_XIJ = dot(c0_XIC, x0_XCJ, acc_XIJ, IS_GPU)
-        acc_XIJ = dot(c1_XIC, x1_XCJ, acc_XIJ, IS_GPU)
-        acc_XIJ = dot(c2_XIC, x2_XCJ, acc_XIJ, IS_GPU)
-        acc_XIJ = dot(c3_XIC, x3_XCJ, acc_XIJ, IS_GPU)
-    return acc_XIJ
-
-
-@triton.jit
 def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, IS_GPU: tl.constexpr) -> tl.tensor:
-    """acc + a b, of one group as a plain product."""
+    """acc + a b."""
     if not IS_GPU:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    if a.shape[0] == 1:
-        flat = tl.dot(
-            a.reshape(a.shape[1], a.shape[2]),
-            b.reshape(b.shape[1], b.shape[2]),
-            acc.reshape(acc.shape[1], acc.shape[2]),
-            input_precision="ieee",
-        )
-        acc = flat.reshape(acc.shape[0], acc.shape[1], acc.shape[2])
-    else:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def unpack8(packed: tl.tensor, IS_GPU: tl.constexpr) -> tl.tensor:
+def unpack(packed_IC: tl.tensor, BITS: tl.constexpr, IS_GPU: tl.constexpr) -> tl.tuple:
+    """The fields of the bytes, lowest bits first, field f as float16 code * 2^(f * BITS - 24)."""
+    if BITS == 8:
+        fields = (_unpack8(packed_IC, IS_GPU),)
+    elif BITS == 4:
+        fields = _unpack4(packed_IC, IS_GPU)
+    else:
+        fields = _unpack2(packed_IC, IS_GPU)
+    return fields
+
+
+@triton.jit
+def _unpack8(packed: tl.tensor, IS_GPU: tl.constexpr) -> tl.tensor:
     """Codes that are stored less 128."""
     if IS_GPU:
         codes = tl.inline_asm_elementwise(
@@ -94,7 +67,7 @@ def unpack8(packed: tl.tensor, IS_GPU: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def unpack4(packed: tl.tensor, IS_GPU: tl.constexpr) -> tuple[tl.tensor, ...]:
+def _unpack4(packed: tl.tensor, IS_GPU: tl.constexpr) -> tuple[tl.tensor, ...]:
     if IS_GPU:
         c0, c1 = tl.inline_asm_elementwise(
             """
@@ -119,7 +92,7 @@ def unpack4(packed: tl.tensor, IS_GPU: tl.constexpr) -> tuple[tl.tensor, ...]:
 
 
 @triton.jit
-def unpack2(packed: tl.tensor, IS_GPU: tl.constexpr) -> tuple[tl.tensor, ...]:
+def _unpack2(packed: tl.tensor, IS_GPU: tl.constexpr) -> tuple[tl.tensor, ...]:
     if IS_GPU:
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
             """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvcluster_kernels.codes import dot, has_assembly
 from kvcluster_kernels.combine import combine
-from kvcluster_kernels.integer_tiles import load_query_parts
+from kvcluster_kernels.integer_tiles import HEADROOM, load_query_fields, sum_weights, zero_sums
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
     Attention,
@@ -28,7 +28,7 @@ from kvcluster_kernels.paging import (
     SplitPartials,
     split_tiles,
 )
-from kvcluster_kernels.softmax import online_columns, store_columns, to_base_2, visible_columns
+from kvcluster_kernels.softmax import column_weights, store_columns, to_base_2, visible_columns
 
 
 class Float8Pages(NamedTuple):
@@ -92,7 +92,7 @@ def default_settings(q_RTHD: Tensor, num_kv_heads: int) -> DecodeSettings:
     """The settings for these queries: for 8 rows of a KV head, the best at both lengths of
     `kernels_decode_h200_2026-11-23.json`."""
     if q_RTHD.shape[1] * q_RTHD.shape[2] // num_kv_heads > 8:
-        return DecodeSettings(num_warps=4)
+        return DecodeSettings(num_warps=4, programs_per_processor=2)
     return DecodeSettings(num_warps=2, programs_per_processor=4)
 
 
@@ -139,10 +139,9 @@ def _float8_kernel(
     head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
     row = tl.program_id(2)
     begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
-    q_CM, _, _, _, size_M = load_query_parts(
+    q_fields, size_M = load_query_fields(
         q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, 8
     )
-    q_1CM = q_CM.to(tl.float16)[None, :, :]
     q_positions_M = rows_M
     if HAS_POSITIONS:
         q_positions_ptr += row * (NUM_ROWS // GROUP)
@@ -154,8 +153,8 @@ def _float8_kernel(
     offs_v = tl.arange(0, BLOCK_DV)
 
     max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    sum_M = tl.zeros([BLOCK_M], tl.float32)
-    acc_1DM = tl.zeros([1, BLOCK_DV, BLOCK_M], tl.float32)
+    sum_NM = zero_sums(BLOCK_M)
+    acc_DM = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
     for tile in tl.range(begin, stop):
         block = tl.load(blocks_ptr + tile)
         page = (block // PAGE_BLOCKS).to(tl.int64)
@@ -174,20 +173,23 @@ def _float8_kernel(
         )
         k_scale = tl.load(k_scale_ptr + page * stride_k_scale + place)
         v_scale = tl.load(v_scale_ptr + page * stride_v_scale + place)
-        nothing = tl.zeros([1, BLOCK_SIZE, BLOCK_M], tl.float32)
-        products_1SM = dot(k_SC.to(tl.float16)[None, :, :], q_1CM, nothing, IS_GPU)
-        products_SM = products_1SM.reshape(BLOCK_SIZE, BLOCK_M)
+        products_SM = tl.zeros([BLOCK_SIZE, BLOCK_M], tl.float32)
+        products_SM = dot(k_SC.to(tl.float16), q_fields[0], products_SM, IS_GPU)
         k_scale_M = scale * k_scale * size_M
         scores_SM = to_base_2(products_SM, k_scale_M[None, :], softcap, HAS_SOFTCAP)
         position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
         scores_SM = visible_columns(
-            scores_SM, tile, start, end, position, q_positions_M, window, HAS_POSITIONS, HAS_WINDOW
-        )
-        boost_S = tl.math.log2(v_scale) + tl.zeros([BLOCK_SIZE], tl.float32)
-        weights_SM, max_M, sum_M, decay_M = online_columns(scores_SM, boost_S, max_M, sum_M)
-        w_1SM = (weights_SM * v_scale).to(tl.float16)[None, :, :]
-        acc_1DM = dot(
-            v_DS.to(tl.float16)[None, :, :], w_1SM, acc_1DM * decay_M[None, None, :], IS_GPU
-        )
+            scores_SM, tile * BLOCK_SIZE, start, end, position, q_positions_M, window,
+            HAS_POSITIONS, HAS_WINDOW,
+        )  # fmt: skip
+        # Scales are powers of two, and there is one, so that weights times it are exact.
+        exponent = tl.math.log2(v_scale)
+        weights, max_M, decay_M = column_weights((scores_SM,), exponent, HEADROOM, max_M)
+        some_NM = sum_weights(weights, IS_GPU)
+        sum_NM = sum_NM * decay_M[None, :] + some_NM * tl.math.exp2(-exponent)
+        acc_DM = dot(v_DS.to(tl.float16), weights[0], acc_DM * decay_M[None, :], IS_GPU)
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
-    store_columns(out_ptr, lse_ptr, acc_1DM, max_M, sum_M, first_row, rows_M, NUM_ROWS, DIM_V, 1)
+    store_columns(
+        out_ptr, lse_ptr, acc_DM, max_M - HEADROOM, tl.max(sum_NM, 0), first_row, rows_M,
+        NUM_ROWS, DIM_V, 0, DIM_V,
+    )  # fmt: skip

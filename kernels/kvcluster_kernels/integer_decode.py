@@ -9,7 +9,12 @@ channels are the rows of the products, the few query rows of a KV head their col
 which fill an instruction where rows would be padded to sixteen.
 
 Weights go into float16, which has few exponents. So the maximum that is taken from the scores is
-that of score + log2(scale of the value): then the largest product of weight and scale is about 1.
+that of score + log2(largest scale of the block's values), and the largest product of a weight and
+a scale is about 2^15.
+
+A block is worked on in parts, as many as a byte of values has fields, or keys have groups: the
+weights of a part meet one field of the values as they are, so that nothing is rearranged. Nothing
+in the loop is less than four bytes a thread, so that all of it is copied ahead.
 
 `packed_plain.decode_integers` is the definition. Shape letters: those of `paging.py`; S tokens of
 a block, G groups of keys (each S / G tokens), E groups of values (each D / E channels).
@@ -24,10 +29,15 @@ from torch import Tensor
 from kvcluster_kernels.codes import CODE_UNIT, has_assembly
 from kvcluster_kernels.combine import combine
 from kvcluster_kernels.integer_tiles import (
-    empty_sums,
-    load_query_parts,
+    HEADROOM,
+    fold_queries,
+    key_unit,
+    load_query_fields,
     score_codes,
+    sum_weights,
+    value_exponent,
     weigh_codes,
+    zero_sums,
 )
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
@@ -38,12 +48,14 @@ from kvcluster_kernels.paging import (
     SplitPartials,
     split_tiles,
 )
-from kvcluster_kernels.softmax import store_columns, to_base_2, visible_columns
+from kvcluster_kernels.softmax import column_weights, store_columns, to_base_2, visible_columns
 
 BITS = (8, 4, 2)
 """The code widths of these kernels."""
 _LEAST_BYTES = 16
 """Of a row of codes: a matrix product is of 16 numbers at least."""
+_LEAST_TOKENS = 16
+"""Of a group of keys, likewise."""
 
 
 class IntegerPages(NamedTuple):
@@ -90,11 +102,15 @@ def integer_splits(
     num_kv_heads, block_size = keys.codes.shape[2:4]
     dim_v = values.codes.shape[3]
     k_bits, v_bits = code_bits(keys, dim_k), code_bits(values, block_size)
+    if (keys.unit is None) != (values.unit is None):
+        raise ValueError("keys and values want scales of the same number of bits")
     if min(keys.codes.shape[4], values.codes.shape[4]) < _LEAST_BYTES:
         raise ValueError(
             f"{k_bits} and {v_bits} bits want heads of {_LEAST_BYTES * 8 // k_bits} channels and "
             f"blocks of {_LEAST_BYTES * 8 // v_bits} tokens or more"
         )
+    if block_size // keys.scale.shape[3] < _LEAST_TOKENS:
+        raise ValueError(f"keys want groups of {_LEAST_TOKENS} tokens or more")
     chosen = settings or default_settings(q_RTHD, num_kv_heads, max(k_bits, v_bits))
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim_v)
     _integer_kernel[launch.grid](
@@ -113,18 +129,20 @@ def integer_splits(
         V_BITS=v_bits,
         K_GROUPS=keys.scale.shape[3],
         V_GROUPS=values.scale.shape[3],
+        SCALE_BITS=16 if keys.unit is None else 8,
         IS_GPU=has_assembly(_integer_kernel),
     )
     return launch.found
 
 
 def default_settings(q_RTHD: Tensor, num_kv_heads: int, bits: int) -> DecodeSettings:
-    """One warp a program needs no barrier, as long as what it unpacks fits its registers."""
+    """As many programs as a processor has registers for. One warp a program needs no barrier, as
+    long as what it unpacks fits its registers."""
     if q_RTHD.shape[1] * q_RTHD.shape[2] // num_kv_heads > 8:
-        return DecodeSettings(num_warps=4)
+        return DecodeSettings(num_warps=4, programs_per_processor=2)
     if bits == 4:
         return DecodeSettings(num_warps=1, programs_per_processor=8)
-    return DecodeSettings(num_warps=2, programs_per_processor=4)
+    return DecodeSettings(num_warps=2, programs_per_processor=5 if bits == 8 else 4)
 
 
 def code_bits(pages: IntegerPages, contiguous: int) -> int:
@@ -176,6 +194,7 @@ def _integer_kernel(
     V_BITS: tl.constexpr,
     K_GROUPS: tl.constexpr,
     V_GROUPS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -184,13 +203,18 @@ def _integer_kernel(
 ) -> None:
     K_BYTES: tl.constexpr = DIM_K * K_BITS // 8
     V_BYTES: tl.constexpr = BLOCK_SIZE * V_BITS // 8
+    # Parts of a block that share scales of keys, and a field of the bytes of values.
+    PARTS: tl.constexpr = max(8 // V_BITS, K_GROUPS)
+    P: tl.constexpr = BLOCK_SIZE // PARTS
+    CHANNELS: tl.constexpr = DIM_V // V_GROUPS
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(CHANNELS))
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
     split = tl.program_id(0) // ROW_TILES
     rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
     row = tl.program_id(2)
     begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
-    q0, q1, q2, q3, size_M = load_query_parts(
+    q_fields, size_M = load_query_fields(
         q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, K_BITS
     )
     q_positions_M = rows_M
@@ -201,31 +225,70 @@ def _integer_kernel(
     block_positions_ptr += row.to(tl.int64) * max_blocks
 
     max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    sum_M = tl.zeros([BLOCK_M], tl.float32)
-    acc, zeros = empty_sums(DIM_V, V_GROUPS, BLOCK_M)
+    sum_NM = zero_sums(BLOCK_M)
+    acc = ()
+    zeros = ()
+    for _ in tl.static_range(V_GROUPS):
+        acc = acc + (tl.zeros([BLOCK_D, BLOCK_M], tl.float32),)  # noqa: RUF005
+        zeros = zeros + (zero_sums(BLOCK_M),)  # noqa: RUF005
     for tile in tl.range(begin, stop):
         block = tl.load(blocks_ptr + tile)
         page = (block // PAGE_BLOCKS).to(tl.int64)
         place = block % PAGE_BLOCKS * num_kv_heads + head
-        products_SM = score_codes(
-            k_codes_ptr + page * stride_k_codes + place * (BLOCK_SIZE * K_BYTES),
-            k_scale_ptr + page * stride_k_scale + place * (K_GROUPS * DIM_K),
-            k_zero_ptr + page * stride_k_zero + place * (K_GROUPS * DIM_K),
-            k_unit_ptr + page * stride_k_unit + place,
-            q0, q1, q2, q3, BLOCK_SIZE, DIM_K, K_BITS, K_GROUPS, IS_GPU,
-        )  # fmt: skip
-        scores_SM = to_base_2(products_SM, scale * size_M[None, :], softcap, HAS_SOFTCAP)
+        k_codes = k_codes_ptr + page * stride_k_codes + place * (BLOCK_SIZE * K_BYTES)
+        k_scale = k_scale_ptr + page * stride_k_scale + place * (K_GROUPS * DIM_K)
+        k_zero = k_zero_ptr + page * stride_k_zero + place * (K_GROUPS * DIM_K)
+        k_unit = key_unit(k_unit_ptr + page * stride_k_unit + place, SCALE_BITS)
         position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
-        scores_SM = visible_columns(
-            scores_SM, tile, start, end, position, q_positions_M, window, HAS_POSITIONS, HAS_WINDOW
-        )
-        acc, zeros, max_M, sum_M = weigh_codes(
-            v_codes_ptr + page * stride_v_codes + place * (DIM_V * V_BYTES),
-            v_scale_ptr + page * stride_v_scale + place * (V_GROUPS * BLOCK_SIZE),
-            v_zero_ptr + page * stride_v_zero + place * (V_GROUPS * BLOCK_SIZE),
-            v_unit_ptr + page * stride_v_unit + place,
-            scores_SM, max_M, sum_M, acc, zeros, BLOCK_SIZE, DIM_V, V_BITS, V_GROUPS, IS_GPU,
-        )  # fmt: skip
-    out_EDM = acc * (CODE_UNIT / 2 ** (8 - V_BITS)) + zeros[:, None, :]
+        scores = ()
+        for group in tl.static_range(K_GROUPS):
+            folded, zero_M = fold_queries(
+                q_fields, k_scale + group * DIM_K, k_zero + group * DIM_K, DIM_K, K_BITS, IS_GPU
+            )
+            for part in tl.static_range(group * PARTS // K_GROUPS, (group + 1) * PARTS // K_GROUPS):
+                products_PM = score_codes(
+                    k_codes, folded, zero_M, part * P, P, DIM_K, K_BITS, IS_GPU
+                )
+                scores_PM = to_base_2(
+                    products_PM, scale * k_unit * size_M[None, :], softcap, HAS_SOFTCAP
+                )
+                scores_PM = visible_columns(
+                    scores_PM, tile * BLOCK_SIZE + part * P, start, end, position + part * P,
+                    q_positions_M, window, HAS_POSITIONS, HAS_WINDOW,
+                )  # fmt: skip
+                scores = scores + (scores_PM,)  # noqa: RUF005
+        v_scale = v_scale_ptr + page * stride_v_scale + place * (V_GROUPS * BLOCK_SIZE)
+        v_zero = v_zero_ptr + page * stride_v_zero + place * (V_GROUPS * BLOCK_SIZE)
+        v_unit = v_unit_ptr + page * stride_v_unit + place
+        exponent = value_exponent(v_scale, v_unit, BLOCK_SIZE, V_GROUPS, SCALE_BITS)
+        weights, max_M, decay_M = column_weights(scores, exponent, HEADROOM, max_M)
+        sum_NM = sum_NM * decay_M[None, :] + sum_weights(weights, IS_GPU) * tl.math.exp2(-exponent)
+        v_codes = v_codes_ptr + page * stride_v_codes + place * (DIM_V * V_BYTES)
+        more = ()
+        more_zeros = ()
+        for group in tl.static_range(V_GROUPS):
+            acc_DM, zeros_NM = weigh_codes(
+                v_codes + group * CHANNELS * V_BYTES,
+                v_scale + group * BLOCK_SIZE,
+                v_zero + group * BLOCK_SIZE,
+                weights,
+                exponent,
+                acc[group] * decay_M[None, :],
+                zeros[group] * decay_M[None, :],
+                CHANNELS,
+                BLOCK_SIZE,
+                V_BITS,
+                IS_GPU,
+            )
+            more = more + (acc_DM,)  # noqa: RUF005
+            more_zeros = more_zeros + (zeros_NM,)  # noqa: RUF005
+        acc = more
+        zeros = more_zeros
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
-    store_columns(out_ptr, lse_ptr, out_EDM, max_M, sum_M, first_row, rows_M, NUM_ROWS, DIM_V, V_GROUPS)  # fmt: skip # noqa: E501
+    sum_M = tl.max(sum_NM, 0)
+    for group in tl.static_range(V_GROUPS):
+        out_DM = acc[group] * CODE_UNIT + tl.max(zeros[group], 0)[None, :]
+        store_columns(
+            out_ptr, lse_ptr, out_DM, max_M - HEADROOM, sum_M, first_row, rows_M,
+            NUM_ROWS, DIM_V, group * CHANNELS, CHANNELS,
+        )  # fmt: skip

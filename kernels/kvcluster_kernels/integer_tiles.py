@@ -1,21 +1,29 @@
 """What a decode kernel does with one block of integer codes: scores of its keys, and the weighted
 sum of its values. `integer_decode.py` has the equations.
 
-Shape letters: those of `integer_decode.py`; C bytes of a row of codes, so that each of its fields
-is C channels (keys) or C tokens (values).
+Sums over channels or tokens are all products of matrices, those with zero-points and the sum of
+weights as well: their vector is sixteen equal rows. A matrix unit does that beside what it has to
+do anyway, where sums of a thread's own take instructions for each number and exchanges at the end.
+
+Shape letters: those of `integer_decode.py`; P tokens of a part of a block, C bytes of a row of
+codes, N sixteen equal rows.
 """
 
 import triton
 import triton.language as tl
 
-from kvcluster_kernels.codes import CODE_UNIT, dot_codes
-from kvcluster_kernels.softmax import online_columns
+from kvcluster_kernels.codes import CODE_UNIT, dot, unpack
 
+HEADROOM = tl.constexpr(15.0)
+"""The largest weight is 2^HEADROOM: float16 then tells 2^-39 of it from nothing."""
+_EQUAL_ROWS = tl.constexpr(16)
+_SCALE_UNIT = tl.constexpr(128.0)
+"""What scales of 8 bits are multiplied with, so that the largest of a block are about 1."""
 _LEAST_SCALE = tl.constexpr(2.0**-24)
 
 
 @triton.jit
-def load_query_parts(
+def load_query_fields(
     q_ptr: tl.tensor,
     row: tl.tensor,
     head: tl.tensor,
@@ -25,8 +33,8 @@ def load_query_parts(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BITS: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
-    """Query rows as columns [C, M], one array for each field of a byte of codes, divided
+) -> tuple[tl.tuple, tl.tensor]:
+    """Query rows as columns, float16 [C, M], one array for each field of a byte of codes, divided
     by what the field multiplies codes with; and the power of two, [M], that they were divided by,
     so that none is above 1."""
     C: tl.constexpr = DIM * BITS // 8
@@ -34,72 +42,101 @@ def load_query_parts(
     q_ptr += ((tokens_M * num_kv_heads + head) * GROUP + rows_M % GROUP)[None, :] * DIM
     offs_c = tl.arange(0, triton.next_power_of_2(C))
     mask = (offs_c < C)[:, None] & (rows_M < NUM_ROWS)[None, :]
-    q0 = tl.load(q_ptr + offs_c[:, None], mask=mask, other=0.0).to(tl.float32)
-    q1 = q0
-    q2 = q0
-    q3 = q0
-    largest_M = tl.max(tl.abs(q0), 0)
-    if BITS < 8:
-        q1 = tl.load(q_ptr + C + offs_c[:, None], mask=mask, other=0.0).to(tl.float32)
-        largest_M = tl.maximum(largest_M, tl.max(tl.abs(q1), 0))
-    if BITS < 4:
-        q2 = tl.load(q_ptr + 2 * C + offs_c[:, None], mask=mask, other=0.0).to(tl.float32)
-        q3 = tl.load(q_ptr + 3 * C + offs_c[:, None], mask=mask, other=0.0).to(tl.float32)
-        largest_M = tl.maximum(largest_M, tl.max(tl.maximum(tl.abs(q2), tl.abs(q3)), 0))
+    loaded = ()
+    largest_M = tl.zeros([rows_M.shape[0]], tl.float32)
+    for field in tl.static_range(8 // BITS):
+        q_CM = tl.load(q_ptr + field * C + offs_c[:, None], mask=mask, other=0.0).to(tl.float32)
+        largest_M = tl.maximum(largest_M, tl.max(tl.abs(q_CM), 0))
+        loaded = loaded + (q_CM,)  # noqa: RUF005
     exponent_M = tl.math.ceil(tl.math.log2(tl.where(largest_M > 0, largest_M, 1.0)))
-    shrink = tl.math.exp2(-exponent_M)[None, :]
-    q1 = q1 * (shrink / 2**BITS)
-    q2 = q2 * (shrink / 2 ** (2 * BITS))
-    q3 = q3 * (shrink / 2 ** (3 * BITS))
-    # Kept in the dtype that they came in, which loses nothing: registers are scarce.
-    kept: tl.constexpr = q_ptr.dtype.element_ty
-    return (q0 * shrink).to(kept), q1.to(kept), q2.to(kept), q3.to(kept), tl.math.exp2(exponent_M)
+    shrink_M = tl.math.exp2(-exponent_M)
+    fields = ()
+    for field in tl.static_range(8 // BITS):
+        q_CM = loaded[field] * (shrink_M / 2 ** (field * BITS))[None, :]
+        fields = fields + (q_CM.to(tl.float16),)  # noqa: RUF005
+    return fields, tl.math.exp2(exponent_M)
+
+
+@triton.jit
+def fold_queries(
+    q_fields: tl.tuple,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tuple[tl.tuple, tl.tensor]:
+    """For one group of keys: the fields of the queries times the scales of their channels, and
+    what the queries make of the zero-points, [M]. With 8 scale bits both are to be multiplied with
+    `key_unit`."""
+    C: tl.constexpr = DIM * BITS // 8
+    BLOCK_C: tl.constexpr = q_fields[0].shape[0]
+    folded = ()
+    zero_NM = tl.zeros([_EQUAL_ROWS, q_fields[0].shape[1]], tl.float32)
+    for field in tl.static_range(8 // BITS):
+        scale_C = _load_scales(scale_ptr + field * C, C, BLOCK_C)
+        zero_C = _load_zeros(zero_ptr + field * C, C, BLOCK_C)
+        folded_CM = q_fields[field] * scale_C[:, None]
+        meets_CM = q_fields[field]
+        if scale_ptr.dtype.element_ty == tl.uint8:
+            meets_CM = folded_CM
+        some_NM = dot(_equal_rows(zero_C), meets_CM, tl.zeros_like(zero_NM), IS_GPU)
+        zero_NM += some_NM * 2 ** (field * BITS)
+        folded = folded + (folded_CM,)  # noqa: RUF005
+    return folded, tl.max(zero_NM, 0)
+
+
+@triton.jit
+def key_unit(unit_ptr: tl.tensor, SCALE_BITS: tl.constexpr) -> tl.tensor:
+    """What products of `score_codes` are to be multiplied with."""
+    return tl.load(unit_ptr) / _SCALE_UNIT if SCALE_BITS == 8 else 1.0
 
 
 @triton.jit
 def score_codes(
     codes_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    unit_ptr: tl.tensor,
-    q0: tl.tensor,
-    q1: tl.tensor,
-    q2: tl.tensor,
-    q3: tl.tensor,
-    BLOCK_SIZE: tl.constexpr,
+    folded: tl.tuple,
+    zero_M: tl.tensor,
+    FIRST: tl.constexpr,
+    P: tl.constexpr,
     DIM: tl.constexpr,
     BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> tl.tensor:
-    """products_SM of the queries and the keys of a block."""
+    """products_PM of P tokens of a block from the FIRST on, with what `fold_queries` found for
+    their group."""
+    FIELDS: tl.constexpr = 8 // BITS
     C: tl.constexpr = DIM * BITS // 8
-    TOKENS: tl.constexpr = BLOCK_SIZE // GROUPS
-    BLOCK_M: tl.constexpr = q0.shape[1]
-    offs_c = tl.arange(0, triton.next_power_of_2(C))
-    tokens_GS = tl.arange(0, GROUPS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    packed_GSC = _load(
-        codes_ptr + tokens_GS[:, :, None] * C + offs_c[None, None, :],
-        (offs_c < C)[None, None, :],
+    offs_p = FIRST + tl.arange(0, P)
+    offs_c = tl.arange(0, folded[0].shape[0])
+    packed_PC = _load(
+        codes_ptr + offs_p[:, None] * C + offs_c[None, :],
+        (offs_c < C)[None, :],
         offs_c.shape[0] == C,
     )
-    f0, zero_GM = _fold(q0, scale_ptr, zero_ptr, unit_ptr, 0, DIM, BITS, GROUPS)
-    f1 = f0
-    f2 = f0
-    f3 = f0
-    if BITS < 8:
-        f1, more_GM = _fold(q1, scale_ptr, zero_ptr, unit_ptr, 1, DIM, BITS, GROUPS)
-        zero_GM += more_GM
-    if BITS < 4:
-        f2, more_GM = _fold(q2, scale_ptr, zero_ptr, unit_ptr, 2, DIM, BITS, GROUPS)
-        zero_GM += more_GM
-        f3, more_GM = _fold(q3, scale_ptr, zero_ptr, unit_ptr, 3, DIM, BITS, GROUPS)
-        zero_GM += more_GM
-    products_GSM = dot_codes(
-        packed_GSC, f0, f1, f2, f3, tl.zeros([GROUPS, TOKENS, BLOCK_M], tl.float32), BITS, IS_GPU
-    )
-    products_GSM = products_GSM * CODE_UNIT + zero_GM[:, None, :]
-    return products_GSM.reshape(BLOCK_SIZE, BLOCK_M)
+    codes = unpack(packed_PC, BITS, IS_GPU)
+    products_PM = tl.zeros([P, zero_M.shape[0]], tl.float32)
+    for field in tl.static_range(FIELDS):
+        products_PM = dot(codes[field], folded[field], products_PM, IS_GPU)
+    return products_PM * CODE_UNIT + zero_M[None, :]
+
+
+@triton.jit
+def value_exponent(
+    scale_ptr: tl.tensor,
+    unit_ptr: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+) -> tl.tensor:
+    """Of a power of two that no scale of a block's values is above."""
+    if SCALE_BITS == 8:
+        largest = tl.load(unit_ptr) / _SCALE_UNIT
+    else:
+        COUNT: tl.constexpr = GROUPS * BLOCK_SIZE
+        scales = _load_scales(scale_ptr, COUNT, triton.next_power_of_2(COUNT))
+        largest = tl.max(scales, 0).to(tl.float32)
+    return tl.math.ceil(tl.math.log2(tl.maximum(largest, _LEAST_SCALE)))
 
 
 @triton.jit
@@ -107,98 +144,74 @@ def weigh_codes(
     codes_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
-    unit_ptr: tl.tensor,
-    scores_SM: tl.tensor,
-    max_M: tl.tensor,
-    sum_M: tl.tensor,
-    acc_EDM: tl.tensor,
-    zeros_EM: tl.tensor,
+    weights: tl.tuple,
+    exponent: tl.tensor,
+    acc_DM: tl.tensor,
+    zeros_NM: tl.tensor,
+    CHANNELS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
     BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
     IS_GPU: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
-    """The sums with a block's values added: of codes, in units of 2^(8 - BITS - 24), of
-    zero-points, the new maximum, and the sum of weights."""
+) -> tuple[tl.tensor, tl.tensor]:
+    """The sums with a block's values of one group of channels added: of codes, in units of 2^-24,
+    and of zero-points. `weights` are those of each part of the block, float16 [P, M], times
+    2^exponent."""
+    PARTS: tl.constexpr = len(weights)
+    P: tl.constexpr = BLOCK_SIZE // PARTS
     C: tl.constexpr = BLOCK_SIZE * BITS // 8
-    CHANNELS: tl.constexpr = DIM // GROUPS
-    E: tl.constexpr = acc_EDM.shape[0]
-    offs_e = tl.arange(0, E)
-    offs_d = tl.arange(0, acc_EDM.shape[1])
-    channels_ED = offs_e[:, None] * CHANNELS + offs_d[None, :]
-    mask_ED = (offs_e < GROUPS)[:, None] & (offs_d < CHANNELS)[None, :]
-    packed_EDC = _load(
-        codes_ptr + channels_ED[:, :, None] * C + tl.arange(0, C)[None, None, :],
-        mask_ED[:, :, None],
-        E * acc_EDM.shape[1] == DIM,
-    )
-    offs_s = tl.arange(0, BLOCK_SIZE)
-    scale_ES, zero_ES = _read_scales(
-        scale_ptr,
-        zero_ptr,
-        unit_ptr,
-        offs_e[:, None] * BLOCK_SIZE + offs_s[None, :],
-        (offs_e < GROUPS)[:, None],
-        E == GROUPS,
-    )
-    boost_S = tl.math.log2(tl.maximum(tl.max(scale_ES, 0), _LEAST_SCALE))
-    weights_SM, max_M, sum_M, decay_M = online_columns(scores_SM, boost_S, max_M, sum_M)
-    zeros_EM = zeros_EM * decay_M[None, :] + tl.sum(weights_SM[None, :, :] * zero_ES[:, :, None], 1)
-    w_ESM = (weights_SM[None, :, :] * scale_ES[:, :, None]).to(tl.float16)
-    w0 = w_ESM
-    w1 = w_ESM
-    w2 = w_ESM
-    w3 = w_ESM
-    # The last field of a byte multiplies codes most: what meets the others is made up for it.
-    if BITS == 4:
-        w0, w1 = _halves(w_ESM)
-        w0 = w0 * 16.0
-    if BITS == 2:
-        w1, w3 = _halves(w_ESM)
-        w0, w1 = _halves(w1 * 16.0)
-        w2, w3 = _halves(w3)
-        w0 = w0 * 4.0
-        w2 = w2 * 4.0
-    acc_EDM = acc_EDM * decay_M[None, None, :]
-    acc_EDM = dot_codes(packed_EDC, w0, w1, w2, w3, acc_EDM, BITS, IS_GPU)
-    return acc_EDM, zeros_EM, max_M, sum_M
+    FIELDS: tl.constexpr = 8 // BITS
+    CHUNKS: tl.constexpr = PARTS // FIELDS
+    offs_d = tl.arange(0, acc_DM.shape[0])
+    offs_p = tl.arange(0, P)
+    some_NM = tl.zeros_like(zeros_NM)
+    for chunk in tl.static_range(CHUNKS):
+        packed_DP = _load(
+            codes_ptr + offs_d[:, None] * C + chunk * P + offs_p[None, :],
+            (offs_d < CHANNELS)[:, None],
+            offs_d.shape[0] == CHANNELS,
+        )
+        codes = unpack(packed_DP, BITS, IS_GPU)
+        for field in tl.static_range(FIELDS):
+            w_PM = weights[field * CHUNKS + chunk]
+            place = (field * CHUNKS + chunk) * P
+            scale_P = _load_scales(scale_ptr + place, P, P)
+            zero_P = _load_zeros(zero_ptr + place, P, P)
+            meets_PM = w_PM
+            if scale_ptr.dtype.element_ty == tl.uint8:
+                scaled_PM = w_PM * (scale_P * (1.0 / 2 ** (field * BITS))).to(tl.float16)[:, None]
+                zero_P = (zero_P * (2 ** (field * BITS))).to(tl.float16)
+                meets_PM = scaled_PM
+            else:
+                shrink = tl.math.exp2(-exponent - field * BITS)
+                scale_P = (scale_P.to(tl.float32) * shrink).to(tl.float16)
+                scaled_PM = w_PM * scale_P[:, None]
+            acc_DM = dot(codes[field], scaled_PM, acc_DM, IS_GPU)
+            some_NM = dot(_equal_rows(zero_P), meets_PM, some_NM, IS_GPU)
+    if scale_ptr.dtype.element_ty != tl.uint8:
+        some_NM = some_NM * tl.math.exp2(-exponent)
+    return acc_DM, zeros_NM + some_NM
 
 
 @triton.jit
-def empty_sums(
-    DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
-) -> tuple[tl.tensor, ...]:
-    """What `weigh_codes` adds to: acc_EDM and zeros_EM."""
-    E: tl.constexpr = triton.next_power_of_2(GROUPS)
-    D: tl.constexpr = triton.next_power_of_2(DIM // GROUPS)
-    return tl.zeros([E, D, BLOCK_M], tl.float32), tl.zeros([E, BLOCK_M], tl.float32)
+def sum_weights(weights: tl.tuple, IS_GPU: tl.constexpr) -> tl.tensor:
+    """sum_NM over all parts."""
+    P: tl.constexpr = weights[0].shape[0]
+    ones_NP = tl.full([_EQUAL_ROWS, P], 1.0, tl.float16)
+    sum_NM = tl.zeros([_EQUAL_ROWS, weights[0].shape[1]], tl.float32)
+    for part in tl.static_range(len(weights)):
+        sum_NM = dot(ones_NP, weights[part], sum_NM, IS_GPU)
+    return sum_NM
 
 
 @triton.jit
-def _fold(
-    q_CM: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    unit_ptr: tl.tensor,
-    FIELD: tl.constexpr,
-    DIM: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
-    """Queries of one field times the scale of each group's channels, [G, C, M], and the sum of
-    what they make of the zero-points, [G, M]."""
-    C: tl.constexpr = DIM * BITS // 8
-    offs_g = tl.arange(0, GROUPS)
-    offs_c = tl.arange(0, q_CM.shape[0])
-    offs_GC = offs_g[:, None] * DIM + FIELD * C + offs_c[None, :]
-    scale_GC, zero_GC = _read_scales(
-        scale_ptr, zero_ptr, unit_ptr, offs_GC, (offs_c < C)[None, :], offs_c.shape[0] == C
-    )
-    q_CM = q_CM.to(tl.float32)
-    folded = (q_CM[None, :, :] * scale_GC[:, :, None]).to(tl.float16)
-    zero_GC = zero_GC * 2 ** (FIELD * BITS)
-    return folded, tl.sum(q_CM[None, :, :] * zero_GC[:, :, None], 1)
+def zero_sums(M: tl.constexpr) -> tl.tensor:
+    """What `weigh_codes` and `sum_weights` are added to: [N, M]."""
+    return tl.zeros([_EQUAL_ROWS, M], tl.float32)
+
+
+@triton.jit
+def _equal_rows(x_C: tl.tensor) -> tl.tensor:
+    return tl.broadcast_to(x_C[None, :], (_EQUAL_ROWS, x_C.shape[0]))
 
 
 @triton.jit
@@ -208,32 +221,39 @@ def _load(pointers: tl.tensor, mask: tl.tensor, IS_WHOLE: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def _read_scales(
-    scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    unit_ptr: tl.tensor,
-    offs: tl.tensor,
-    mask: tl.tensor,
-    IS_WHOLE: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
-    """Scale and zero of groups, float32."""
-    scale = _load(scale_ptr + offs, mask, IS_WHOLE)
-    zero = _load(zero_ptr + offs, mask, IS_WHOLE)
-    if scale.dtype == tl.uint8:
-        step = (scale.to(tl.uint16) << 5).to(tl.float16, bitcast=True).to(tl.float32)
-        step = step * tl.load(unit_ptr)
-        zeros = step * zero.to(tl.float32)
+def _load_scales(ptr: tl.tensor, COUNT: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """COUNT scales, float16; those of 8 bits times `_SCALE_UNIT` over their unit."""
+    if ptr.dtype.element_ty == tl.uint8:
+        scale = (_load_bytes(ptr, COUNT, BLOCK) << 5).to(tl.float16, bitcast=True)
+        scale = (scale * _SCALE_UNIT).to(tl.float16)
     else:
-        step = scale.to(tl.float32)
-        zeros = zero.to(tl.float32)
-    return step, zeros
+        scale = _load_halves(ptr, COUNT, BLOCK).to(tl.float16, bitcast=True)
+    return scale
 
 
 @triton.jit
-def _halves(x_ESM: tl.tensor) -> tuple[tl.tensor, ...]:
-    """The first and the second half of S."""
-    E: tl.constexpr = x_ESM.shape[0]
-    S: tl.constexpr = x_ESM.shape[1]
-    M: tl.constexpr = x_ESM.shape[2]
-    first, second = tl.split(x_ESM.reshape(E, 2, S // 2, M).permute(0, 2, 3, 1))
-    return first, second
+def _load_zeros(ptr: tl.tensor, COUNT: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """COUNT zero-points, float16, as they are stored."""
+    if ptr.dtype.element_ty == tl.int8:
+        # The bits of a float16 of 1024 and the byte, made positive.
+        zero = ((_load_bytes(ptr, COUNT, BLOCK) ^ 0x80) | 0x6400).to(tl.float16, bitcast=True)
+        zero = (zero - 1152.0).to(tl.float16)
+    else:
+        zero = _load_halves(ptr, COUNT, BLOCK).to(tl.float16, bitcast=True)
+    return zero
+
+
+@triton.jit
+def _load_halves(ptr: tl.tensor, COUNT: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """COUNT numbers of 16 bits, zeros behind them. They are read four bytes at a time: fewer of a
+    thread are not copied ahead, and the loop would wait for each."""
+    offs = tl.arange(0, BLOCK // 2)
+    words = _load(ptr.to(tl.pointer_type(tl.uint32)) + offs, offs < COUNT // 2, BLOCK == COUNT)
+    return tl.join((words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16)).reshape(BLOCK)
+
+
+@triton.jit
+def _load_bytes(ptr: tl.tensor, COUNT: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """COUNT bytes, uint16, likewise."""
+    halves = _load_halves(ptr, COUNT // 2, BLOCK // 2)
+    return tl.join(halves & 0xFF, halves >> 8).reshape(BLOCK)

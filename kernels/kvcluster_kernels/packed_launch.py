@@ -18,7 +18,7 @@ from kvcluster_kernels.paging import (
     check_positions,
 )
 
-_MAX_COLUMNS = 16
+_MAX_COLUMNS = 32
 """Query rows of one program: with more, what is unpacked for them does not fit beside them."""
 
 

@@ -38,7 +38,7 @@ def visible_at(
 @triton.jit
 def visible_columns(
     scores_SM: tl.tensor,
-    tile: tl.tensor,
+    first: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
     position: tl.tensor,
@@ -47,12 +47,12 @@ def visible_columns(
     HAS_POSITIONS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ) -> tl.tensor:
-    """Scores of the tokens in [start, end) of a row that are visible, -inf for others. Its block
-    number `tile` begins at `position`."""
+    """Scores of the tokens in [start, end) of a row that are visible, -inf for others. They are its
+    tokens from `first` on, which is at `position`."""
     offs_s = tl.arange(0, scores_SM.shape[0])
-    tokens_S = tile * scores_SM.shape[0] + offs_s
-    inside_S = (tokens_S >= start) & (tokens_S < end)
-    scores_SM = tl.where(inside_S[:, None], scores_SM, -float("inf"))
+    tokens_S = first + offs_s
+    mask_S = tl.where((tokens_S >= start) & (tokens_S < end), 0.0, -float("inf"))
+    scores_SM = scores_SM + mask_S[:, None]
     if HAS_POSITIONS:
         distance_SM = q_positions_M[None, :] - (position + offs_s)[:, None]
         scores_SM = visible_at(scores_SM, distance_SM, window, HAS_WINDOW)
@@ -71,16 +71,23 @@ def online(scores_MN: tl.tensor, max_M: tl.tensor, sum_M: tl.tensor) -> tuple[tl
 
 
 @triton.jit
-def online_columns(
-    scores_NM: tl.tensor, boost_N: tl.tensor, max_M: tl.tensor, sum_M: tl.tensor
-) -> tuple[tl.tensor, ...]:
-    """As `online`, where keys are rows. The maximum is that of score + boost: weights times
-    2^boost are then at most 1."""
-    new_max_M = tl.maximum(max_M, tl.max(scores_NM + boost_N[:, None], 0))
+def column_weights(
+    scores: tl.tuple, exponent: tl.tensor, headroom: tl.constexpr, max_M: tl.tensor
+) -> tuple[tl.tuple, tl.tensor, tl.tensor]:
+    """Weights of a tile of several parts [P, M], in float16 times 2^(exponent + headroom), the new
+    maximum, that of score + exponent, and what to multiply earlier sums with. No weight is then
+    above 2^headroom, and none times a factor of at most 2^-exponent."""
+    largest_PM = scores[0]
+    for part in tl.static_range(1, len(scores)):
+        largest_PM = tl.maximum(largest_PM, scores[part])
+    new_max_M = tl.maximum(max_M, tl.max(largest_PM, 0) + exponent)
     shift_M = tl.where(new_max_M == -float("inf"), 0.0, new_max_M)
-    weights_NM = tl.math.exp2(scores_NM - shift_M[None, :])
-    decay_M = tl.math.exp2(max_M - shift_M)
-    return weights_NM, new_max_M, sum_M * decay_M + tl.sum(weights_NM, 0), decay_M
+    lowered_M = shift_M - (exponent + headroom)
+    weights = ()
+    for part in tl.static_range(len(scores)):
+        weights_PM = tl.math.exp2(scores[part] - lowered_M[None, :])
+        weights = weights + (weights_PM.to(tl.float16),)  # noqa: RUF005
+    return weights, new_max_M, tl.math.exp2(max_M - shift_M)
 
 
 @triton.jit
@@ -115,27 +122,25 @@ def store_split(
 def store_columns(
     out_ptr: tl.tensor,
     lse_ptr: tl.tensor,
-    acc_EDM: tl.tensor,
+    acc_DM: tl.tensor,
     max_M: tl.tensor,
     sum_M: tl.tensor,
     place: tl.tensor,
     rows_M: tl.tensor,
     NUM_ROWS: tl.constexpr,
     DIM: tl.constexpr,
-    GROUPS: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
 ) -> None:
-    """As `store_split`, of channels in GROUPS groups; what is behind them is not written."""
+    """As `store_split`, of COUNT channels from the FIRST on; what is behind them is not written."""
     mask_M = rows_M < NUM_ROWS
-    offs_e = tl.arange(0, acc_EDM.shape[0])
-    offs_d = tl.arange(0, acc_EDM.shape[1])
+    offs_d = tl.arange(0, acc_DM.shape[0])
     safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
     lse_M = tl.where(sum_M > 0, max_M + tl.math.log2(safe_sum_M), -float("inf"))
     places_M = place.to(tl.int64) + rows_M
     tl.store(lse_ptr + places_M, lse_M, mask=mask_M)
-    mask_ED = (offs_e < GROUPS)[:, None] & (offs_d < DIM // GROUPS)[None, :]
-    channels_ED = offs_e[:, None] * (DIM // GROUPS) + offs_d[None, :]
     tl.store(
-        out_ptr + places_M[None, None, :] * DIM + channels_ED[:, :, None],
-        acc_EDM / safe_sum_M[None, None, :],
-        mask=mask_M[None, None, :] & mask_ED[:, :, None],
+        out_ptr + places_M[None, :] * DIM + FIRST + offs_d[:, None],
+        acc_DM / safe_sum_M[None, :],
+        mask=mask_M[None, :] & (offs_d < COUNT)[:, None],
     )

@@ -60,13 +60,13 @@ _EXACT_VARIANTS: Final = tuple(
 _PACKED_VARIANTS: Final = tuple(
     DecodeSettings(num_warps=warps, num_stages=stages, programs_per_processor=programs)
     for warps, stages, programs in (
+        (1, 4, 8),
+        (1, 6, 6),
         (1, 6, 8),
-        (1, 8, 6),
         (2, 4, 6),
         (2, 6, 4),
-        (2, 6, 6),
-        (2, 8, 4),
-        (4, 6, 2),
+        (2, 6, 5),
+        (4, 4, 3),
         (4, 6, 3),
     )
 )

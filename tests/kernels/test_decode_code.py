@@ -1,7 +1,6 @@
 """What decode kernels become on a Hopper GPU."""
 
 import pytest
-
 from kvcluster_kernels.decode import default_settings
 
 from tests.kernels.sm90 import Configuration, MachineCode, compiled

@@ -27,7 +27,7 @@ def constants(dim: int, rows: int) -> dict[str, object]:
     return {
         "NUM_ROWS": rows,
         "GROUP": 8,
-        "BLOCK_M": min(16, rows),
+        "BLOCK_M": min(32, rows),
         "HAS_POSITIONS": rows > 8,
         "HAS_SOFTCAP": False,
         "HAS_WINDOW": False,
@@ -67,6 +67,7 @@ def integers(
             "V_BITS": bits,
             "K_GROUPS": _BLOCK_SIZE // group,
             "V_GROUPS": dim // group,
+            "SCALE_BITS": scale_bits,
         },
         num_warps=num_warps,
         num_stages=6,
@@ -93,17 +94,18 @@ def float8(name: str, *, dim: int = 128, rows: int = 8) -> Configuration:
 
 
 BUDGETS = (
-    (integers("int4", 4, 1), 3.3),
-    (integers("int4 scale_bits=8", 4, 1, scale_bits=8), 3.9),
-    (integers("int4 D64", 4, 1, dim=64), 4.5),
-    (integers("int8", 8, 2), 4.2),
-    (integers("int2", 2, 2), 7.5),
-    (integers("int4 8 tokens", 4, 4, rows=64), 9.0),
-    (float8("fp8"), 2.3),
+    (integers("int4", 4, 1), 2.8),
+    (integers("int4 scale_bits=8", 4, 1, scale_bits=8), 3.5),
+    (integers("int4 D64", 4, 1, dim=64), 3.8),
+    (integers("int8", 8, 2), 3.8),
+    (integers("int2", 2, 2), 6.5),
+    (integers("int4 8 tokens", 4, 4, rows=64), 10.8),
+    (float8("fp8"), 2.2),
     (float8("fp8 D64", dim=64), 3.3),
-    (float8("fp8 8 tokens", rows=64), 4.5),
+    (float8("fp8 8 tokens", rows=64), 5.4),
 )
-"""Instructions of a thread for each number of K and V, which must not grow unseen."""
+"""Instructions of a thread for each number of K and V, which must not grow unseen. With 8 tokens, a
+program works for four of them."""
 _SPILLS = {} if triton.__version__.startswith("3.6.") else {"int4": 48, "int4 scale_bits=8": 48}
 """One warp holds all that a block of int4 becomes, in 255 registers. What Triton 3.6 makes fits;
 of what 3.9 makes, two instructions in a hundred move numbers to local memory and back."""
@@ -134,6 +136,7 @@ def test_codes_are_copied_ahead_and_multiplied_as_matrices(
 
     assert loop.get("HMMA", 0) + loop.get("HGMMA", 0) > 0
     assert loop.get("LDGSTS", 0) > 0
+    assert "LDG" not in loop
 
 
 @pytest.mark.parametrize(("configuration", "budget"), BUDGETS, ids=NAMES)
