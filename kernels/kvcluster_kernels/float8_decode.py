@@ -140,7 +140,7 @@ def _float8_kernel(
     row = tl.program_id(2)
     begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
     q_fields, size_M = load_query_fields(
-        q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, 8
+        q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, 8, IS_SCALED=True
     )
     q_positions_M = rows_M
     if HAS_POSITIONS:

@@ -48,7 +48,13 @@ from kvcluster_kernels.paging import (
     SplitPartials,
     split_tiles,
 )
-from kvcluster_kernels.softmax import column_weights, store_columns, to_base_2, visible_columns
+from kvcluster_kernels.softmax import (
+    append,
+    column_weights,
+    store_columns,
+    to_base_2,
+    visible_columns,
+)
 
 BITS = (8, 4, 2)
 """The code widths of these kernels."""
@@ -215,7 +221,7 @@ def _integer_kernel(
     row = tl.program_id(2)
     begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
     q_fields, size_M = load_query_fields(
-        q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, K_BITS
+        q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, K_BITS, IS_SCALED=True
     )
     q_positions_M = rows_M
     if HAS_POSITIONS:
@@ -229,8 +235,8 @@ def _integer_kernel(
     acc = ()
     zeros = ()
     for _ in tl.static_range(V_GROUPS):
-        acc = acc + (tl.zeros([BLOCK_D, BLOCK_M], tl.float32),)  # noqa: RUF005
-        zeros = zeros + (zero_sums(BLOCK_M),)  # noqa: RUF005
+        acc = append(acc, tl.zeros([BLOCK_D, BLOCK_M], tl.float32))
+        zeros = append(zeros, zero_sums(BLOCK_M))
     for tile in tl.range(begin, stop):
         block = tl.load(blocks_ptr + tile)
         page = (block // PAGE_BLOCKS).to(tl.int64)
@@ -256,7 +262,7 @@ def _integer_kernel(
                     scores_PM, tile * BLOCK_SIZE + part * P, start, end, position + part * P,
                     q_positions_M, window, HAS_POSITIONS, HAS_WINDOW,
                 )  # fmt: skip
-                scores = scores + (scores_PM,)  # noqa: RUF005
+                scores = append(scores, scores_PM)
         v_scale = v_scale_ptr + page * stride_v_scale + place * (V_GROUPS * BLOCK_SIZE)
         v_zero = v_zero_ptr + page * stride_v_zero + place * (V_GROUPS * BLOCK_SIZE)
         v_unit = v_unit_ptr + page * stride_v_unit + place
@@ -280,8 +286,8 @@ def _integer_kernel(
                 V_BITS,
                 IS_GPU,
             )
-            more = more + (acc_DM,)  # noqa: RUF005
-            more_zeros = more_zeros + (zeros_NM,)  # noqa: RUF005
+            more = append(more, acc_DM)
+            more_zeros = append(more_zeros, zeros_NM)
         acc = more
         zeros = more_zeros
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kvcluster_kernels.codes import CODE_UNIT, dot, unpack
+from kvcluster_kernels.softmax import append
 
 HEADROOM = tl.constexpr(15.0)
 """The largest weight is 2^HEADROOM: float16 then tells 2^-39 of it from nothing."""
@@ -33,10 +34,11 @@ def load_query_fields(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BITS: tl.constexpr,
+    IS_SCALED: tl.constexpr,
 ) -> tuple[tl.tuple, tl.tensor]:
     """Query rows as columns, float16 [C, M], one array for each field of a byte of codes, divided
-    by what the field multiplies codes with; and the power of two, [M], that they were divided by,
-    so that none is above 1."""
+    by what the field multiplies codes with if it IS_SCALED; and the power of two, [M], that they
+    were divided by, so that none is above 1."""
     C: tl.constexpr = DIM * BITS // 8
     tokens_M = row * (NUM_ROWS // GROUP) + rows_M // GROUP
     q_ptr += ((tokens_M * num_kv_heads + head) * GROUP + rows_M % GROUP)[None, :] * DIM
@@ -47,13 +49,15 @@ def load_query_fields(
     for field in tl.static_range(8 // BITS):
         q_CM = tl.load(q_ptr + field * C + offs_c[:, None], mask=mask, other=0.0).to(tl.float32)
         largest_M = tl.maximum(largest_M, tl.max(tl.abs(q_CM), 0))
-        loaded = loaded + (q_CM,)  # noqa: RUF005
+        loaded = append(loaded, q_CM)
     exponent_M = tl.math.ceil(tl.math.log2(tl.where(largest_M > 0, largest_M, 1.0)))
     shrink_M = tl.math.exp2(-exponent_M)
     fields = ()
     for field in tl.static_range(8 // BITS):
-        q_CM = loaded[field] * (shrink_M / 2 ** (field * BITS))[None, :]
-        fields = fields + (q_CM.to(tl.float16),)  # noqa: RUF005
+        q_CM = loaded[field] * shrink_M[None, :]
+        if IS_SCALED:
+            q_CM = q_CM * (1.0 / 2 ** (field * BITS))
+        fields = append(fields, q_CM.to(tl.float16))
     return fields, tl.math.exp2(exponent_M)
 
 
@@ -74,7 +78,7 @@ def fold_queries(
     folded = ()
     zero_NM = tl.zeros([_EQUAL_ROWS, q_fields[0].shape[1]], tl.float32)
     for field in tl.static_range(8 // BITS):
-        scale_C = _load_scales(scale_ptr + field * C, C, BLOCK_C)
+        scale_C = load_scales(scale_ptr + field * C, C, BLOCK_C)
         zero_C = _load_zeros(zero_ptr + field * C, C, BLOCK_C)
         folded_CM = q_fields[field] * scale_C[:, None]
         meets_CM = q_fields[field]
@@ -82,7 +86,7 @@ def fold_queries(
             meets_CM = folded_CM
         some_NM = dot(_equal_rows(zero_C), meets_CM, tl.zeros_like(zero_NM), IS_GPU)
         zero_NM += some_NM * 2 ** (field * BITS)
-        folded = folded + (folded_CM,)  # noqa: RUF005
+        folded = append(folded, folded_CM)
     return folded, tl.max(zero_NM, 0)
 
 
@@ -134,7 +138,7 @@ def value_exponent(
         largest = tl.load(unit_ptr) / _SCALE_UNIT
     else:
         COUNT: tl.constexpr = GROUPS * BLOCK_SIZE
-        scales = _load_scales(scale_ptr, COUNT, triton.next_power_of_2(COUNT))
+        scales = load_scales(scale_ptr, COUNT, triton.next_power_of_2(COUNT))
         largest = tl.max(scales, 0).to(tl.float32)
     return tl.math.ceil(tl.math.log2(tl.maximum(largest, _LEAST_SCALE)))
 
@@ -174,7 +178,7 @@ def weigh_codes(
         for field in tl.static_range(FIELDS):
             w_PM = weights[field * CHUNKS + chunk]
             place = (field * CHUNKS + chunk) * P
-            scale_P = _load_scales(scale_ptr + place, P, P)
+            scale_P = load_scales(scale_ptr + place, P, P)
             zero_P = _load_zeros(zero_ptr + place, P, P)
             meets_PM = w_PM
             if scale_ptr.dtype.element_ty == tl.uint8:
@@ -210,6 +214,30 @@ def zero_sums(M: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def equal_rows_product(
+    x_ptr: tl.tensor, y_CM: tl.tensor, COUNT: tl.constexpr, IS_GPU: tl.constexpr
+) -> tl.tensor:
+    """Sums over COUNT numbers of float16 times y, [M]."""
+    x_C = load_scales(x_ptr, COUNT, y_CM.shape[0])
+    some_NM = tl.zeros([_EQUAL_ROWS, y_CM.shape[1]], tl.float32)
+    return tl.max(dot(_equal_rows(x_C), y_CM, some_NM, IS_GPU), 0)
+
+
+@triton.jit
+def load_tile(
+    ptr: tl.tensor, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BYTES: tl.constexpr
+) -> tl.tensor:
+    """ROWS rows of bytes that lie one after another, zeros behind them."""
+    offs_i = tl.arange(0, BLOCK_ROWS)
+    offs_c = tl.arange(0, BYTES)
+    return _load(
+        ptr + offs_i[:, None] * BYTES + offs_c[None, :],
+        (offs_i < ROWS)[:, None],
+        ROWS == BLOCK_ROWS,
+    )
+
+
+@triton.jit
 def _equal_rows(x_C: tl.tensor) -> tl.tensor:
     return tl.broadcast_to(x_C[None, :], (_EQUAL_ROWS, x_C.shape[0]))
 
@@ -221,7 +249,7 @@ def _load(pointers: tl.tensor, mask: tl.tensor, IS_WHOLE: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def _load_scales(ptr: tl.tensor, COUNT: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+def load_scales(ptr: tl.tensor, COUNT: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """COUNT scales, float16; those of 8 bits times `_SCALE_UNIT` over their unit."""
     if ptr.dtype.element_ty == tl.uint8:
         scale = (_load_bytes(ptr, COUNT, BLOCK) << 5).to(tl.float16, bitcast=True)

@@ -11,7 +11,9 @@ from torch import Tensor
 from kvcluster_kernels.decode_plain import attend_tokens
 from kvcluster_kernels.float8_decode import Float8Pages
 from kvcluster_kernels.integer_decode import IntegerPages, code_bits
+from kvcluster_kernels.levels import levels
 from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
+from kvcluster_kernels.rotated_decode import RotatedPages
 
 
 def decode_integers(
@@ -90,3 +92,46 @@ def restore_float8(pages: Float8Pages, blocks_RB: Tensor, dtype: torch.dtype) ->
     # Blocks are picked as bytes: not every device indexes float8.
     stored = gather_blocks(pages.values.view(torch.uint8), blocks_RB)
     return stored.view(torch.float8_e4m3fn).to(dtype) * scale
+
+
+def decode_rotated(
+    q_RTHD: Tensor,
+    keys: RotatedPages,
+    values: RotatedPages,
+    rotation_DD: Tensor,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,  # noqa: ARG001
+) -> Partial:
+    """As the kernel; computed in float64 where queries are, else in float32."""
+    dtype = torch.promote_types(q_RTHD.dtype, torch.float32)
+    rotation_DD = rotation_DD.to(dtype)
+    k_RBKSD = restore_rotated_keys(keys, rotation_DD, rows.blocks_RB)
+    v_RBKSD = restore_rotated_values(values, rotation_DD, rows.blocks_RB)
+    return attend_tokens(q_RTHD, in_line(k_RBKSD), in_line(v_RBKSD), rows, attention)
+
+
+def restore_rotated_keys(pages: RotatedPages, rotation_DD: Tensor, blocks_RB: Tensor) -> Tensor:
+    """k_RBKSD: mean + scale * R^T level[code], in the dtype of the rotation."""
+    level_RBKSD = _levels_of(pages, rotation_DD.shape[0], rotation_DD.dtype, blocks_RB)
+    scale_RBKS1 = gather_blocks(pages.scale, blocks_RB)[..., None]
+    k_RBKSD = (level_RBKSD * scale_RBKS1) @ rotation_DD
+    if pages.mean is not None:
+        k_RBKSD = k_RBKSD + gather_blocks(pages.mean, blocks_RB)[:, :, :, None]
+    return k_RBKSD
+
+
+def restore_rotated_values(pages: RotatedPages, rotation_DD: Tensor, blocks_RB: Tensor) -> Tensor:
+    """v_RBKSD, likewise."""
+    scale_RBKS = gather_blocks(pages.scale, blocks_RB)
+    level_RBKDS = _levels_of(pages, scale_RBKS.shape[3], rotation_DD.dtype, blocks_RB)
+    return (level_RBKDS * scale_RBKS[..., None, :]).transpose(3, 4) @ rotation_DD
+
+
+def _levels_of(
+    pages: RotatedPages, contiguous: int, dtype: torch.dtype, blocks_RB: Tensor
+) -> Tensor:
+    """In the order that codes are stored in."""
+    bits = 8 * pages.codes.shape[4] // contiguous
+    codes = unpack(gather_blocks(pages.codes, blocks_RB), bits)
+    return levels(bits).to(pages.codes.device, dtype)[codes.int()]

@@ -3,10 +3,18 @@
 Shape letters: M query rows, N keys of a tile, D head dimension.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def append(items: "Any", item: tl.tensor) -> "Any":
+    """The tuple and one more."""
+    return items + (item,)  # noqa: RUF005
 
 
 @triton.jit
@@ -86,8 +94,36 @@ def column_weights(
     weights = ()
     for part in tl.static_range(len(scores)):
         weights_PM = tl.math.exp2(scores[part] - lowered_M[None, :])
-        weights = weights + (weights_PM.to(tl.float16),)  # noqa: RUF005
+        weights = append(weights, weights_PM.to(tl.float16))
     return weights, new_max_M, tl.math.exp2(max_M - shift_M)
+
+
+@triton.jit
+def column_products(
+    scores: tl.tuple, scales: tl.tuple, headroom: tl.constexpr, max_M: tl.tensor, sum_M: tl.tensor
+) -> tuple[tl.tuple, tl.tensor, tl.tensor, tl.tensor]:
+    """Weights of a tile of several parts [P, M] times a scale of each token, float32 [P]: in
+    float16 times 2^headroom, with the new maximum and the new sum of weights, and what to multiply
+    earlier sums with. The maximum is that of score + log2(scale), or of score + 0 where scales are
+    small."""
+    largest_PM = scores[0]
+    largest_P = scales[0]
+    for part in tl.static_range(1, len(scores)):
+        largest_PM = tl.maximum(largest_PM, scores[part])
+        largest_P = tl.maximum(largest_P, scales[part])
+    exponent = tl.math.ceil(tl.math.log2(tl.maximum(tl.max(largest_P, 0), 1.0)))
+    new_max_M = tl.maximum(max_M, tl.max(largest_PM, 0) + exponent)
+    shift_M = tl.where(new_max_M == -float("inf"), 0.0, new_max_M)
+    lowered_M = shift_M - headroom
+    products = ()
+    total_PM = tl.zeros_like(largest_PM)
+    for part in tl.static_range(len(scores)):
+        weights_PM = tl.math.exp2(scores[part] - lowered_M[None, :])
+        total_PM += weights_PM
+        scaled_PM = weights_PM * scales[part][:, None]
+        products = append(products, scaled_PM.to(tl.float16))
+    decay_M = tl.math.exp2(max_M - shift_M)
+    return products, new_max_M, sum_M * decay_M + tl.sum(total_PM, 0), decay_M
 
 
 @triton.jit

@@ -9,8 +9,10 @@ from kvcluster_kernels.decode import ExactPages, decode
 from kvcluster_kernels.float8_decode import Float8Pages, decode_float8
 from kvcluster_kernels.integer_decode import IntegerPages, decode_integers
 from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
+from kvcluster_kernels.rotated_decode import RotatedPages, decode_rotated
 from torch import Tensor
 
+from kvcluster.codec.rotated import rotate
 from kvcluster.types import PAGE_BLOCKS
 
 BLOCK_SIZE: Final = 64
@@ -109,6 +111,27 @@ def integer_cache(bits: int, scale_bits: int, shape: DecodeShape, q_RTHD: Tensor
     return Cache(run, _num_bytes(*keys, *values))
 
 
+def rotated_cache(bits: int, shape: DecodeShape, q_RTHD: Tensor) -> Cache:
+    """Rotated vectors, the mean of a block's keys apart. The rotations of the queries and of what
+    comes out are part of the call."""
+    blocks, device = _block_axes(shape), q_RTHD.device
+
+    def scales() -> Tensor:
+        return torch.rand((*blocks, BLOCK_SIZE), dtype=torch.float16, device=device)
+
+    keys = RotatedPages(
+        _random_bytes(device, *blocks, BLOCK_SIZE, shape.dim * bits // 8),
+        scales(),
+        torch.randn((*blocks, shape.dim), dtype=torch.float16, device=device),
+    )
+    packed = _random_bytes(device, *blocks, shape.dim, BLOCK_SIZE * bits // 8)
+    values = RotatedPages(packed, scales())
+    rotation_DD = rotate(torch.eye(shape.dim, device=device)).T.contiguous()
+    asked = _asked(shape, device)
+    run = partial(decode_rotated, q_RTHD, keys, values, rotation_DD, *asked)
+    return Cache(run, _num_bytes(*keys, *values))
+
+
 CACHES: Final[Mapping[str, Callable[[DecodeShape, Tensor], Cache]]] = {
     "bf16": exact_cache,
     "fp8": float8_cache,
@@ -116,6 +139,8 @@ CACHES: Final[Mapping[str, Callable[[DecodeShape, Tensor], Cache]]] = {
     "int4": partial(integer_cache, 4, 16),
     "int4 scale_bits=8": partial(integer_cache, 4, 8),
     "int2": partial(integer_cache, 2, 16),
+    "rotated4": partial(rotated_cache, 4),
+    "rotated2": partial(rotated_cache, 2),
 }
 """By name; `bf16` first, which the others are compared with."""
 

@@ -40,6 +40,8 @@ _RATIOS: Final[Mapping[str, Mapping[int, float]]] = {
     "int4": {1 << 17: 2.5, 1 << 20: 3.1},
     "int4 scale_bits=8": {1 << 17: 2.5, 1 << 20: 3.1},
     "int2": {1 << 20: 3.3},
+    "rotated4": {},
+    "rotated2": {},
 }
 """How much faster than our bfloat16 is wanted."""
 _CUDNN_RATIO: Final = 8.0
@@ -79,7 +81,7 @@ def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]
         yield from _ours(timer, shape, tuple(CACHES), peers)
     for shape in FEW_TOKENS:
         peers = yield from _peers(timer, shape)
-        yield from _ours(timer, shape, (_BF16, "int4"), peers)
+        yield from _ours(timer, shape, (_BF16, "fp8", "int8", "int4"), peers)
     if with_variants:
         for shape in SHAPES[:2]:
             yield from _variants(timer, shape)

@@ -19,13 +19,14 @@ from tests.kernels.decode_cases import (
 from tests.kernels.test_decode import check as check_exact
 from tests.kernels.test_float8_decode import check as check_float8
 from tests.kernels.test_integer_decode import check as check_integers
+from tests.kernels.test_rotated_decode import check as check_rotated
 
 pytestmark = pytest.mark.gpu
 
 ATTENTION = Attention(scale=0.1)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONG = Batch(
-    lengths=(20_011, 0, 1, 8_192),
+    lengths=(5_011, 0, 1, 2_048),
     skipped=7,
     num_heads=32,
     num_kv_heads=4,
@@ -81,6 +82,22 @@ def test_integers(dim: int, bits: int, group: int, scale_bits: int, gpu: torch.d
     check_integers(replace(LONG, dim_k=dim, dim_v=dim), keys, values, gpu)
 
 
+@pytest.mark.parametrize(("bits", "num_tokens"), [(8, 4), (8, 16), (4, 16), (2, 4)])
+def test_integers_of_several_query_tokens(bits: int, num_tokens: int, gpu: torch.device) -> None:
+    batch = replace(LONG, num_tokens=num_tokens, has_positions=True)
+
+    check_integers(batch, ChannelQuantizer(bits), TokenQuantizer(bits), gpu)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rotated_vectors(dim: int, bits: int, num_tokens: int, gpu: torch.device) -> None:
+    batch = replace(LONG, dim_k=dim, dim_v=dim, num_tokens=num_tokens)
+
+    check_rotated(replace(batch, has_positions=num_tokens > 1), bits, gpu, ATTENTION)
+
+
 def test_integers_of_heads_of_96_and_several_query_tokens(gpu: torch.device) -> None:
     batch = replace(LONG, dim_k=96, dim_v=96, num_tokens=8, has_positions=True)
 
@@ -106,7 +123,7 @@ def test_a_captured_launch_reads_the_lengths_of_each_replay(gpu: torch.device) -
         captured = decode(q_RTHD, pages, rows, ATTENTION)
     graph.replay()
     before = captured.lse_RTH.clone()
-    rows.ends_R[0] = 4_000
+    rows.ends_R[0] = 3_000
 
     graph.replay()
 

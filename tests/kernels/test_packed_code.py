@@ -93,7 +93,31 @@ def float8(name: str, *, dim: int = 128, rows: int = 8) -> Configuration:
     )
 
 
+def rotated(name: str, bits: int, num_warps: int, *, dim: int = 128) -> Configuration:
+    """As `rotated_decode.rotated_splits` launches it."""
+    planes = ("k_scale", "k_mean", "v_scale")
+    kept = {k: v for k, v in constants(dim, 8).items() if k not in ("DIM_K", "DIM_V")}
+    return Configuration(
+        name=name,
+        module="kvcluster_kernels.rotated_decode",
+        kernel="_rotated_kernel",
+        signature={
+            "q_ptr": "*bf16:16",
+            "rotated_q_ptr": "*fp32:16",
+            **dict.fromkeys(("k_codes_ptr", "v_codes_ptr"), "*u8:16"),
+            **{f"{plane}_ptr": "*fp16:16" for plane in planes},
+            **{f"stride_{plane}": "i32:16" for plane in ("k_codes", "v_codes", *planes)},
+            **_COMMON,
+        },
+        constants={**kept, "DIM": dim, "BITS": bits, "HAS_MEAN": True},
+        num_warps=num_warps,
+        num_stages=6,
+    )
+
+
 BUDGETS = (
+    (rotated("rotated4", 4, 1), 4.6),
+    (rotated("rotated2", 2, 2), 7.0),
     (integers("int4", 4, 1), 2.8),
     (integers("int4 scale_bits=8", 4, 1, scale_bits=8), 3.5),
     (integers("int4 D64", 4, 1, dim=64), 3.8),
@@ -143,7 +167,8 @@ def test_codes_are_copied_ahead_and_multiplied_as_matrices(
 def test_unpacking_keeps_to_its_budget_of_instructions(
     codes: dict[str, MachineCode], configuration: Configuration, budget: float
 ) -> None:
-    numbers = 2 * _BLOCK_SIZE * configuration.constants["DIM_K"]
+    dim = configuration.constants.get("DIM_K") or configuration.constants["DIM"]
+    numbers = 2 * _BLOCK_SIZE * dim
     threads = _WARP * configuration.num_warps
 
     assert codes[configuration.name].loop_length * threads / numbers <= budget
