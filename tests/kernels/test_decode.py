@@ -134,3 +134,17 @@ def test_rows_are_read_by_their_own_tables(interpreted: torch.device) -> None:
     )
 
     assert torch.equal(together.out_RTHD[:1], alone.out_RTHD)
+
+
+def test_values_that_all_heads_share_are_read_through_a_view(interpreted: torch.device) -> None:
+    """Latents of values are one head, in float16, wider than a head of keys."""
+    batch = replace(RAGGED, num_kv_heads=2, dim_v=172, dtype=torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    rows = draw_rows(batch, generator, interpreted)
+    q_RTHD = draw_queries(batch, generator, interpreted)
+    pages = draw_exact(batch, rows, generator, interpreted)
+    shared = pages._replace(v_PKND=pages.v_PKND[:, :1].expand_as(pages.v_PKND))
+
+    found = decode(q_RTHD, shared, rows, ATTENTION)
+
+    assert_close_to_definition(found, q_RTHD, shared, rows, ATTENTION)
