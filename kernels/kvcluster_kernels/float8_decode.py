@@ -26,6 +26,7 @@ from kvcluster_kernels.paging import (
     PagedRows,
     Partial,
     SplitPartials,
+    load_query_positions,
     split_tiles,
 )
 from kvcluster_kernels.softmax import column_weights, store_columns, to_base_2, visible_columns
@@ -136,16 +137,14 @@ def _float8_kernel(
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
     split = tl.program_id(0) // ROW_TILES
     rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
-    row = tl.program_id(2)
+    head, num_kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
     q_fields, size_M = load_query_fields(
         q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, 8, IS_SCALED=True
     )
-    q_positions_M = rows_M
-    if HAS_POSITIONS:
-        q_positions_ptr += row * (NUM_ROWS // GROUP)
-        q_positions_M = tl.load(q_positions_ptr + rows_M // GROUP, mask=rows_M < NUM_ROWS, other=0)
+    q_positions_M = load_query_positions(
+        q_positions_ptr, row, rows_M, NUM_ROWS, GROUP, HAS_POSITIONS
+    )
     blocks_ptr += row.to(tl.int64) * max_blocks
     block_positions_ptr += row.to(tl.int64) * max_blocks
     offs_s = tl.arange(0, BLOCK_SIZE)

@@ -30,13 +30,12 @@ from kvcluster_kernels.codes import CODE_UNIT, has_assembly
 from kvcluster_kernels.combine import combine
 from kvcluster_kernels.integer_tiles import (
     HEADROOM,
-    fold_queries,
     key_unit,
     load_query_fields,
-    score_codes,
+    score_block,
     sum_weights,
     value_exponent,
-    weigh_codes,
+    weigh_block,
     zero_sums,
 )
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
@@ -46,15 +45,10 @@ from kvcluster_kernels.paging import (
     PagedRows,
     Partial,
     SplitPartials,
+    load_query_positions,
     split_tiles,
 )
-from kvcluster_kernels.softmax import (
-    append,
-    column_weights,
-    store_columns,
-    to_base_2,
-    visible_columns,
-)
+from kvcluster_kernels.softmax import append, column_weights, store_columns
 
 BITS = (8, 4, 2)
 """The code widths of these kernels."""
@@ -208,25 +202,21 @@ def _integer_kernel(
     IS_GPU: tl.constexpr,
 ) -> None:
     K_BYTES: tl.constexpr = DIM_K * K_BITS // 8
-    V_BYTES: tl.constexpr = BLOCK_SIZE * V_BITS // 8
     # Parts of a block that share scales of keys, and a field of the bytes of values.
     PARTS: tl.constexpr = max(8 // V_BITS, K_GROUPS)
-    P: tl.constexpr = BLOCK_SIZE // PARTS
     CHANNELS: tl.constexpr = DIM_V // V_GROUPS
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(CHANNELS))
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
-    split = tl.program_id(0) // ROW_TILES
-    rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
-    row = tl.program_id(2)
+    split, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
+    rows_M = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, num_kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
     q_fields, size_M = load_query_fields(
         q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM_K, K_BITS, IS_SCALED=True
     )
-    q_positions_M = rows_M
-    if HAS_POSITIONS:
-        q_positions_ptr += row * (NUM_ROWS // GROUP)
-        q_positions_M = tl.load(q_positions_ptr + rows_M // GROUP, mask=rows_M < NUM_ROWS, other=0)
+    q_positions_M = load_query_positions(
+        q_positions_ptr, row, rows_M, NUM_ROWS, GROUP, HAS_POSITIONS
+    )
     blocks_ptr += row.to(tl.int64) * max_blocks
     block_positions_ptr += row.to(tl.int64) * max_blocks
 
@@ -246,50 +236,23 @@ def _integer_kernel(
         k_zero = k_zero_ptr + page * stride_k_zero + place * (K_GROUPS * DIM_K)
         k_unit = key_unit(k_unit_ptr + page * stride_k_unit + place, SCALE_BITS)
         position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
-        scores = ()
-        for group in tl.static_range(K_GROUPS):
-            folded, zero_M = fold_queries(
-                q_fields, k_scale + group * DIM_K, k_zero + group * DIM_K, DIM_K, K_BITS, IS_GPU
-            )
-            for part in tl.static_range(group * PARTS // K_GROUPS, (group + 1) * PARTS // K_GROUPS):
-                products_PM = score_codes(
-                    k_codes, folded, zero_M, part * P, P, DIM_K, K_BITS, IS_GPU
-                )
-                scores_PM = to_base_2(
-                    products_PM, scale * k_unit * size_M[None, :], softcap, HAS_SOFTCAP
-                )
-                scores_PM = visible_columns(
-                    scores_PM, tile * BLOCK_SIZE + part * P, start, end, position + part * P,
-                    q_positions_M, window, HAS_POSITIONS, HAS_WINDOW,
-                )  # fmt: skip
-                scores = append(scores, scores_PM)
+        scores = score_block(
+            k_codes, k_scale, k_zero, q_fields, scale * k_unit * size_M, softcap,
+            tile * BLOCK_SIZE, start, end, position, q_positions_M, window,
+            BLOCK_SIZE, PARTS, DIM_K, K_BITS, K_GROUPS,
+            HAS_POSITIONS, HAS_SOFTCAP, HAS_WINDOW, IS_GPU,
+        )  # fmt: skip
         v_scale = v_scale_ptr + page * stride_v_scale + place * (V_GROUPS * BLOCK_SIZE)
         v_zero = v_zero_ptr + page * stride_v_zero + place * (V_GROUPS * BLOCK_SIZE)
         v_unit = v_unit_ptr + page * stride_v_unit + place
         exponent = value_exponent(v_scale, v_unit, BLOCK_SIZE, V_GROUPS, SCALE_BITS)
         weights, max_M, decay_M = column_weights(scores, exponent, HEADROOM, max_M)
         sum_NM = sum_NM * decay_M[None, :] + sum_weights(weights, IS_GPU) * tl.math.exp2(-exponent)
-        v_codes = v_codes_ptr + page * stride_v_codes + place * (DIM_V * V_BYTES)
-        more = ()
-        more_zeros = ()
-        for group in tl.static_range(V_GROUPS):
-            acc_DM, zeros_NM = weigh_codes(
-                v_codes + group * CHANNELS * V_BYTES,
-                v_scale + group * BLOCK_SIZE,
-                v_zero + group * BLOCK_SIZE,
-                weights,
-                exponent,
-                acc[group] * decay_M[None, :],
-                zeros[group] * decay_M[None, :],
-                CHANNELS,
-                BLOCK_SIZE,
-                V_BITS,
-                IS_GPU,
-            )
-            more = append(more, acc_DM)
-            more_zeros = append(more_zeros, zeros_NM)
-        acc = more
-        zeros = more_zeros
+        v_codes = v_codes_ptr + page * stride_v_codes + place * (DIM_V * BLOCK_SIZE * V_BITS // 8)
+        acc, zeros = weigh_block(
+            v_codes, v_scale, v_zero, weights, exponent, decay_M, acc, zeros,
+            CHANNELS, BLOCK_SIZE, V_BITS, IS_GPU,
+        )  # fmt: skip
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
     sum_M = tl.max(sum_NM, 0)
     for group in tl.static_range(V_GROUPS):

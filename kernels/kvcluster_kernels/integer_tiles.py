@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvcluster_kernels.codes import CODE_UNIT, dot, unpack
-from kvcluster_kernels.softmax import append
+from kvcluster_kernels.softmax import append, to_base_2, visible_columns
 
 HEADROOM = tl.constexpr(15.0)
 """The largest weight is 2^HEADROOM: float16 then tells 2^-39 of it from nothing."""
@@ -126,6 +126,48 @@ def score_codes(
 
 
 @triton.jit
+def score_block(
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    q_fields: tl.tuple,
+    scale_M: tl.tensor,
+    softcap: tl.tensor,
+    first: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    position: tl.tensor,
+    q_positions_M: tl.tensor,
+    window: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tl.tuple:
+    """Scores of a block, to base 2, part by part [P, M], as `visible_columns` leaves them."""
+    P: tl.constexpr = BLOCK_SIZE // PARTS
+    scores = ()
+    for group in tl.static_range(GROUPS):
+        folded, zero_M = fold_queries(
+            q_fields, scale_ptr + group * DIM, zero_ptr + group * DIM, DIM, BITS, IS_GPU
+        )
+        for part in tl.static_range(group * PARTS // GROUPS, (group + 1) * PARTS // GROUPS):
+            products_PM = score_codes(codes_ptr, folded, zero_M, part * P, P, DIM, BITS, IS_GPU)
+            scores_PM = visible_columns(
+                to_base_2(products_PM, scale_M[None, :], softcap, HAS_SOFTCAP),
+                first + part * P, start, end, position + part * P,
+                q_positions_M, window, HAS_POSITIONS, HAS_WINDOW,
+            )  # fmt: skip
+            scores = append(scores, scores_PM)
+    return scores
+
+
+@triton.jit
 def value_exponent(
     scale_ptr: tl.tensor,
     unit_ptr: tl.tensor,
@@ -194,6 +236,43 @@ def weigh_codes(
     if scale_ptr.dtype.element_ty != tl.uint8:
         some_NM = some_NM * tl.math.exp2(-exponent)
     return acc_DM, zeros_NM + some_NM
+
+
+@triton.jit
+def weigh_block(
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    weights: tl.tuple,
+    exponent: tl.tensor,
+    decay_M: tl.tensor,
+    acc: tl.tuple,
+    zeros: tl.tuple,
+    CHANNELS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tuple[tl.tuple, tl.tuple]:
+    """`weigh_codes` of every group of channels, earlier sums times their decay."""
+    found = ()
+    found_zeros = ()
+    for group in tl.static_range(len(acc)):
+        acc_DM, zeros_NM = weigh_codes(
+            codes_ptr + group * (CHANNELS * BLOCK_SIZE * BITS // 8),
+            scale_ptr + group * BLOCK_SIZE,
+            zero_ptr + group * BLOCK_SIZE,
+            weights,
+            exponent,
+            acc[group] * decay_M[None, :],
+            zeros[group] * decay_M[None, :],
+            CHANNELS,
+            BLOCK_SIZE,
+            BITS,
+            IS_GPU,
+        )
+        found = append(found, acc_DM)
+        found_zeros = append(found_zeros, zeros_NM)
+    return found, found_zeros
 
 
 @triton.jit

@@ -193,3 +193,20 @@ def load_queries(
     places_M = (tokens_M * num_kv_heads + head) * GROUP + rows_M % GROUP
     mask_MD = (rows_M < NUM_ROWS)[:, None] & (offs_d < DIM)[None, :]
     return tl.load(q_ptr + places_M[:, None] * DIM + offs_d[None, :], mask=mask_MD, other=0.0)
+
+
+@triton.jit
+def load_query_positions(
+    q_positions_ptr: tl.tensor,
+    row: tl.tensor,
+    rows_M: tl.tensor,
+    NUM_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+) -> tl.tensor:
+    """Of the query rows of a KV head; any numbers where there are none."""
+    positions_M = rows_M
+    if HAS_POSITIONS:
+        q_positions_ptr += row * (NUM_ROWS // GROUP)
+        positions_M = tl.load(q_positions_ptr + rows_M // GROUP, mask=rows_M < NUM_ROWS, other=0)
+    return positions_M

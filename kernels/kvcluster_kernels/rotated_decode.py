@@ -34,6 +34,7 @@ from kvcluster_kernels.paging import (
     PagedRows,
     Partial,
     SplitPartials,
+    load_query_positions,
     split_tiles,
 )
 from kvcluster_kernels.softmax import (
@@ -165,14 +166,13 @@ def _rotated_kernel(
     HAS_MEAN: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> None:
-    K_BYTES: tl.constexpr = DIM * BITS // 8
     PARTS: tl.constexpr = 8 // BITS
+    K_BYTES: tl.constexpr = DIM // PARTS
     P: tl.constexpr = BLOCK_SIZE // PARTS
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
     split = tl.program_id(0) // ROW_TILES
     rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
-    row = tl.program_id(2)
+    head, num_kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
     rotated_q, size_M = load_query_fields(
         rotated_q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM, BITS, IS_SCALED=False
@@ -180,10 +180,9 @@ def _rotated_kernel(
     plain_q, plain_size_M = load_query_fields(
         q_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM, 8, IS_SCALED=False
     )
-    q_positions_M = rows_M
-    if HAS_POSITIONS:
-        q_positions_ptr += row * (NUM_ROWS // GROUP)
-        q_positions_M = tl.load(q_positions_ptr + rows_M // GROUP, mask=rows_M < NUM_ROWS, other=0)
+    q_positions_M = load_query_positions(
+        q_positions_ptr, row, rows_M, NUM_ROWS, GROUP, HAS_POSITIONS
+    )
     blocks_ptr += row.to(tl.int64) * max_blocks
     block_positions_ptr += row.to(tl.int64) * max_blocks
 
@@ -196,7 +195,6 @@ def _rotated_kernel(
         place = block % PAGE_BLOCKS * num_kv_heads + head
         k_codes = k_codes_ptr + page * stride_k_codes + place * (BLOCK_SIZE * K_BYTES)
         k_scale = k_scale_ptr + page * stride_k_scale + place * BLOCK_SIZE
-        v_codes = v_codes_ptr + page * stride_v_codes + place * (DIM * P)
         v_scale = v_scale_ptr + page * stride_v_scale + place * BLOCK_SIZE
         position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
         mean_M = tl.zeros([BLOCK_M], tl.float32)
@@ -214,18 +212,17 @@ def _rotated_kernel(
             scale_P = load_scales(k_scale + part * P, P, P).to(tl.float32)
             products_PM = products_PM * scale_P[:, None] * size_M[None, :] + mean_M[None, :]
             scores_PM = visible_columns(
-                to_base_2(products_PM, scale, softcap, HAS_SOFTCAP),
-                tile * BLOCK_SIZE + part * P, start, end, position + part * P,
-                q_positions_M, window, HAS_POSITIONS, HAS_WINDOW,
+                to_base_2(products_PM, scale, softcap, HAS_SOFTCAP), tile * BLOCK_SIZE + part * P,
+                start, end, position + part * P, q_positions_M, window, HAS_POSITIONS, HAS_WINDOW,
             )  # fmt: skip
             scores = append(scores, scores_PM)
             scales = append(scales, load_scales(v_scale + part * P, P, P).to(tl.float32))
         products, max_M, sum_M, decay_M = column_products(scores, scales, HEADROOM, max_M, sum_M)
+        packed_DP = load_tile(v_codes_ptr + page * stride_v_codes + place * (DIM * P), DIM, DIM, P)
+        fields = unpack_levels(packed_DP, BITS, IS_GPU)
         acc_DM = acc_DM * decay_M[None, :]
-        fields = unpack_levels(load_tile(v_codes, DIM, DIM, P), BITS, IS_GPU)
         for part in tl.static_range(PARTS):
             acc_DM = dot(fields[part], products[part], acc_DM, IS_GPU)
-    first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
-    store_columns(
-        out_ptr, lse_ptr, acc_DM, max_M - HEADROOM, sum_M, first_row, rows_M, NUM_ROWS, DIM, 0, DIM
-    )
+    first = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
+    max_M = max_M - HEADROOM
+    store_columns(out_ptr, lse_ptr, acc_DM, max_M, sum_M, first, rows_M, NUM_ROWS, DIM, 0, DIM)
