@@ -30,11 +30,13 @@ LATENT = (
     "latent:r=0.5,bits=8,values=exact",
     "latent:r=0.5,bits=4,values=rotated3,ranks=adaptive",
     "latent:r=0.25,bits=3,keys=int4,windowed=int8",
+    "latent:r=0.25,value_r=0.5,bits=4,ranks=filled",
 )
 JOINED = (
     "latent:r=0.25,layers=2",
     "latent:r=0.25,bits=4,values=rotated3,ranks=adaptive,layers=3",
     "latent:r=0.5,bits=8,keys=int4,windowed=int8,layers=2",
+    "latent:r=0.25,value_r=0.5,bits=4,ranks=filled,scale_bits=8,layers=2",
 )
 """Latents of several layers, which some models have."""
 EVERY_CODEC = (

@@ -18,23 +18,15 @@ dimension.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec
 from kvcluster.codec.calibration import Basis
-from kvcluster.codec.latent import LatentKeys, LatentValues, Rotation
+from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues, Rotation
 from kvcluster.types import LayerGeometry
-
-
-class LatentStorage(NamedTuple):
-    """How latents are stored: see `LatentValues`."""
-
-    bits: int | None
-    group: int
-    scale_bits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +46,7 @@ class JoinedValues(LatentValues):
         self, member: Member, own: Basis, *, num_heads: int, rank: int, storage: LatentStorage
     ) -> None:
         """`own`: the layer's part of the group's basis."""
-        super().__init__(own, num_heads=num_heads, rank=rank, **storage._asdict())
+        super().__init__(own, num_heads=num_heads, rank=rank, storage=storage)
         self.member = member
 
     def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> NoReturn:  # noqa: ARG002
@@ -74,9 +66,7 @@ class JoinedKeys(LatentKeys):
         rotation: Rotation | None,
         storage: LatentStorage,
     ) -> None:
-        super().__init__(
-            own, num_heads=num_heads, rank=rank, rotation=rotation, **storage._asdict()
-        )
+        super().__init__(own, num_heads=num_heads, rank=rank, rotation=rotation, storage=storage)
         self.member = member
 
     def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> NoReturn:  # noqa: ARG002
@@ -132,7 +122,7 @@ def joined_keys(
         num_heads=num_layers * num_heads,
         rank=rank,
         rotation=None if all(r is None for r in rotations) else _SideBySide(rotations),
-        **storage._asdict(),
+        storage=storage,
     )
     return [
         JoinedKeys(
@@ -153,7 +143,7 @@ def joined_values(
     basis: Basis, num_layers: int, *, num_heads: int, rank: int, storage: LatentStorage
 ) -> list[JoinedValues]:
     """The same for values."""
-    whole = LatentValues(basis, num_heads=num_layers * num_heads, rank=rank, **storage._asdict())
+    whole = LatentValues(basis, num_heads=num_layers * num_heads, rank=rank, storage=storage)
     return [
         JoinedValues(
             Member(whole, place, num_layers), own, num_heads=num_heads, rank=rank, storage=storage

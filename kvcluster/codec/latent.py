@@ -6,8 +6,9 @@ calibration fitted (`codec/calibration.py`). Keys are projected as they were bef
 they are of lower rank, and rotated again when they are read.
 
 Stored is the latent as one head [1, S, C], as float16 (`ExactArray`: plane `x`) or quantized per
-direction in groups of tokens (`ChannelQuantizer`: its planes, documented there); no mean, which is
-in the basis. To read keys: latent, times `up`, plus mean, rotated to the token's position.
+direction in groups of tokens (`ChannelQuantizer`: its planes, documented there; with `grades`, a
+section of directions for each width); no mean, which is in the basis. To read keys: latent, times
+`up`, plus mean, rotated to the token's position.
 
 Shape letters: B blocks, K KV heads, S tokens of a block, D head dimension, F = K * D, C latent
 dimension, T tokens, H query heads, I and J rows and columns of a matrix.
@@ -15,6 +16,7 @@ dimension, T tokens, H query heads, I and J rows and columns of a matrix.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
@@ -24,9 +26,11 @@ from kvcluster.codec.array import ArrayCodec, BlockShape, Plane
 from kvcluster.codec.calibration import Basis
 from kvcluster.codec.checks import shape_of_blocks
 from kvcluster.codec.exact_array import ExactArray
+from kvcluster.codec.filling import Grade
 from kvcluster.codec.inner import inner_values
 from kvcluster.codec.quantized import ChannelQuantizer
 from kvcluster.codec.rounding import MAX_HALF, power_of_two_at_least
+from kvcluster.codec.sections import Sections
 
 _DOUBLE_BITS: Final = 53
 _ROW_BITS: Final = 23
@@ -38,6 +42,33 @@ class Rotation(Protocol):
     def apply(self, x_BKSD: Tensor, positions_BS: Tensor) -> Tensor: ...
 
     def undo(self, x_BKSD: Tensor, positions_BS: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LatentStorage:
+    """How latents are written."""
+
+    bits: int | None = None
+    """Of a number: None for float16, or what `ChannelQuantizer` offers."""
+    group: int = 64
+    """As in `ChannelQuantizer`; unused for float16."""
+    scale_bits: int = 16
+    """Likewise."""
+    grades: tuple[Grade, ...] = ()
+    """Instead of `bits`: those of the leading directions, then of the next, ..."""
+
+    def codec(self, rank: int) -> ArrayCodec:
+        """Of the latent as one head. Raises: ValueError where `grades` are not of this rank."""
+        if not self.grades:
+            return ExactArray(torch.float16) if self.bits is None else self._quantizer(self.bits)
+        codecs = tuple(self._quantizer(grade.bits) for grade in self.grades)
+        dims = tuple(grade.num_directions for grade in self.grades)
+        if sum(dims) != rank:
+            raise ValueError(f"grades are of {sum(dims)} directions, not of {rank}")
+        return Sections(codecs, dims)
+
+    def _quantizer(self, bits: int) -> ChannelQuantizer:
+        return ChannelQuantizer(bits, group=self.group, scale_bits=self.scale_bits)
 
 
 class LatentValues:
@@ -53,12 +84,9 @@ class LatentValues:
         *,
         num_heads: int,
         rank: int,
-        bits: int | None = None,
-        group: int = 64,
-        scale_bits: int = 16,
+        storage: LatentStorage = LatentStorage(),
     ) -> None:
-        """`basis` must be on the device of the blocks. `bits` of a latent: None for float16, or
-        what `ChannelQuantizer` offers; `group` and `scale_bits` are its, unused with None.
+        """`basis` must be on the device of the blocks.
 
         Raises: ValueError for a rank that the basis does not have, or heads that do not divide it.
         """
@@ -72,11 +100,7 @@ class LatentValues:
         self._basis = basis
         self._down = _FixedPointMatrix(basis.down_FC)
         self._up = _FixedPointMatrix(basis.up_CF)
-        self._stored: ArrayCodec = (
-            ExactArray(torch.float16)
-            if bits is None
-            else ChannelQuantizer(bits, group=group, scale_bits=scale_bits)
-        )
+        self._stored = storage.codec(rank)
 
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         if (shape.num_heads, shape.dim) != (self.num_heads, self.dim):
@@ -135,14 +159,10 @@ class LatentKeys:
         num_heads: int,
         rank: int,
         rotation: Rotation | None,
-        bits: int | None = None,
-        group: int = 64,
-        scale_bits: int = 16,
+        storage: LatentStorage = LatentStorage(),
     ) -> None:
         """As `LatentValues`; `rotation` is the layer's, None where it has none."""
-        self._unrotated = LatentValues(
-            basis, num_heads=num_heads, rank=rank, bits=bits, group=group, scale_bits=scale_bits
-        )
+        self._unrotated = LatentValues(basis, num_heads=num_heads, rank=rank, storage=storage)
         self._rotation = rotation
 
     @property

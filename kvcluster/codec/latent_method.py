@@ -1,6 +1,7 @@
 """Codec `latent`: keys, values or both as learned latents; the other array as any other codec."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, Literal
 
 from kvcluster.codec.array import ArrayCodec
@@ -11,14 +12,16 @@ from kvcluster.codec.calibration import (
     LayerCalibration,
     adaptive_ranks,
 )
-from kvcluster.codec.joined import LatentStorage, joined_keys, joined_values, layer_groups
-from kvcluster.codec.latent import LatentKeys, LatentValues
+from kvcluster.codec.filling import filled_grades
+from kvcluster.codec.joined import joined_keys, joined_values, layer_groups
+from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues
 from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec, refuse_values_in_keys
 from kvcluster.codec.plain_methods import PLAIN
 from kvcluster.policy import Arguments, Method, Parameter, PlugPoint
 
 _LATENT: Final = "latent"
 _RANK_MULTIPLE: Final = 4
+_FLOAT16_BITS: Final = 16
 MAX_JOINED_LAYERS: Final = 8
 """Bases grow with the square of the layers, and each layer reads the latent of all."""
 _Array = Literal["keys", "values"]
@@ -52,8 +55,10 @@ def _latents(array: _Array, arguments: Arguments, model: CodecModel) -> list[Arr
     groups = layer_groups(model.spec.layers, int(arguments["layers"]))
     bases = [_basis(array, group, calibration, int(arguments["layers"])) for group in groups]
     codecs: list[ArrayCodec] = []
-    for group, basis, rank in zip(groups, bases, _ranks(bases, arguments), strict=True):
-        codecs += _of_group(array, group, (basis.to(model.device), rank), arguments, model)
+    for group, basis, rank_and_storage in zip(
+        groups, bases, _stored(bases, _share(array, arguments), arguments), strict=True
+    ):
+        codecs += _of_group(array, group, basis.to(model.device), rank_and_storage, model)
     return codecs
 
 
@@ -73,37 +78,62 @@ def _basis(array: _Array, group: range, calibration: Calibration, num_layers: in
 def _of_group(
     array: _Array,
     group: range,
-    basis_and_rank: tuple[Basis, int],
-    arguments: Arguments,
+    basis: Basis,
+    rank_and_storage: tuple[int, LatentStorage],
     model: CodecModel,
 ) -> Sequence[ArrayCodec]:
     """The codec of each layer of a group, or of one layer alone."""
-    basis, rank = basis_and_rank
-    bits = int(arguments["bits"])
-    storage = LatentStorage(
-        bits=None if bits == 16 else bits,
-        group=int(arguments["group"]),
-        scale_bits=int(arguments["scale_bits"]),
-    )
+    rank, storage = rank_and_storage
     heads = model.spec.layers[group[0]].num_kv_heads
     rotations = [None if model.rotations is None else model.rotations[layer] for layer in group]
     alone = len(group) == 1
     if array == "values":
         if alone:
-            return [LatentValues(basis, num_heads=heads, rank=rank, **storage._asdict())]
+            return [LatentValues(basis, num_heads=heads, rank=rank, storage=storage)]
         return joined_values(basis, len(group), num_heads=heads, rank=rank, storage=storage)
     if alone:
         [rotation] = rotations
-        return [
-            LatentKeys(basis, num_heads=heads, rank=rank, rotation=rotation, **storage._asdict())
-        ]
+        return [LatentKeys(basis, num_heads=heads, rank=rank, rotation=rotation, storage=storage)]
     return joined_keys(basis, num_heads=heads, rank=rank, rotations=rotations, storage=storage)
 
 
-def _ranks(bases: Sequence[Basis], arguments: Arguments) -> Sequence[int]:
-    """Latent dimension of each layer, or group of them: multiples of 4."""
-    share = float(arguments["r"])
-    if arguments["ranks"] == "adaptive":
+def _share(array: _Array, arguments: Arguments) -> float:
+    own = float(arguments["value_r"]) if array == "values" else 0.0
+    return own or float(arguments["r"])
+
+
+def _stored(
+    bases: Sequence[Basis], share: float, arguments: Arguments
+) -> list[tuple[int, LatentStorage]]:
+    """Latent dimension of each layer, or group of them, and how its latents are written."""
+    bits = int(arguments["bits"])
+    storage = LatentStorage(
+        bits=None if bits == _FLOAT16_BITS else bits,
+        group=int(arguments["group"]),
+        scale_bits=int(arguments["scale_bits"]),
+    )
+    if arguments["ranks"] != "filled":
+        is_adaptive = arguments["ranks"] == "adaptive"
+        return [(rank, storage) for rank in _ranks(bases, share, is_adaptive=is_adaptive)]
+    # Two of them: scale and zero-point.
+    scale_share = 2 * storage.scale_bits / storage.group
+    num_directions = sum(len(basis.mean_F) for basis in bases)
+    grades = filled_grades(
+        [basis.spectrum_F[: basis.rank] for basis in bases],
+        bits_per_token=share
+        * num_directions
+        * (bits if storage.bits is None else bits + scale_share),
+        scale_share=scale_share,
+    )
+    return [
+        (sum(grade.num_directions for grade in of_basis), replace(storage, grades=of_basis))
+        for of_basis in grades
+    ]
+
+
+def _ranks(bases: Sequence[Basis], share: float, *, is_adaptive: bool) -> Sequence[int]:
+    """Latent dimensions that are multiples of 4."""
+    if is_adaptive:
         mean_rank = share * sum(len(basis.mean_F) for basis in bases) / len(bases)
         spectra = [basis.spectrum_F[: basis.rank] for basis in bases]
         return adaptive_ranks(
@@ -116,7 +146,8 @@ def _ranks(bases: Sequence[Basis], arguments: Arguments) -> Sequence[int]:
     for rank, basis in zip(ranks, bases, strict=True):
         if rank > basis.rank:
             raise ValueError(
-                f"r={share:g} is rank {rank}, and the calibration file has {basis.rank} directions"
+                f"a share of {share:g} is rank {rank}, and the calibration file has {basis.rank} "
+                "directions"
             )
     return ranks
 
@@ -137,6 +168,13 @@ LATENT: Final = CodecMethod(
                 highest=1.0,
                 is_lowest_open=True,
             ),
+            Parameter(
+                name="value_r",
+                meaning="the same for values, which want more; 0: as r",
+                default=0.0,
+                lowest=0.0,
+                highest=1.0,
+            ),
             Parameter(name="bits", meaning="bits of a latent", default=16, choices=(16, 8, 4, 3)),
             Parameter(
                 name="keys", meaning="how keys are written", default=_LATENT, choices=_CHOICES
@@ -146,9 +184,10 @@ LATENT: Final = CodecMethod(
             ),
             Parameter(
                 name="ranks",
-                meaning="one latent dimension for all layers, or each what its spectrum asks for",
+                meaning="one latent dimension for all layers, or each what its spectrum asks for; "
+                "filled: the same bytes, and each direction the bits that its size asks for",
                 default="fixed",
-                choices=("fixed", "adaptive"),
+                choices=("fixed", "adaptive", "filled"),
             ),
             Parameter(
                 name="layers",

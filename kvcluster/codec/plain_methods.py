@@ -95,7 +95,7 @@ def _by_powers_of_two(codec: Rotated, dim: int) -> ArrayCodec:
     if dim % 8:
         raise ValueError(f"rotated codecs want a head dimension that is a multiple of 8, not {dim}")
     dims = powers_of_two(dim)
-    return codec if len(dims) == 1 else Sections(codec, dims)
+    return codec if len(dims) == 1 else Sections((codec,) * len(dims), dims)
 
 
 FP8: Final = _plain("fp8", "e4m3 floats", lambda _: LayerCodec(Float8(), Float8(transposed=True)))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
 from kvcluster.codec.calibration import Basis, fit_keys, fit_values
-from kvcluster.codec.latent import LatentKeys, LatentValues
+from kvcluster.codec.filling import Grade
+from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues
 from kvcluster.codec.moments import MomentSums
 from kvcluster.codec.packing import CODE_BITS
 
@@ -73,13 +74,15 @@ KEYS, VALUES = fitted()
 
 
 def latent_keys(rank: int = LOW_RANK, bits: int | None = None, scale_bits: int = 16) -> LatentKeys:
-    return LatentKeys(
-        KEYS, num_heads=3, rank=rank, rotation=TURN, bits=bits, group=16, scale_bits=scale_bits
-    )
+    storage = LatentStorage(bits=bits, group=16, scale_bits=scale_bits)
+    return LatentKeys(KEYS, num_heads=3, rank=rank, rotation=TURN, storage=storage)
 
 
-def latent_values(rank: int = LOW_RANK, bits: int | None = None) -> LatentValues:
-    return LatentValues(VALUES, num_heads=3, rank=rank, bits=bits, group=16)
+def latent_values(
+    rank: int = LOW_RANK, bits: int | None = None, grades: tuple[Grade, ...] = ()
+) -> LatentValues:
+    storage = LatentStorage(bits=bits, group=16, grades=grades)
+    return LatentValues(VALUES, num_heads=3, rank=rank, storage=storage)
 
 
 CODECS: dict[str, ArrayCodec] = {
@@ -93,6 +96,7 @@ CODECS: dict[str, ArrayCodec] = {
     "values": latent_values(),
     "values-4": latent_values(bits=4),
     "values-3": latent_values(rank=24, bits=3),
+    "values-graded": latent_values(rank=32, grades=(Grade(4, 16), Grade(3, 8), Grade(2, 8))),
 }
 
 

@@ -38,7 +38,7 @@ def test_a_section_has_the_bytes_that_it_has_alone(
     codec: ArrayCodec, dims: tuple[int, ...]
 ) -> None:
     x_BKSD = blocks(sum(dims))
-    sections = Sections(codec, dims)
+    sections = Sections((codec,) * len(dims), dims)
 
     planes = sections.encode(x_BKSD, POSITIONS_BS)
 
@@ -53,7 +53,7 @@ def test_a_section_has_the_bytes_that_it_has_alone(
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_planes_are_those_declared_and_have_names_of_their_own(codec: ArrayCodec) -> None:
-    sections = Sections(codec, (16, 8))
+    sections = Sections((codec, codec), (16, 8))
 
     declared = sections.planes(BlockShape(2, 32, 24))
 
@@ -67,14 +67,14 @@ def test_the_planes_are_those_declared_and_have_names_of_their_own(codec: ArrayC
 
 def test_sections_of_another_dimension_are_refused() -> None:
     with pytest.raises(ValueError, match="must be 24, not 32"):
-        Sections(Rotated(4), (16, 8)).planes(BlockShape(1, 32, 32))
+        Sections((Rotated(4), Rotated(4)), (16, 8)).planes(BlockShape(1, 32, 32))
 
 
 def test_a_plane_too_few_is_refused() -> None:
-    sections = Sections(Rotated(4), (16, 8))
+    sections = Sections((Rotated(4), Rotated(4)), (16, 8))
     planes = sections.encode(blocks(24), POSITIONS_BS)
 
-    with pytest.raises(ValueError, match="2 sections"):
+    with pytest.raises(ValueError, match="have 4 planes, not 3"):
         sections.decode(planes[:-1], POSITIONS_BS)
 
 
@@ -110,7 +110,7 @@ def test_a_head_of_a_power_of_two_is_rotated_in_one_piece() -> None:
     [layer] = rotated_codecs(128, 96, values_in_keys=False).layers("rotated3")
 
     assert layer.keys == Rotated(3, centred=True)
-    assert layer.values == Sections(Rotated(3, transposed=True), (64, 32))
+    assert layer.values == Sections((Rotated(3, transposed=True),) * 2, (64, 32))
 
 
 @pytest.mark.parametrize("dims", [(12, 16), (16, 12)])
