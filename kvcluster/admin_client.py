@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
+from kvcluster.client_tls import ClientTls, open_channel
 from kvcluster.errors import ServerUnavailable
 from kvcluster.router.status import error_from_rpc
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
@@ -25,8 +26,11 @@ class AdminClient:
     Methods raise the error that the server answered with, and ServerUnavailable when there is none.
     """
 
-    def __init__(self, address: str, *, api_key: str | None = None) -> None:
-        self._channel = aio.insecure_channel(address)
+    def __init__(
+        self, address: str, *, api_key: str | None = None, tls: ClientTls | None = None
+    ) -> None:
+        """As of `client.Client`."""
+        self._channel = open_channel(address, tls)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
     async def __aenter__(self) -> Self:

@@ -14,6 +14,7 @@ import msgspec
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
+from kvcluster.client_tls import ClientTls, open_channel
 from kvcluster.engine.api import (
     Estimate,
     GenerationEvent,
@@ -104,8 +105,12 @@ class Client:
     server, and DeadlineExceeded.
     """
 
-    def __init__(self, address: str, *, api_key: str | None = None) -> None:
-        self._channel = aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    def __init__(
+        self, address: str, *, api_key: str | None = None, tls: ClientTls | None = None
+    ) -> None:
+        """`api_key`: the secret of a key, or a token of the server's identity provider. `tls`: None
+        connects unencrypted. Raises: ConfigError for certificates that cannot be used."""
+        self._channel = open_channel(address, tls, _CHANNEL_OPTIONS)
         self._stub = InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()

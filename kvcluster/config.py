@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from kvcluster.config_access import OidcConfig, TlsConfig
 from kvcluster.errors import ConfigError
 
 
@@ -144,7 +145,7 @@ class RouterConfig:
     """HOST:PORT; port 0 takes a free one."""
 
     insecure_local: bool = False
-    """Serve callers without an API key, on loopback only. Required where there is no
+    """Serve callers without a credential, on loopback only. Required where there is no
     `tenancy.database`."""
 
     max_message_bytes: int = 4 * 1024 * 1024
@@ -187,6 +188,10 @@ class TenancyConfig:
 
     purge_after_s: float = 30 * 24 * 3600.0
     """How long a deleted tenant can be undeleted."""
+
+    root_key: str = ""
+    """File with 64 hexadecimal digits, or `env:NAME` of a variable with them: wraps the tenants'
+    data keys and signs the audit log. Empty: whoever reads the database reads the data keys."""
 
     def __post_init__(self) -> None:
         Address.parse("tenancy.admin_listen", self.admin_listen)
@@ -236,6 +241,8 @@ class ClusterConfig:
     ring: RingConfig = field(default_factory=RingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     tenancy: TenancyConfig = field(default_factory=TenancyConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    oidc: OidcConfig = field(default_factory=OidcConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

@@ -17,11 +17,13 @@ import typer
 
 from kvcluster import config_sources
 from kvcluster.cli.api_key import API_KEY_HELP, api_key_from
+from kvcluster.cli.connection import Server, parse_server
 from kvcluster.cli.exits import ExitCode, exiting, print_json
 from kvcluster.config import Address
 from kvcluster.errors import ConfigError, KvClusterError, ModelNotFound
 from kvcluster.model.packages import PACKAGED_MODELS, gguf_parts
 
+_NO_SERVER = Server("")
 _PACKAGES = ("kvcluster", "torch", "transformers", "ray", "grpcio", "triton")
 # Below this, Ray spills its object store to disk and a few ranks can fill the rest.
 _MIN_SHM_BYTES = 2 * 1024**3
@@ -48,14 +50,19 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def doctor(
     *,
-    server: Annotated[str, typer.Option(help="HOST:PORT of a router to ask as well.")] = "",
+    server: Annotated[
+        Server,
+        typer.Option(parser=parse_server, metavar="HOST:PORT", help="A router to ask as well."),
+    ] = _NO_SERVER,
     api_key_file: Annotated[Path | None, typer.Option(help=API_KEY_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One object on stdout.")] = False,
 ) -> None:
     """Check this machine and, with --server, a running cluster. Exits with 3 when a check fails."""
     with exiting(as_json=as_json):
         # With a server given, its port is of course taken.
-        of_server = server_checks(server, api_key_from(api_key_file)) if server else [_settings()]
+        of_server = (
+            server_checks(server, api_key_from(api_key_file)) if server.address else [_settings()]
+        )
         checks = machine_checks() + of_server
         report = Report(is_ok=all(check.is_ok for check in checks), checks=tuple(checks))
         if as_json:
@@ -77,17 +84,20 @@ def machine_checks() -> list[Check]:
     ]
 
 
-def server_checks(server: str, api_key: str | None = None) -> list[Check]:
+def server_checks(server: Server, api_key: str | None = None) -> list[Check]:
     return asyncio.run(_ask(server, api_key))
 
 
-async def _ask(server: str, api_key: str | None) -> list[Check]:
+async def _ask(server: Server, api_key: str | None) -> list[Check]:
     # Only here: the checks of the machine are to work where grpc cannot be imported.
     from kvcluster.client import Client
 
     name = f"server {server}"
     try:
-        async with Client(server, api_key=api_key) as client, asyncio.timeout(_SERVER_TIMEOUT_S):
+        async with (
+            Client(server.address, api_key=api_key, tls=server.tls) as client,
+            asyncio.timeout(_SERVER_TIMEOUT_S),
+        ):
             is_ready = await client.health()
             models = await client.models() if is_ready else ()
     except (KvClusterError, TimeoutError) as error:

@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from kvcluster.cli.api_key import API_KEY_HELP, api_key_from
+from kvcluster.cli.connection import Server, parse_server
 from kvcluster.cli.exits import ExitCode, exiting, print_json
 from kvcluster.cli.transcript import GenerateReport, Transcript
 from kvcluster.engine.api import FinishReason, Output
@@ -18,7 +19,7 @@ from kvcluster.errors import InvalidField
 if TYPE_CHECKING:
     from kvcluster.client import GenerateOptions
 
-DEFAULT_SERVER = "localhost:50051"
+DEFAULT_SERVER = Server("localhost:50051")
 _POLICY_HELP = (
     "How the cache is compressed: a codec (exact, int8, int4 ...), a retention or both ('int4 + "
     "window'), with arguments ('heavy_hitters:budget=20%'), or a bound ('auto: ppl<=1%'). Default: "
@@ -36,7 +37,9 @@ class _Prompt(NamedTuple):
 def generate(
     *,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads stdin.")] = None,
-    server: Annotated[str, typer.Option(help="HOST:PORT of a router.")] = DEFAULT_SERVER,
+    server: Annotated[
+        Server, typer.Option(parser=parse_server, metavar="HOST:PORT", help="A router.")
+    ] = DEFAULT_SERVER,
     model: Annotated[str, typer.Option(help="Default: the one that is served.")] = "",
     file: Annotated[Path | None, typer.Option(help="UTF-8 file with the prompt.")] = None,
     prompt_ids: Annotated[
@@ -95,7 +98,7 @@ def generate(
 
 
 async def _run(
-    server: str,
+    server: Server,
     api_key: str | None,
     source: _Prompt,
     options: "GenerateOptions",
@@ -110,7 +113,7 @@ async def _run(
 
     transcript = Transcript(time.monotonic)
     with PrefillBar(Console(stderr=True), is_transient=True) as bar:
-        async with Client(server, api_key=api_key) as client:
+        async with Client(server.address, api_key=api_key, tls=server.tls) as client:
             events = client.generate(prompt=source.text, prompt_ids=source.token_ids, **options)
             async for received in events:
                 transcript.add(received)

@@ -7,6 +7,7 @@ import typer
 
 from kvcluster.cli.bench import bench
 from kvcluster.cli.calibrate import calibrate
+from kvcluster.cli.connection import with_tls
 from kvcluster.cli.doctor import doctor
 from kvcluster.cli.exits import EXIT_CODES
 from kvcluster.cli.generate import generate
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (serve, generate, doctor, calibrate, bench):
+for command in (serve, with_tls(generate), with_tls(doctor), calibrate, bench):
     app.command(epilog=EXIT_CODES)(command)
 app.add_typer(tenants)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvcluster.cli.connection import with_tls
 from kvcluster.cli.exits import EXIT_CODES, exiting
 from kvcluster.cli.tenants_access import (
     create_api_key,
@@ -67,6 +68,7 @@ def bootstrap(
 
 
 @tenants.command()
+@with_tls
 def create_tenant(
     tenant: TenantArgument,
     *,
@@ -96,6 +98,7 @@ def create_tenant(
 
 
 @tenants.command()
+@with_tls
 def get_tenant(
     tenant: TenantArgument,
     *,
@@ -112,6 +115,7 @@ def get_tenant(
 
 
 @tenants.command()
+@with_tls
 def list_tenants(
     *,
     filter_: FilterOption = "",
@@ -133,6 +137,7 @@ def list_tenants(
 
 
 @tenants.command()
+@with_tls
 def update_tenant(
     tenant: TenantArgument,
     *,
@@ -170,6 +175,7 @@ def update_tenant(
 
 
 @tenants.command()
+@with_tls
 def delete_tenant(
     tenant: TenantArgument,
     *,
@@ -188,6 +194,7 @@ def delete_tenant(
 
 
 @tenants.command()
+@with_tls
 def undelete_tenant(
     tenant: TenantArgument,
     *,
@@ -204,6 +211,7 @@ def undelete_tenant(
 
 
 @tenants.command()
+@with_tls
 def suspend_tenant(
     tenant: TenantArgument,
     *,
@@ -221,6 +229,7 @@ def suspend_tenant(
 
 
 @tenants.command()
+@with_tls
 def resume_tenant(
     tenant: TenantArgument,
     *,
@@ -237,6 +246,7 @@ def resume_tenant(
 
 
 @tenants.command()
+@with_tls
 def drain_tenant(
     tenant: TenantArgument,
     *,
@@ -259,6 +269,7 @@ def drain_tenant(
 
 
 @tenants.command()
+@with_tls
 def rotate_tenant_key(
     tenant: TenantArgument,
     *,
@@ -278,6 +289,7 @@ def rotate_tenant_key(
 
 
 @tenants.command()
+@with_tls
 def get_tenant_usage(
     tenant: TenantArgument,
     *,
@@ -294,6 +306,7 @@ def get_tenant_usage(
 
 
 @tenants.command()
+@with_tls
 def watch_tenant_usage(
     tenant: TenantArgument,
     *,
@@ -321,4 +334,4 @@ for command in (
     list_audit_events,
     verify_audit_log,
 ):
-    tenants.command()(command)
+    tenants.command()(with_tls(command))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvcluster.cli.api_key import API_KEY_HELP, api_key_from
+from kvcluster.cli.connection import Server, parse_server
 from kvcluster.cli.exits import print_json
 from kvcluster.errors import InvalidField
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 
     from kvcluster.rpc.v1 import tenant_service_pb2 as pb
 
-DEFAULT_ADMIN = "localhost:50052"
+DEFAULT_ADMIN = Server("localhost:50052")
 _TIMEOUT_S = 60.0
 _TENANT = re.compile(r"(tenants/)?([a-z0-9-]{1,63})")
 
 TenantArgument = Annotated[str, typer.Argument(help="Id of the tenant.")]
-ServerOption = Annotated[str, typer.Option(help="HOST:PORT of a router's admin port.")]
+ServerOption = Annotated[
+    Server,
+    typer.Option(parser=parse_server, metavar="HOST:PORT", help="Admin port of a router."),
+]
 ApiKeyOption = Annotated[Path | None, typer.Option(help=API_KEY_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One object on stdout.")]
 NameOption = Annotated[str | None, typer.Option(help="For people.")]
@@ -66,18 +70,18 @@ def tenant_name(text: str) -> str:
     return f"tenants/{found[2]}"
 
 
-def ask(server: str, api_key_file: Path | None, request: "Message") -> "Message":
+def ask(server: Server, api_key_file: Path | None, request: "Message") -> "Message":
     """The server's answer. Raises: what the server says, ServerUnavailable."""
     return asyncio.run(_ask(server, api_key_from(api_key_file), request))
 
 
-def list_all(server: str, api_key_file: Path | None, request: Any) -> "Message":
+def list_all(server: Server, api_key_file: Path | None, request: Any) -> "Message":
     """All pages as one answer; one page where the request has a page's size."""
     return asyncio.run(_list_all(server, api_key_from(api_key_file), request))
 
 
 def watch(
-    server: str,
+    server: Server,
     api_key_file: Path | None,
     request: "pb.WatchTenantUsageRequest",
     *,
@@ -100,17 +104,17 @@ def show(answer: "Message", *, as_json: bool) -> None:
         typer.echo("kvcluster: keep the secret now, it cannot be shown again", err=True)
 
 
-async def _ask(server: str, api_key: str | None, request: "Message") -> "Message":
+async def _ask(server: Server, api_key: str | None, request: "Message") -> "Message":
     from kvcluster.admin_client import AdminClient
 
-    async with AdminClient(server, api_key=api_key) as client:
+    async with AdminClient(server.address, api_key=api_key, tls=server.tls) as client:
         return await client.ask(request, timeout_s=_TIMEOUT_S)
 
 
-async def _list_all(server: str, api_key: str | None, request: Any) -> "Message":
+async def _list_all(server: Server, api_key: str | None, request: Any) -> "Message":
     from kvcluster.admin_client import AdminClient
 
-    async with AdminClient(server, api_key=api_key) as client:
+    async with AdminClient(server.address, api_key=api_key, tls=server.tls) as client:
         answer: Any = await client.ask(request, timeout_s=_TIMEOUT_S)
         while answer.next_page_token and not request.page_size:
             request.page_token, answer.next_page_token = answer.next_page_token, ""
@@ -120,7 +124,7 @@ async def _list_all(server: str, api_key: str | None, request: Any) -> "Message"
 
 
 async def _watch(
-    server: str,
+    server: Server,
     api_key: str | None,
     request: "pb.WatchTenantUsageRequest",
     count: int,
@@ -130,7 +134,7 @@ async def _watch(
     from kvcluster.admin_client import AdminClient
 
     num_shown = 0
-    async with AdminClient(server, api_key=api_key) as client:
+    async with AdminClient(server.address, api_key=api_key, tls=server.tls) as client:
         async for usage in client.watch_usage(request):
             show(usage, as_json=as_json)
             num_shown += 1

@@ -13,15 +13,15 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 from kvcluster.config import RouterConfig, TenancyConfig
 from kvcluster.engine.api import Backend
 from kvcluster.log import get_logger
-from kvcluster.router.auth import admin_keys
+from kvcluster.router.access import Access
+from kvcluster.router.auth import admin_credentials
 from kvcluster.router.calls import CallWrapper
-from kvcluster.router.listener import bind, host_and_port, loopback, server_options
+from kvcluster.router.listener import bind, host_and_port, reachable, server_options
 from kvcluster.router.open_calls import OpenCalls
 from kvcluster.router.tenant_watch import TenantWatch
 from kvcluster.router.tenants import TenantService
+from kvcluster.router.tls import admin_tls
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
-from kvcluster.tenancy.directory import TenantDirectory
-from kvcluster.tenancy.store import TenantStore
 
 ADMIN_SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TenantService"].full_name
 
@@ -36,8 +36,7 @@ class AdminServer:
         backends: Sequence[Backend],
         router: RouterConfig,
         tenancy: TenancyConfig,
-        store: TenantStore,
-        directory: TenantDirectory,
+        access: Access,
         open_calls: OpenCalls,
         *,
         unix_time: Callable[[], float] = time.time,
@@ -46,14 +45,17 @@ class AdminServer:
         operators. `open_calls`: of the data port. Raises: ConfigError for an address that strangers
         could reach."""
         self._listen = tenancy.admin_listen
-        self._address = loopback("tenancy.admin_listen", tenancy.admin_listen)
+        self._address = reachable(
+            "tenancy.admin_listen", router, tenancy.admin_listen, has_tls=access.tls.is_on
+        )
+        self._tls = admin_tls(access.tls)
         self._config = router
         own_calls = OpenCalls()
         self._watch = TenantWatch(
-            directory, store, backends, (open_calls, own_calls), unix_time=unix_time
+            access.directory, access.store, backends, (open_calls, own_calls), unix_time=unix_time
         )
         self._service = TenantService(
-            store,
+            access.store,
             self._watch,
             backends,
             open_calls,
@@ -61,7 +63,9 @@ class AdminServer:
             unix_time=unix_time,
         )
         self._wrap = CallWrapper(
-            admin_keys(directory, serves_local=router.insecure_local),
+            admin_credentials(
+                access.directory, serves_local=router.insecure_local, tokens=access.tokens
+            ),
             own_calls,
             max_message_bytes=router.max_message_bytes,
             write_timeout_s=router.write_timeout_s,
@@ -85,7 +89,7 @@ class AdminServer:
         reflection.enable_server_reflection(names, self._server)
         for name in ("", ADMIN_SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.ServingStatus.SERVING)
-        self._port = bind(self._server, "tenancy.admin_listen", self._listen)
+        self._port = bind(self._server, "tenancy.admin_listen", self._listen, self._tls)
         await self._server.start()
         self._watching = asyncio.create_task(self._watch.run())
         self._watching.add_done_callback(_log_failure)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvcluster.errors import PermissionDenied
+from kvcluster.tenancy.api_key import uid_in
 from kvcluster.tenancy.directory import (
     TenantDirectory,
     check_served,
@@ -13,6 +14,7 @@ from kvcluster.tenancy.directory import (
 )
 from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
 from kvcluster.tenancy.tenant import OPERATORS, KeyRole, Tenant
+from kvcluster.tenancy.token import TokenVerifier
 from kvcluster.types import DEFAULT_TENANT, TenantId
 
 CallMetadata = Iterable[tuple[str, str | bytes]]
@@ -27,9 +29,12 @@ class Caller:
 
     tenant: TenantId
     principal: str = _LOCAL
-    """Name of the API key; `local` for a call without credential, where such are served."""
+    """Name of the API key, or `oidc:SUBJECT` of a token; `local` for a call without credential,
+    where such are served."""
     key_uid: str = ""
-    """Empty: no credential."""
+    """Of the API key; empty: another credential, or none."""
+    tenant_uid: str = ""
+    """Of the tenant that a token spoke for; empty: no token."""
     role: KeyRole = KeyRole.INFERENCE
 
 
@@ -67,29 +72,49 @@ class InsecureLocal:
         return NO_LIMITS
 
 
-class ApiKeys:
-    """Callers by their API keys. Used in one event loop."""
+class Credentials:
+    """Callers by their API keys and tokens. Used in one event loop."""
 
     def __init__(
-        self, directory: TenantDirectory, *, roles: Iterable[KeyRole], local: Caller | None = None
+        self,
+        directory: TenantDirectory,
+        *,
+        roles: Iterable[KeyRole],
+        local: Caller | None = None,
+        tokens: TokenVerifier | None = None,
     ) -> None:
-        """`roles`: of the keys that are taken here. `local`: who calls without a credential; None:
-        nobody may. A credential that is there has to be good in either case."""
+        """`roles`: of the credentials that are taken here. `local`: who calls without one; None:
+        nobody may. A credential that is there has to be good in either case. `tokens`: None takes
+        API keys alone."""
         self._directory = directory
         self._roles = frozenset(roles)
         self._local = local
+        self._tokens = tokens
 
     def authenticate(self, metadata: CallMetadata) -> Caller:
         """Raises: CredentialInvalid, PermissionDenied, StoreUnavailable."""
         sent = [value for key, value in metadata if key.lower() == "authorization"]
         if not sent and self._local is not None:
             return self._local
-        found = self._directory.credential(_secret_in(sent))
-        if found.key.role not in self._roles:
+        caller = self._caller(_secret_in(sent))
+        if caller.role not in self._roles:
             wanted = ", ".join(sorted(self._roles))
             raise PermissionDenied(
-                f"the API key has the role {found.key.role}; this service wants {wanted}"
+                f"the credential has the role {caller.role}; this service wants {wanted}"
             )
+        return caller
+
+    def _caller(self, secret: str) -> Caller:
+        if self._tokens is not None and uid_in(secret) is None:
+            holder = self._tokens.holder(secret)
+            tenant = self._directory.tenant_named(holder.tenant)
+            return Caller(
+                tenant=tenant.tenant,
+                principal=f"oidc:{holder.subject}",
+                tenant_uid=tenant.uid,
+                role=holder.role,
+            )
+        found = self._directory.credential(secret)
         return Caller(
             tenant=found.tenant.tenant,
             principal=found.key.name,
@@ -106,9 +131,14 @@ class ApiKeys:
         return self._limits(caller, takes_more=True)
 
     def _limits(self, caller: Caller, *, takes_more: bool) -> TenantLimits:
-        if not caller.key_uid:
+        if caller.key_uid:
+            tenant = self._directory.tenant_of(caller.key_uid)
+        elif caller.tenant_uid:
+            # Tokens live for minutes and generations for longer: what a good one began goes on for
+            # as long as its tenant is served.
+            tenant = self._directory.tenant_named(caller.tenant, uid=caller.tenant_uid)
+        else:
             return NO_LIMITS
-        tenant = self._directory.tenant_of(caller.key_uid)
         self._check_state(tenant, takes_more=takes_more)
         return tenant.limits
 
@@ -119,24 +149,28 @@ class ApiKeys:
             check_served(tenant)
 
 
-class AdminKeys(ApiKeys):
+class AdminCredentials(Credentials):
     """Callers of `TenantService`: a suspended tenant may still read that it is."""
 
     def _check_state(self, tenant: Tenant, *, takes_more: bool) -> None:
         pass
 
 
-def inference_keys(directory: TenantDirectory, *, serves_local: bool) -> ApiKeys:
+def inference_credentials(
+    directory: TenantDirectory, *, serves_local: bool, tokens: TokenVerifier | None = None
+) -> Credentials:
     """For `InferenceService`."""
     local = LOCAL_USER if serves_local else None
-    return ApiKeys(directory, roles=(KeyRole.INFERENCE,), local=local)
+    return Credentials(directory, roles=(KeyRole.INFERENCE,), local=local, tokens=tokens)
 
 
-def admin_keys(directory: TenantDirectory, *, serves_local: bool) -> AdminKeys:
+def admin_credentials(
+    directory: TenantDirectory, *, serves_local: bool, tokens: TokenVerifier | None = None
+) -> AdminCredentials:
     """For `TenantService`."""
     local = LOCAL_OPERATOR if serves_local else None
     roles = set(KeyRole) - {KeyRole.INFERENCE}
-    return AdminKeys(directory, roles=roles, local=local)
+    return AdminCredentials(directory, roles=roles, local=local, tokens=tokens)
 
 
 def _secret_in(sent: list[str | bytes]) -> str:

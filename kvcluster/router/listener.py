@@ -4,13 +4,16 @@ from grpc import aio
 
 from kvcluster.config import Address, RouterConfig
 from kvcluster.errors import ConfigError
+from kvcluster.router.tls import ListenerTls
 
 _MAX_METADATA_BYTES = 16 * 1024
 _LOOKAHEAD_BYTES = 1024 * 1024
 _IDENTITY_ONLY = 1
 
 
-def checked_address(config: RouterConfig, *, has_keys: bool = False) -> Address:
+def checked_address(
+    config: RouterConfig, *, has_keys: bool = False, has_tls: bool = False
+) -> Address:
     """Where to listen. `has_keys`: callers are asked for an API key.
 
     Raises: ConfigError when strangers would be let in, or would read keys on their way.
@@ -20,17 +23,22 @@ def checked_address(config: RouterConfig, *, has_keys: bool = False) -> Address:
             "router.insecure_local: there is no authentication without tenancy.database; set that "
             "one, or add --insecure-local to serve whoever can connect to this machine's loopback"
         )
-    return loopback("router.listen", config.listen)
+    return reachable("router.listen", config, config.listen, has_tls=has_tls)
 
 
-def loopback(key: str, listen: str) -> Address:
-    """Where to listen. Raises: ConfigError, because there is no TLS yet."""
+def reachable(key: str, config: RouterConfig, listen: str, *, has_tls: bool) -> Address:
+    """Where to listen. Raises: ConfigError for an address from which strangers are let in, or on
+    the way to which keys are read."""
     address = Address.parse(key, listen)
-    if not address.is_loopback:
+    if address.is_loopback:
+        return address
+    wanted = f"{key}: want a loopback address such as 127.0.0.1:{address.port}"
+    if config.insecure_local:
         raise ConfigError(
-            f"{key}: want a loopback address such as 127.0.0.1:{address.port}, because there is no "
-            f"TLS yet; got {listen!r}"
+            f"{wanted}, because router.insecure_local serves anyone who can connect; got {listen!r}"
         )
+    if not has_tls:
+        raise ConfigError(f"{wanted}, or set tls.certificate and tls.key; got {listen!r}")
     return address
 
 
@@ -39,9 +47,11 @@ def host_and_port(address: Address, port: int) -> str:
     return f"[{address.host}]:{port}" if ":" in address.host else f"{address.host}:{port}"
 
 
-def bind(server: aio.Server, key: str, listen: str) -> int:
-    """The port that was bound. Raises: ConfigError, naming `key`."""
+def bind(server: aio.Server, key: str, listen: str, tls: ListenerTls | None) -> int:
+    """The port that was bound. Raises: ConfigError, naming `key` or a setting of `tls`."""
     try:
+        if tls is not None:
+            return server.add_secure_port(listen, tls.credentials())
         return server.add_insecure_port(listen)
     except RuntimeError as error:
         raise ConfigError(f"{key}: {listen} cannot be bound, choose another port") from error

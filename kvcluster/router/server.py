@@ -17,6 +17,7 @@ from kvcluster.router.listener import bind, checked_address, host_and_port, serv
 from kvcluster.router.open_calls import OpenCalls
 from kvcluster.router.routing import Routes
 from kvcluster.router.service import InferenceService
+from kvcluster.router.tls import ListenerTls
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -32,14 +33,19 @@ class RouterServer:
         *,
         authenticator: Authenticator | None = None,
         open_calls: OpenCalls | None = None,
+        tls: ListenerTls | None = None,
         health_interval_s: float = 1.0,
         status_timeout_s: float = 5.0,
     ) -> None:
-        """`authenticator`: None lets everybody in, as `config` then has to say.
+        """`authenticator`: None lets everybody in, as `config` then has to say. `tls`: None serves
+        unencrypted, on loopback.
 
         Raises ConfigError when `config` would let strangers in.
         """
-        self._address = checked_address(config, has_keys=authenticator is not None)
+        self._address = checked_address(
+            config, has_keys=authenticator is not None, has_tls=tls is not None
+        )
+        self._tls = tls
         self._config = config
         self._authenticator = authenticator or InsecureLocal()
         self._open_calls = open_calls or OpenCalls()
@@ -63,7 +69,7 @@ class RouterServer:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         await self.publish_health()
-        self._port = bind(self._server, "router.listen", self._config.listen)
+        self._port = bind(self._server, "router.listen", self._config.listen, self._tls)
         await self._server.start()
         self._watching = asyncio.create_task(self._watch_health())
 

@@ -20,6 +20,7 @@ from ray.serve.schema import LoggingConfig
 
 from kvcluster import log
 from kvcluster.config import ClusterConfig
+from kvcluster.config_access import check_together
 from kvcluster.errors import ConfigError, ErrorRecord, from_record
 from kvcluster.model.source import find_model
 from kvcluster.router.listener import checked_address
@@ -76,7 +77,8 @@ def run(config: ClusterConfig, on_ready: "Callable[[RunningApp], None]") -> None
 def running(config: ClusterConfig) -> Iterator[RunningApp]:
     """A cluster that serves inside the `with` block. Uses the Ray cluster that this process is
     connected to; else connects to `config.ray_address` or starts one, and ends it afterwards."""
-    checked_address(config.router, has_keys=bool(config.tenancy.database))
+    check_together(config.tls, config.oidc, has_tenants=bool(config.tenancy.database))
+    checked_address(config.router, has_keys=bool(config.tenancy.database), has_tls=config.tls.is_on)
     find_model(config.model)
     owns_ray = not ray.is_initialized()
     if owns_ray:

@@ -28,7 +28,9 @@ class Ingress:
     def __init__(self, config: ClusterConfig, *engines: "DeploymentHandle[Any]") -> None:
         log.configure(level=config.log.level, as_json=True)
         backends = [RemoteBackend(engine) for engine in engines]
-        self._server = FrontDoor(backends, config.router, config.tenancy)
+        self._server = FrontDoor(
+            backends, config.router, config.tenancy, tls=config.tls, oidc=config.oidc
+        )
         # At once, not when asked: Serve starts a router that died again, and nobody asks then.
         self._starting = asyncio.get_running_loop().create_task(self._server.start())
 

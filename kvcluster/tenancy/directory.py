@@ -74,6 +74,15 @@ class TenantDirectory:
             raise invalid_credential()
         return self._tenant_of(key)
 
+    def tenant_named(self, tenant: TenantId, *, uid: str = "") -> Tenant:
+        """The tenant that a token speaks for; `uid`: that and no later one of the same id. Raises:
+        CredentialInvalid where there is none, StoreUnavailable."""
+        self.refresh()
+        found = self._tenants.get(tenant)
+        if found is None or found.state is TenantState.DELETED or uid not in ("", found.uid):
+            raise invalid_credential()
+        return found
+
     def tenants_since(self, revision: int) -> tuple[Tenant, ...]:
         """Those changed after `revision`, as far as is known here; deleted ones included."""
         return tuple(found for found in self._tenants.values() if found.revision > revision)
@@ -113,6 +122,6 @@ def check_takes_more(tenant: Tenant) -> None:
 def invalid_credential() -> CredentialInvalid:
     """One text for all cases: it does not tell which."""
     return CredentialInvalid(
-        "want 'authorization: Bearer SECRET' with the secret of an API key; there is none, or it "
-        "is unknown, expired or revoked"
+        "want 'authorization: Bearer SECRET' with the secret of an API key or a token of this "
+        "server's identity provider; there is none, or it is unknown, expired or revoked"
     )

@@ -2,11 +2,14 @@ import ast
 import json
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from kvcluster import config as config_module
+from kvcluster import config_access
 from kvcluster.config import Address, ClusterConfig, LogFormat, RouterConfig, TransportKind
+from kvcluster.config_access import OidcConfig, TlsConfig, check_together
 from kvcluster.config_sources import LoadedConfig, known_keys, load
 from kvcluster.errors import ConfigError
 
@@ -46,6 +49,19 @@ VALID: dict[str, object] = {
     "tenancy.database": "tenants.sqlite",
     "tenancy.admin_listen": "[::1]:50053",
     "tenancy.purge_after_s": 60.0,
+    "tenancy.root_key": "root.key",
+    "tls.certificate": "server.crt",
+    "tls.key": "server.key",
+    "tls.client_ca": "clients.pem",
+    "tls.admin_client_ca": "admins.pem",
+    "oidc.issuer": "https://login.example",
+    "oidc.audience": "kvcluster",
+    "oidc.jwks": "https://login.example/jwks",
+    "oidc.algorithms": "ES256, EdDSA",
+    "oidc.tenant_claim": "https://example/tenant",
+    "oidc.role_claim": "role",
+    "oidc.leeway_s": 0.0,
+    "oidc.refresh_s": 60.0,
     "log.level": "debug",
     "log.format": LogFormat.JSON,
 }
@@ -85,6 +101,12 @@ REFUSED: list[tuple[str, object, str]] = [
     ("router.max_concurrent_streams", 0, "want at least 1"),
     ("tenancy.admin_listen", "50052", "want HOST:PORT"),
     ("tenancy.purge_after_s", -1.0, "want at least 0"),
+    ("oidc.algorithms", "RS256,HS256", "want some of RS256"),
+    ("oidc.algorithms", "none", "want some of RS256"),
+    ("oidc.algorithms", "", "want some of RS256"),
+    ("oidc.jwks", "http://login.example/jwks", "want https"),
+    ("oidc.leeway_s", -1.0, "want at least 0"),
+    ("oidc.refresh_s", 0.0, "want more than 0"),
     ("log.level", "trace", "want one of debug, info, warning, error"),
     ("log.format", "xml", "want one of auto, console, json"),
 ]
@@ -283,8 +305,36 @@ def test_a_mistyped_port_variable_is_not_taken_for_one_of_kubernetes() -> None:
         loaded(environ={"KVCLUSTER_ROUTER__PORT": "1"})
 
 
-def test_every_setting_has_a_docstring() -> None:
-    tree = ast.parse(Path(config_module.__file__).read_text())
+@pytest.mark.parametrize(
+    ("tls", "oidc", "key"),
+    [
+        ({"certificate": "a"}, {}, "tls.key"),
+        ({"key": "a"}, {}, "tls.certificate"),
+        ({"client_ca": "a"}, {}, "tls.client_ca"),
+        ({"admin_client_ca": "a"}, {}, "tls.admin_client_ca"),
+        ({}, {"issuer": "a"}, "oidc.audience"),
+        ({}, {"issuer": "a", "audience": "b"}, "oidc.jwks"),
+        ({}, {"audience": "b", "jwks": "c"}, "oidc.issuer"),
+        ({}, {"issuer": "a", "audience": "b", "jwks": "c", "tenant_claim": ""}, "tenant_claim"),
+    ],
+)
+def test_settings_that_go_together_are_asked_for_together(
+    tls: dict[str, str], oidc: dict[str, str], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=key):
+        check_together(TlsConfig(**tls), OidcConfig(**oidc), has_tenants=True)
+
+
+def test_tokens_without_tenants_are_refused() -> None:
+    oidc = OidcConfig(issuer="a", audience="b", jwks="c")
+    check_together(TlsConfig(), oidc, has_tenants=True)
+    with pytest.raises(ConfigError, match=r"tenancy\.database"):
+        check_together(TlsConfig(), oidc, has_tenants=False)
+
+
+@pytest.mark.parametrize("module", [config_module, config_access])
+def test_every_setting_has_a_docstring(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text())
     bare = []
     for owner in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         if not owner.name.endswith("Config"):

@@ -14,10 +14,14 @@ from typer.testing import CliRunner
 
 from kvcluster.cli.main import app
 from kvcluster.cli.tenants import tenants
+from kvcluster.config import RouterConfig, TenancyConfig
+from kvcluster.config_access import TlsConfig
 from kvcluster.config_sources import API_KEY_VARIABLE, load
+from kvcluster.router.front_door import FrontDoor
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
+from tests.certificates import Authority
 from tests.unit.cli.conftest import Ended, run
-from tests.unit.router.administering import Administered, administered
+from tests.unit.router.administering import Administered, administered, bootstrap
 from tests.unit.router.fake_backend import FakeBackend
 
 
@@ -231,3 +235,39 @@ async def test_generate_takes_its_key_from_the_variable(
     assert refused.code == 2
     assert "want 'authorization: Bearer SECRET'" in refused.stderr
     assert (answered.code, answered.stdout) == (0, "hello")
+
+
+async def test_flags_of_certificates_reach_a_server_behind_tls(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    own, alice = authority.issue("server"), authority.issue("alice")
+    database = tmp_path / "tenants.sqlite"
+    key_file = tmp_path / "key"
+    key_file.write_text(bootstrap(database))
+    door = FrontDoor(
+        [FakeBackend()],
+        RouterConfig(listen="127.0.0.1:0"),
+        TenancyConfig(database=str(database), admin_listen="127.0.0.1:0"),
+        tls=TlsConfig(
+            certificate=str(own.certificate),
+            key=str(own.key),
+            client_ca=str(authority.file),
+            admin_client_ca=str(authority.file),
+        ),
+    )
+    await door.start()
+    try:
+        flags = ["--api-key-file", str(key_file), "--tls-ca", str(authority.file)]
+        flags += ["--tls-cert", str(alice.certificate)]
+        at = ["tenants", "list-tenants", "--server", door.admin_address, "--json"]
+        good = await run(*at, *flags, "--tls-key", str(alice.key))
+        unfit = await run(*at, *flags, "--tls-key", str(own.key))
+        asked = await run(
+            *("doctor", "--json", "--server", door.address), *flags, "--tls-key", str(alice.key)
+        )
+    finally:
+        await door.stop(grace_s=0)
+
+    assert (good.code, json.loads(good.stdout)["tenants"][0]["name"]) == (0, "tenants/operators")
+    assert (unfit.code, "not that of" in unfit.stderr) == (2, True)
+    # The key is an operator's, so models are not told: but the connection stands.
+    assert "the credential has the role operator" in asked.stdout
