@@ -189,7 +189,7 @@ class TenancyConfig:
     purge_after_s: float = 30 * 24 * 3600.0
     """How long a deleted tenant can be undeleted."""
 
-    root_key: str = ""
+    root_key: str = field(default="", repr=False)
     """File with 64 hexadecimal digits, or `env:NAME` of a variable with them: wraps the tenants'
     data keys and signs the audit log. Empty: whoever reads the database reads the data keys."""
 

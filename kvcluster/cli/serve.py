@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +74,7 @@ def serve(
                 "that one, or add --insecure-local to serve whoever can connect to this machine's "
                 "loopback"
             )
-        _run(loaded.config, as_json=as_json)
+        _run(_with_root_key(loaded.config), as_json=as_json)
 
 
 def _parsed(settings: list[str]) -> dict[str, object]:
@@ -84,6 +85,13 @@ def _parsed(settings: list[str]) -> dict[str, object]:
             raise ConfigError(f"--set: want KEY=VALUE, got {setting!r}")
         parsed[key] = value
     return parsed
+
+
+def _with_root_key(config: ClusterConfig) -> ClusterConfig:
+    from kvcluster.tenancy.root_key import with_variable
+
+    root_key = with_variable(config.tenancy.root_key, os.environ)
+    return replace(config, tenancy=replace(config.tenancy, root_key=root_key))
 
 
 def _run(config: ClusterConfig, *, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """`kvcluster tenants VERB`: each verb is an RPC of TenantService, in words with hyphens.
 
-`bootstrap` alone has no RPC: it writes the first operator's key into the database itself.
+`bootstrap` and `adopt-root-key` have no RPC: they write into the database itself.
 """
 
 from pathlib import Path
@@ -30,6 +30,7 @@ from kvcluster.cli.tenants_asking import (
     PageSizeOption,
     PageTokenOption,
     PartitionOption,
+    RootKeyOption,
     ServerOption,
     TenantArgument,
     ValidateOption,
@@ -54,6 +55,7 @@ def bootstrap(
     *,
     database: Annotated[Path, typer.Option(help="The server's tenancy.database.")],
     api_key_id: Annotated[str, typer.Option(help="Id of the key.")] = "",
+    root_key: RootKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Make an operator's API key, and the database if there is none. Prints the secret once.
@@ -64,7 +66,24 @@ def bootstrap(
     with exiting(as_json=as_json):
         from kvcluster.cli.tenants_offline import add_operator_key
 
-        show(add_operator_key(database, api_key_id), as_json=as_json)
+        show(add_operator_key(database, api_key_id, root_key), as_json=as_json)
+
+
+@tenants.command()
+def adopt_root_key(
+    *,
+    database: Annotated[Path, typer.Option(help="The server's tenancy.database.")],
+    root_key: RootKeyOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Wrap the data keys of a database that has no root key, and sign its audit log.
+
+    Stop the servers first, and start them with tenancy.root_key set.
+    """
+    with exiting(as_json=as_json):
+        from kvcluster.cli.tenants_offline import adopt
+
+        show(adopt(database, root_key), as_json=as_json)
 
 
 @tenants.command()

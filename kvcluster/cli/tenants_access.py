@@ -14,6 +14,7 @@ from kvcluster.cli.tenants_asking import (
     NameOption,
     PageSizeOption,
     PageTokenOption,
+    RootKeyOption,
     ServerOption,
     TenantArgument,
     ask,
@@ -112,6 +113,7 @@ def verify_audit_log(
     database: Annotated[
         Path | None, typer.Option(help="Read this file instead of asking a server.")
     ] = None,
+    root_key: RootKeyOption = "",
     server: ServerOption = DEFAULT_ADMIN,
     api_key_file: ApiKeyOption = None,
     as_json: JsonOption = False,
@@ -122,7 +124,7 @@ def verify_audit_log(
         from kvcluster.rpc.v1 import tenant_service_pb2 as pb
 
         if database is not None:
-            answer = check_audit_log(database)
+            answer = check_audit_log(database, root_key)
         else:
             asked = ask(server, api_key_file, pb.VerifyAuditLogRequest())
             assert isinstance(asked, pb.VerifyAuditLogResponse), "the RPC's own answer"

@@ -59,6 +59,9 @@ FilterOption = Annotated[
     str, typer.Option("--filter", help="FIELD=VALUE conditions with AND between.")
 ]
 PageSizeOption = Annotated[int, typer.Option(help="One page of so many; 0: all pages.")]
+RootKeyOption = Annotated[
+    str, typer.Option(metavar="FILE|env:NAME", help="The server's tenancy.root_key.")
+]
 PageTokenOption = Annotated[str, typer.Option(help="next_page_token of the page before.")]
 
 

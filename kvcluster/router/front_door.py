@@ -17,6 +17,7 @@ from kvcluster.router.server import RouterServer
 from kvcluster.router.tls import data_tls
 from kvcluster.router.token_keys import TokenKeys
 from kvcluster.tenancy.directory import TenantDirectory
+from kvcluster.tenancy.root_key import read_root_key
 from kvcluster.tenancy.sqlite_store import SqliteTenantStore
 from kvcluster.tenancy.token import TokenVerifier
 
@@ -65,7 +66,8 @@ class FrontDoor:
             self._server = RouterServer(self._backends, self._config, tls=data_tls(self._tls))
             await self._server.start()
             return
-        self._store = SqliteTenantStore(Path(self._tenancy.database))
+        root_key = read_root_key(self._tenancy.root_key)
+        self._store = SqliteTenantStore(Path(self._tenancy.database), root_key=root_key)
         open_calls = OpenCalls()
         access = Access(
             store=self._store,

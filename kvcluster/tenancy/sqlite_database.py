@@ -61,7 +61,15 @@ def _create_tables(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO tenants VALUES (?, 1, ?)", (OPERATORS, record))
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_tables,)
+def _add_root_key(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE audit_head ADD COLUMN mac BLOB NOT NULL DEFAULT x''")
+    connection.execute(
+        "CREATE TABLE root_key (id INTEGER PRIMARY KEY CHECK (id = 1), fingerprint BLOB NOT NULL) "
+        "STRICT"
+    )
+
+
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_tables, _add_root_key)
 """Step n takes a database of version n to version n + 1. A step that has been released is never
 changed."""
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 
-from kvcluster.errors import ResourceExists, StateConflict
+from kvcluster.errors import ConfigError, ResourceExists, StateConflict
 from kvcluster.tenancy.audit import ChainHead, ChainReport, changed_fields, check_chain
+from kvcluster.tenancy.root_key import RootKey
 from kvcluster.tenancy.sqlite_database import SqliteDatabase
+from kvcluster.tenancy.sqlite_root_key import check_root_key
 from kvcluster.tenancy.sqlite_transaction import (
     EVENT_COLUMNS,
     TenantTransaction,
@@ -47,11 +49,19 @@ class SqliteTenantStore:
         *,
         unix_time: Callable[[], float] = time.time,
         busy_timeout_s: float = _BUSY_TIMEOUT_S,
+        root_key: RootKey | None = None,
     ) -> None:
         """Opens the file, and makes it if there is none. `busy_timeout_s`: how long a change waits
-        for those of other processes. Raises: ConfigError."""
+        for those of other processes. Raises: ConfigError, also where the file was written with
+        another root key, with one and there is none, or without."""
         self._database = SqliteDatabase(path, busy_timeout_s=busy_timeout_s)
         self._unix_time = unix_time
+        self._root_key = root_key
+        try:
+            check_root_key(self._database, path, root_key)
+        except ConfigError:
+            self._database.close()
+            raise
 
     def close(self) -> None:
         self._database.close()
@@ -155,7 +165,11 @@ class SqliteTenantStore:
     def data_keys(self, tenant: TenantId) -> dict[int, bytes]:
         query = "SELECT version, key FROM data_keys WHERE tenant = ? ORDER BY version"
         rows: list[Any] = self._database.read(query, tenant)
-        return dict(rows)
+        if self._root_key is None:
+            return dict(rows)
+        return {
+            version: self._root_key.unwrap(tenant, version, wrapped) for version, wrapped in rows
+        }
 
     def add_key(self, key: ApiKey, act: Act) -> ApiKey:
         with self._writing(act) as writing:
@@ -203,11 +217,12 @@ class SqliteTenantStore:
         return [event_in(row) for row in self._database.read(query, *values)]
 
     def check_audit(self) -> ChainReport:
-        query = "SELECT number, digest, (SELECT max(number) FROM audit_events) FROM audit_head"
+        query = "SELECT number, digest, mac, (SELECT max(number) FROM audit_events) FROM audit_head"
         rows: list[Any] = self._database.read(query)
-        number, digest, last = rows[0] if rows else (-1, b"", None)
+        *head, last = rows[0] if rows else (-1, b"", b"", None)
+        key = self._root_key.audit_key if self._root_key else b""
         # Events that are added from now on are checked the next time.
-        return check_chain(self._events_up_to(last or 0), ChainHead(number, digest))
+        return check_chain(self._events_up_to(last or 0), ChainHead(*head), key)
 
     def _events_up_to(self, last: int) -> Iterator[AuditEvent]:
         number = -1
@@ -227,7 +242,7 @@ class SqliteTenantStore:
     @contextmanager
     def _writing(self, act: Act) -> Iterator[TenantTransaction]:
         with self._database.writing(keeps=not act.validates_only) as connection:
-            yield TenantTransaction(connection, act, self._unix_time())
+            yield TenantTransaction(connection, act, self._unix_time(), self._root_key)
 
 
 def _whole(value: object) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from kvcluster.errors import EtagMismatch, ResourceNotFound, StateConflict
-from kvcluster.tenancy.audit import changed_fields, sealed
+from kvcluster.tenancy.audit import changed_fields, head_of, sealed
+from kvcluster.tenancy.root_key import RootKey
 from kvcluster.tenancy.tenant import OPERATORS, Act, ApiKey, AuditEvent, Tenant
 from kvcluster.types import TenantId
 
@@ -19,8 +20,12 @@ EVENT_COLUMNS = "number, tenant, time_s, principal, method, target, peer, change
 class TenantTransaction:
     """One transaction: an audit event, then the act that it tells of."""
 
-    def __init__(self, connection: sqlite3.Connection, act: Act, now: float) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, act: Act, now: float, root_key: RootKey | None = None
+    ) -> None:
+        """`root_key`: None keeps data keys and the audit log without one."""
         self.now = now
+        self._root_key = root_key
         self._connection = connection
         self._act = act
         connection.execute("UPDATE counters SET value = value + 1 WHERE name = 'revision'")
@@ -80,8 +85,14 @@ class TenantTransaction:
     def add_data_key(self, tenant: Tenant) -> None:
         self._connection.execute(
             "INSERT INTO data_keys VALUES (?, ?, ?)",
-            (tenant.tenant, tenant.key_version, secrets.token_bytes(DATA_KEY_BYTES)),
+            (tenant.tenant, tenant.key_version, self._stored(tenant)),
         )
+
+    def _stored(self, tenant: Tenant) -> bytes:
+        key = secrets.token_bytes(DATA_KEY_BYTES)
+        if self._root_key is None:
+            return key
+        return self._root_key.wrap(tenant.tenant, tenant.key_version, key)
 
     def remove_data_keys(self, tenant: TenantId) -> None:
         self._connection.execute("DELETE FROM data_keys WHERE tenant = ?", (tenant,))
@@ -95,6 +106,7 @@ class TenantTransaction:
         number, digest = self._connection.execute(
             "SELECT number, digest FROM audit_head"
         ).fetchone()
+        key = self._root_key.audit_key if self._root_key else b""
         event = sealed(
             AuditEvent(
                 number=number + 1,
@@ -106,14 +118,15 @@ class TenantTransaction:
                 peer=self._act.peer,
                 change=change,
                 previous=digest,
-            )
+            ),
+            key,
         )
         self._connection.execute(
             f"INSERT INTO audit_events ({EVENT_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)",
             msgspec.structs.astuple(event),
         )
         self._connection.execute(
-            "UPDATE audit_head SET number = ?, digest = ?", (event.number, event.digest)
+            "UPDATE audit_head SET number = ?, digest = ?, mac = ?", head_of(event, key)
         )
 
 

@@ -58,7 +58,7 @@ async def shell(tmp_path: Path) -> AsyncIterator[Shell]:
         yield Shell(admin, key_file, database)
 
 
-def test_every_rpc_has_a_verb_and_every_verb_but_one_an_rpc() -> None:
+def test_every_rpc_has_a_verb_and_every_verb_but_two_an_rpc() -> None:
     verbs = {
         (command.name or command.callback.__name__).replace("_", "-")
         for command in tenants.registered_commands
@@ -69,7 +69,7 @@ def test_every_rpc_has_a_verb_and_every_verb_but_one_an_rpc() -> None:
         for method in pb.DESCRIPTOR.services_by_name["TenantService"].methods
     }
 
-    assert verbs - rpcs == {"bootstrap"}
+    assert verbs - rpcs == {"bootstrap", "adopt-root-key"}
     assert rpcs <= verbs
 
 
@@ -271,3 +271,19 @@ async def test_flags_of_certificates_reach_a_server_behind_tls(tmp_path: Path) -
     assert (unfit.code, "not that of" in unfit.stderr) == (2, True)
     # The key is an operator's, so models are not told: but the connection stands.
     assert "the credential has the role operator" in asked.stdout
+
+
+async def test_a_root_key_is_adopted_in_the_file_and_then_asked_for(tmp_path: Path) -> None:
+    root_key, at = tmp_path / "root.key", ("--database", str(tmp_path / "tenants.sqlite"))
+    root_key.write_text("ab" * 32)
+    key = ("--root-key", str(root_key))
+    made = await invoked("tenants", "bootstrap", *at)
+    adopted = await invoked("tenants", "adopt-root-key", *at, *key, "--json")
+    without = await invoked("tenants", "verify-audit-log", *at)
+    checked = await invoked("tenants", "verify-audit-log", *at, *key, "--json")
+    second = await invoked("tenants", "bootstrap", *at, *key)
+
+    assert [ended.code for ended in (made, adopted, without, checked, second)] == [0, 0, 2, 0, 0]
+    assert json.loads(adopted.stdout) == json.loads(checked.stdout)
+    assert json.loads(checked.stdout)["events"] == "2"
+    assert "was written with one" in without.stderr
