@@ -80,6 +80,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights_digest: str
     tokenizer_digest: str
     """Empty when the model has no tokenizer: it then serves token ids only."""
+    dense_flops_per_token: int = 0
+    """Floating-point operations of a token outside attention; 0: not known."""
 
     @property
     def has_tokenizer(self) -> bool:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable
-from kvcluster.cache.partition import Partition
+from kvcluster.cache.partition import block_bytes_per_group
+from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import (
     Event,
@@ -155,12 +156,12 @@ class FakeCluster:
             encoded_per_page=self.encoded_per_page,
             encoded_step=self.encoded_steps.get,
         )
-        self.partition = Partition(
+        self.partitions = CachePartitions(
             [
                 [BlockPool(self.num_blocks) for _ in range(num_groups)]
                 for _ in range(self.num_ranks)
             ],
-            tenant=DEFAULT_TENANT,
+            block_bytes=block_bytes_per_group(self.spec, self.cache.block_size),
             encoded_per_page=lambda codec: self.encoded_per_page[codec],
             exact_recent=self.cache.exact_recent_blocks,
             encoded_step=self.encoded_steps.get,
@@ -171,7 +172,7 @@ class FakeCluster:
                 spec=self.spec,
                 cache=self.cache,
                 config=self.config,
-                partition=self.partition,
+                partitions=self.partitions,
                 choose_route=choose_route,
                 menu=self.menu,
                 refusal=lambda policy: self.refused.get(str(policy)),
@@ -183,6 +184,7 @@ class FakeCluster:
                 new_id=lambda: f"generation-{next(ids)}",
             )
         )
+        self.partition = self.partitions.of(DEFAULT_TENANT)
         self.answers: list[StepResult] = []
         self.plans: list[StepPlan] = []
 
@@ -281,7 +283,7 @@ class FakeCluster:
     @property
     def num_leaked(self) -> int:
         """Blocks in use, in the engine's books and on the ranks."""
-        return self.partition.num_used + self.ring.num_used + len(self.ring.sequences)
+        return self.partitions.num_used + self.ring.num_used + len(self.ring.sequences)
 
 
 def sampling(**fields: object) -> SamplingParams:

@@ -35,6 +35,7 @@ class BlockPool:
         self._end_of: dict[int, int] = {}
         self._start_of: dict[int, int] = {}
         self._longest_first: list[tuple[int, int]] = []
+        self._num_free_pages = 0
         if num_blocks:
             self._add_run(0, num_blocks)
 
@@ -66,19 +67,33 @@ class BlockPool:
         that was used before, and leave the rest untouched. None when there is none."""
         return self._use(min(self._end_of)) if self._num_free else None
 
-    def _use(self, block: int) -> BlockId:
-        self._take(block)
+    def _use(self, block: int, *, run: int | None = None) -> BlockId:
+        """Take a block of the free run that starts at `run`; None: it starts one, or lies in the
+        largest."""
+        self._take(block, run)
         self._ref_counts[block] = 1
         self._num_free -= 1
         return BlockId(block)
 
+    def allocate_in_broken_page(self, after: BlockId | None) -> BlockId | None:
+        """Take a free block of a page that has others in use, so that no whole page is lost; None
+        when there is none. `after`: as for `allocate`, where its successor is such a block."""
+        if after is not None and (after + 1) % PAGE_BLOCKS and after + 1 in self._end_of:
+            return self._use(after + 1)
+        broken = [
+            (_broken_block(start, end), start)
+            for start, end in self._end_of.items()
+            if start % PAGE_BLOCKS or end % PAGE_BLOCKS
+        ]
+        if not broken:
+            return None
+        block, start = min(broken)
+        return self._use(block, run=start)
+
     @property
     def num_free_pages(self) -> int:
         """Pages whose blocks are all free."""
-        return sum(
-            max(0, end // PAGE_BLOCKS - -(-start // PAGE_BLOCKS))
-            for start, end in self._end_of.items()
-        )
+        return self._num_free_pages
 
     def allocate_page(self) -> int | None:
         """Take all blocks of a free page; returns its number, None when no page is free.
@@ -141,8 +156,10 @@ class BlockPool:
             largest_free_run=max(lengths, default=0),
         )
 
-    def _take(self, block: int) -> None:
-        start = block if block in self._end_of else self._largest_run()[0]
+    def _take(self, block: int, run: int | None) -> None:
+        start = run
+        if start is None:
+            start = block if block in self._end_of else self._largest_run()[0]
         start, end = self._drop_run(start)
         if start < block:
             self._add_run(start, block)
@@ -159,6 +176,7 @@ class BlockPool:
     def _add_run(self, start: int, end: int) -> None:
         self._end_of[start] = end
         self._start_of[end] = start
+        self._num_free_pages += _num_pages(start, end)
         heapq.heappush(self._longest_first, (start - end, start))
         if len(self._longest_first) > 64 + 4 * len(self._end_of):
             self._longest_first = [(first - last, first) for first, last in self._end_of.items()]
@@ -167,4 +185,15 @@ class BlockPool:
     def _drop_run(self, start: int) -> tuple[int, int]:
         end = self._end_of.pop(start)
         del self._start_of[end]
+        self._num_free_pages -= _num_pages(start, end)
         return start, end
+
+
+def _num_pages(start: int, end: int) -> int:
+    """Whole pages in the run [start, end)."""
+    return max(0, end // PAGE_BLOCKS - -(-start // PAGE_BLOCKS))
+
+
+def _broken_block(start: int, end: int) -> int:
+    """The first block of a free run in a page that the run does not fill."""
+    return start if start % PAGE_BLOCKS else max(start, end // PAGE_BLOCKS * PAGE_BLOCKS)

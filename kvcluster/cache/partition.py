@@ -1,16 +1,20 @@
 """One tenant's share of the block pools of a ring group, and the only way to a block.
 
-Lives in the engine process. Every entry of a block table has a block in each KV group of its
+Lives in the engine process. What a tenant may take, `tier.TierLedger` says; `partitions` makes one
+partition for each tenant. Every entry of a block table has a block in each KV group of its
 rank, so entries are taken in all groups or in none.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import le
 
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable, HeldBlock, TableEntry
 from kvcluster.cache.encoded_pool import EncodedPool
 from kvcluster.cache.exact_region import ExactRegion
+from kvcluster.cache.pool_tier import RankStatistics, pool_ledger, rank_statistics
+from kvcluster.cache.tier import Reclaimable, TierLedger, TierUse
 from kvcluster.types import EXACT, NO_BLOCK, PAGE_BLOCKS, BlockId, ModelSpec, Rank, TenantId
 
 
@@ -23,30 +27,21 @@ def _no_steps(codec: str) -> int | None:  # noqa: ARG001
 
 
 @dataclass(frozen=True, slots=True)
-class RankStatistics:
-    """Blocks of one rank, over all KV groups."""
-
-    num_blocks: int
-    num_free: int
-
-
-@dataclass(frozen=True, slots=True)
 class PartitionStatistics:
     """A snapshot of one tenant's share."""
 
     tenant: TenantId
     num_used: int
     """Blocks that this tenant holds, over all ranks and groups, and what is counted beside them."""
-    limit_blocks: int | None
     ranks: tuple[RankStatistics, ...]
 
 
 class Partition:
-    """What one tenant may take from the pools. `pools[rank][group]` may be shared by partitions.
+    """What one tenant may take from the pools. `pools[rank][group]` may be shared by partitions
+    with the same ledger.
 
-    `limit_blocks` is the most blocks of any one KV group, over all ranks, that the tenant may
-    hold; None: as many as the pools have. A page of encoded blocks counts as the exact blocks
-    that it has room for, and belongs to this partition alone.
+    A page of encoded blocks counts as the exact blocks that it has room for, and belongs to this
+    partition alone.
     """
 
     def __init__(
@@ -54,19 +49,18 @@ class Partition:
         pools: Sequence[Sequence[BlockPool]],
         *,
         tenant: TenantId,
-        limit_blocks: int | None = None,
+        ledger: TierLedger | None = None,
         encoded_per_page: Callable[[str], Sequence[int]] = _no_codec,
         exact_recent: int = 0,
         encoded_step: Callable[[str], int | None] = _no_steps,
     ) -> None:
-        """`encoded_per_page`: how many blocks of a codec a page of each group holds.
+        """`ledger`: counts the pools' blocks (`pool_ledger`); None: one of its own.
+        `encoded_per_page`: how many blocks of a codec a page of each group holds.
         `exact_recent`: full blocks that a table with a codec keeps exact, beside its first one.
         `encoded_step`: how many of a codec are encoded at a time: see `ExactRegion`."""
         self.tenant = tenant
-        self.limit_blocks = limit_blocks
         self._pools = tuple(tuple(groups) for groups in pools)
-        self._used = [0] * self.num_groups
-        self._beside = [0] * self.num_groups
+        self._ledger = ledger or pool_ledger(self._pools)
         self._encoded_per_page = encoded_per_page
         self._exact_recent = exact_recent
         self._encoded_step = encoded_step
@@ -82,20 +76,64 @@ class Partition:
 
     @property
     def num_used(self) -> int:
-        return sum(self._used) + sum(self._beside)
+        return sum(self._ledger.used(self.tenant)) + sum(self._ledger.beside(self.tenant))
+
+    def use(self) -> TierUse:
+        """What the tenant has of the tier, and may have."""
+        return self._ledger.use(self.tenant)
+
+    def borrowed(self) -> tuple[int, ...]:
+        """Blocks per group that the tenant holds above its floor."""
+        return self._ledger.borrowed(self.tenant)
+
+    def is_below_floor(self, group: int) -> bool:
+        """Whether the next block of the group is the tenant's own."""
+        return self._ledger.floor_left(self.tenant)[group] > 0
+
+    def is_in_floor(self, blocks: Sequence[int]) -> bool:
+        """Whether so many more blocks (one number per group) are covered by the floor."""
+        return all(map(le, blocks, self._ledger.floor_left(self.tenant)))
+
+    def is_at_limit(self) -> bool:
+        """Whether the tenant may hold no more of some group, whatever others do."""
+        return self._ledger.is_at_limit(self.tenant)
+
+    def level(self) -> float:
+        """What the tenant borrows for its weight, in blocks of the group where that is most."""
+        return max(self._ledger.level(self.tenant, group) for group in range(self.num_groups))
+
+    def plug(self, cache: Reclaimable) -> None:
+        """`cache` holds blocks of this partition for later use, and gives them up when asked."""
+        self._ledger.plug(self.tenant, cache)
 
     def can_append(self, table: BlockTable, rank: Rank) -> bool:
         """Whether `rank` could still take an entry of the table for this tenant."""
         for group in table.groups:
-            pool, needed = self._pools[rank][group], 1
-            is_encoded = table.codec_in(group) != EXACT
-            if is_encoded and not self._encoded_pools(table.codec)[rank][group].has_partial:
-                if not pool.num_free_pages:
-                    return False
-                needed += PAGE_BLOCKS
-            if self._within_limit(group, pool.num_free) < needed:
+            pool = self._pools[rank][group]
+            needed, pages = 1, self._pages_needed(table, rank, group)
+            if pages > pool.num_free_pages:
+                return False
+            needed += PAGE_BLOCKS * pages
+            if min(pool.num_free, self._ledger.available_in(self.tenant, group)) < needed:
+                return False
+            if not self._may_break_pages(group, pages):
+                return False
+            in_broken = pool.num_free - PAGE_BLOCKS * pool.num_free_pages
+            if in_broken < 1 and not self._may_break_pages(group, pages + 1):
                 return False
         return True
+
+    def make_room(self, table: BlockTable) -> bool:
+        """Evict what is idle for one more entry of the table; False: there is nothing to evict, or
+        it is not the tenant's to have."""
+        needs = {
+            group: 1 + PAGE_BLOCKS * (table.codec_in(group) != EXACT) for group in table.groups
+        }
+        available = self._ledger.available(self.tenant)
+        short = [group for group, needed in needs.items() if available[group] < needed]
+        # Where counts suffice, the free blocks lie on the wrong rank or in broken pages.
+        freed = [self._ledger.reclaim(self.tenant, group, needs[group]) for group in short or needs]
+        return any(freed)
 
     def free_blocks(self, rank: Rank) -> int:
         """Free blocks of the rank over all groups: the measure of how empty it is."""
@@ -145,16 +183,15 @@ class Partition:
         exact blocks' worth, in place of what was counted before. It takes no block of any pool,
         but of what the tenant may hold. False, and nothing changed: there is too little left."""
         more = num_blocks - table.num_beside[group]
-        if more > 0 and more > self.free_per_group()[group]:
+        if not self._ledger.take_beside(self.tenant, group, more):
             return False
         table.num_beside[group] = num_blocks
-        self._beside[group] += more
         return True
 
     def release_all(self, table: BlockTable) -> None:
         """Free every block of `table`, and what is counted beside it."""
         for group in range(self.num_groups):
-            self._beside[group] -= table.num_beside[group]
+            self._ledger.take_beside(self.tenant, group, -table.num_beside[group])
             table.num_beside[group] = 0
             for held in table.remove_all(group):
                 self._release(table.codec, group, held)
@@ -189,11 +226,9 @@ class Partition:
         return sum(shares) / len(shares)
 
     def has_room(self, blocks: Sequence[int]) -> bool:
-        """Whether so many more blocks (one number per group) would fit now."""
-        return all(
-            num_blocks <= num_free
-            for num_blocks, num_free in zip(blocks, self.free_per_group(), strict=True)
-        )
+        """Whether so many more blocks (one number per group) would fit, once idle ones are evicted
+        for them."""
+        return self._ledger.has_room(self.tenant, blocks)
 
     def held(self, table: BlockTable) -> tuple[float, ...]:
         """Exact blocks' worth of memory that the table holds, per group."""
@@ -205,36 +240,22 @@ class Partition:
         )
 
     def free_per_group(self) -> tuple[int, ...]:
-        """Blocks per group, over all ranks, that the tenant could take now."""
-        return tuple(
-            self._within_limit(group, sum(groups[group].num_free for groups in self._pools))
-            for group in range(self.num_groups)
-        )
+        """Blocks per group, over all ranks, that the tenant could take, idle ones evicted."""
+        return self._ledger.obtainable(self.tenant)
 
     def capacity(self, codec: str = EXACT) -> tuple[int, ...]:
-        """Most blocks per group that a sequence of the tenant could ever hold. With a codec, those
-        of whole pages."""
+        """Most blocks per group that a sequence of the tenant could ever hold, beside the floors of
+        others. With a codec, those of whole pages."""
         unit = 1 if codec == EXACT else PAGE_BLOCKS
         totals = (
             sum(groups[group].num_blocks // unit * unit for groups in self._pools)
             for group in range(self.num_groups)
         )
-        if self.limit_blocks is None:
-            return tuple(totals)
-        return tuple(min(total, self.limit_blocks) for total in totals)
+        return tuple(map(min, totals, self._ledger.capacity(self.tenant)))
 
     def statistics(self) -> PartitionStatistics:
         return PartitionStatistics(
-            tenant=self.tenant,
-            num_used=self.num_used,
-            limit_blocks=self.limit_blocks,
-            ranks=tuple(
-                RankStatistics(
-                    num_blocks=sum(pool.num_blocks for pool in groups),
-                    num_free=sum(pool.num_free for pool in groups),
-                )
-                for groups in self._pools
-            ),
+            tenant=self.tenant, num_used=self.num_used, ranks=rank_statistics(self._pools)
         )
 
     def _encoded_pools(self, codec: str) -> tuple[tuple[EncodedPool, ...], ...]:
@@ -249,42 +270,68 @@ class Partition:
             )
         return self._encoded[codec]
 
+    def _pages_needed(self, table: BlockTable, rank: Rank, group: int) -> int:
+        """Pages that the table's next encoded block on the rank begins."""
+        if table.codec_in(group) == EXACT:
+            return 0
+        return int(not self._encoded_pools(table.codec)[rank][group].has_partial)
+
     def _take_exact(self, table: BlockTable, rank: Rank, group: int) -> BlockId:
-        pool = self._pools[rank][group]
-        if self._within_limit(group, pool.num_free) < 1:
+        if self._ledger.available_in(self.tenant, group) < 1:
             return NO_BLOCK
+        block_id = self._exact_block(table, rank, group)
+        if block_id is None:
+            return NO_BLOCK
+        self._ledger.take(self.tenant, group, 1)
+        return block_id
+
+    def _exact_block(self, table: BlockTable, rank: Rank, group: int) -> BlockId | None:
+        pool, last = self._pools[rank][group], table.last_id(rank, group)
+        spare = self._ledger.spare_chunks(self.tenant, group)
+        if spare is not None and spare < 1:
+            block_id = pool.allocate_in_broken_page(last)
+            if block_id is not None or not self._may_break_pages(group, 1):
+                return block_id
         comes_and_goes = table.recent_blocks is not None or group == table.epoch_group
         if table.codec == EXACT and not comes_and_goes:
-            block_id = pool.allocate(after=table.last_id(rank, group))
-        else:
-            block_id = pool.allocate_lowest()
-        assert block_id is not None, "num_free counted a block that the pool has not"
-        self._used[group] += 1
-        return block_id
+            return pool.allocate(after=last)
+        return pool.allocate_lowest()
 
     def _take_encoded(self, codec: str, rank: Rank, group: int) -> BlockId:
         encoded = self._encoded_pools(codec)[rank][group]
         needs_page = not encoded.has_partial
-        if (
-            needs_page
-            and self._within_limit(group, self._pools[rank][group].num_free) < PAGE_BLOCKS
-        ):
+        if needs_page and not self._may_take_page(group):
             return NO_BLOCK
         block_id = encoded.allocate()
         if block_id is None:
             return NO_BLOCK
-        self._used[group] += PAGE_BLOCKS * needs_page
+        if needs_page:
+            self._ledger.take(self.tenant, group, PAGE_BLOCKS)
         return block_id
+
+    def _may_take_page(self, group: int) -> bool:
+        is_counted = self._ledger.available_in(self.tenant, group) >= PAGE_BLOCKS
+        return is_counted and self._may_break_pages(group, 1)
+
+    def _may_break_pages(self, group: int, count: int) -> bool:
+        """Whether so many free pages need not stay whole for the floors of others. Floors are kept
+        in blocks first: within its own, a tenant may break what it needs."""
+        spare = self._ledger.spare_chunks(self.tenant, group)
+        return spare is None or spare >= count or self.is_below_floor(group)
 
     def _release(self, codec: str, group: int, held: HeldBlock) -> None:
         if held.block_id != NO_BLOCK:
-            self._pools[held.rank][group].release(held.block_id)
-            self._used[group] -= 1
+            pool = self._pools[held.rank][group]
+            pool.release(held.block_id)
+            # A block counts once, however many use it.
+            if not pool.ref_count(held.block_id):
+                self._ledger.give_back(self.tenant, group, 1)
         if held.encoded_id != NO_BLOCK:
             encoded = self._encoded_pools(codec)[held.rank][group]
             num_pages = encoded.num_pages
             encoded.release(held.encoded_id)
-            self._used[group] -= PAGE_BLOCKS * (num_pages - encoded.num_pages)
+            num_freed = num_pages - encoded.num_pages
+            self._ledger.give_back(self.tenant, group, PAGE_BLOCKS * num_freed)
             if not encoded.num_pages:
                 self._forget_empty(codec)
 
@@ -292,12 +339,6 @@ class Partition:
         """Requests choose a codec's parameters, so there is no end of codecs."""
         if not any(encoded.num_pages for rank in self._encoded[codec] for encoded in rank):
             del self._encoded[codec]
-
-    def _within_limit(self, group: int, num_free: int) -> int:
-        limit = self.limit_blocks
-        if limit is None:
-            limit = sum(groups[group].num_blocks for groups in self._pools)
-        return min(num_free, max(0, limit - self._used[group] - self._beside[group]))
 
 
 def entries_per_group(

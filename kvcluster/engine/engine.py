@@ -49,7 +49,7 @@ class Engine:
             parts.spec,
             cache=parts.cache,
             engine=parts.config,
-            partition=parts.partition,
+            partitions=parts.partitions,
             choose_route=parts.choose_route,
         )
         self._estimator = SpeedEstimator()
@@ -327,7 +327,7 @@ class Engine:
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             num_retained=self._generations.num_retained,
-            partition=self.parts.partition.statistics(),
+            partition=self.parts.partitions.statistics(),
             speed=self._estimator.statistics(),
         )
 
@@ -366,11 +366,16 @@ class Engine:
             self._end(generation, FinishReason.ERROR, error=error)
 
     def _refuse(self, request: Request) -> None:
-        capacity = self.parts.partition.capacity()
+        partition = self.parts.partitions.of(request.spec.tenant)
+        capacity, used = partition.capacity(), partition.use().used_bytes
         error = QuotaExceeded(
-            f"request of {len(request.tokens)} tokens got no cache block even alone; the "
-            f"partition has {capacity} blocks per KV group: shorten the prompt",
-            metadata={"limit_blocks": str(min(capacity))},
+            f"request of {len(request.tokens)} tokens got no cache block even alone; the tenant "
+            f"uses {used} bytes and may have {capacity} blocks per KV group: shorten the prompt",
+            metadata={
+                "quota": "partitions.gpu",
+                "used_bytes": str(used),
+                "limit_blocks": str(min(capacity)),
+            },
         )
         self._end(self.find(request.generation), FinishReason.ERROR, error=error)
 
@@ -384,7 +389,7 @@ class Engine:
             spec,
             self.parts.spec,
             cache=self.parts.cache,
-            partition=self.parts.partition,
+            partition=self.parts.partitions.of(spec.tenant),
             num_prompt_tokens=num_prompt_tokens,
             policy=policy,
         )

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvcluster.cache.partition import Partition, PartitionStatistics
+from kvcluster.cache.partition import PartitionStatistics
+from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.estimator import EstimatorStatistics
 from kvcluster.engine.scheduler import RouteChoice
@@ -29,7 +30,7 @@ class EngineParts:
     spec: ModelSpec
     cache: CacheConfig
     config: EngineConfig
-    partition: Partition
+    partitions: CachePartitions
     choose_route: RouteChoice
     menu: Menu
     """What a policy may name."""

@@ -4,22 +4,23 @@ from collections.abc import Sequence
 
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition
+from kvcluster.cache.partitions import CachePartitions
 from kvcluster.engine.plan import Release, SequenceStep
 from kvcluster.engine.request import Request
 from kvcluster.types import EXACT
 
 
 class BlockReleases:
-    """Frees, through the partition, what no row after a step reads."""
+    """Frees, through the partitions, what no row after a step reads."""
 
     def __init__(
         self,
-        partition: Partition,
+        partitions: CachePartitions,
         windows: Sequence[int | None],
         *,
         block_size: int,
     ) -> None:
-        self._partition = partition
+        self._partitions = partitions
         self._windows = windows
         self._block_size = block_size
 
@@ -29,30 +30,36 @@ class BlockReleases:
         table = request.table
         if table is None or request.sequence is None:
             return []
-        self._release_encoded(part, table)
-        self._release_encoded_survivors(part, request)
-        return self._release_unread(request, table, request.sequence)
+        partition = self._partitions.of(request.spec.tenant)
+        self._release_encoded(part, table, partition)
+        self._release_encoded_survivors(part, request, partition)
+        return self._release_unread(request, table, partition)
 
-    def _release_encoded(self, part: SequenceStep, table: BlockTable) -> None:
+    def _release_encoded(self, part: SequenceStep, table: BlockTable, partition: Partition) -> None:
         """Free the exact blocks that no later row reads: the ranks encode them in this step."""
         if table.codec == EXACT:
             return
-        region = self._partition.exact_region(table.codec)
+        region = partition.exact_region(table.codec)
         first, last = (
             region.first_block(position // self._block_size)
             for position in (part.start, part.start + part.num_tokens)
         )
         for entry in range(max(1, first), last):
-            self._partition.release_exact(table, entry)
+            partition.release_exact(table, entry)
 
-    def _release_encoded_survivors(self, part: SequenceStep, request: Request) -> None:
+    def _release_encoded_survivors(
+        self, part: SequenceStep, request: Request, partition: Partition
+    ) -> None:
         survivors, end = request.survivors, part.start + part.num_tokens
         if survivors is None or survivors.table.codec == EXACT or not survivors.ends_epoch(end):
             return
         for entry in survivors.filled_at(end):
-            self._partition.release_exact(survivors.table, entry)
+            partition.release_exact(survivors.table, entry)
 
-    def _release_unread(self, request: Request, table: BlockTable, sequence: int) -> list[Release]:
+    def _release_unread(
+        self, request: Request, table: BlockTable, partition: Partition
+    ) -> list[Release]:
+        assert request.sequence is not None, "the caller has looked"
         released: list[Release] = []
         for group, window in enumerate(self._windows):
             after = below = 0
@@ -65,6 +72,6 @@ class BlockReleases:
                 after = 1
                 below = request.num_planned // self._block_size - table.recent_blocks + 1
             if below > max(after, table.released_below[group]):
-                self._partition.release_below(table, group, below, after=after)
-                released.append(Release(sequence, group, below, after))
+                partition.release_below(table, group, below, after=after)
+                released.append(Release(request.sequence, group, below, after))
         return released

@@ -12,17 +12,17 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvcluster.cache.block_table import BlockTable
-from kvcluster.cache.partition import Partition
+from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep, StepPlan
 from kvcluster.engine.releases import BlockReleases
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.sequence_blocks import SequenceBlocks
 from kvcluster.engine.turns import Turns
-from kvcluster.types import LayerGeometry, ModelSpec, Route, SequenceId
+from kvcluster.types import LayerGeometry, ModelSpec, Route, SequenceId, TenantId
 
 _MAX_SCORED_LOGITS = 1 << 26
 """Of the rows of a step that score their prompt: 256 MiB of float32."""
@@ -75,8 +75,16 @@ class _Draft:
     """A running request got no block: what comes free is its own, nobody is admitted."""
 
 
+class _Leaving(NamedTuple):
+    """A sequence that the ranks are told to forget with the next plan."""
+
+    sequence: SequenceId
+    tenant: TenantId
+    tables: tuple[BlockTable, ...]
+
+
 class Scheduler:
-    """Owns the queues and, through the partition, every block. Requests are moved in place."""
+    """Owns the queues and, through the partitions, every block. Requests are moved in place."""
 
     def __init__(
         self,
@@ -84,7 +92,7 @@ class Scheduler:
         *,
         cache: CacheConfig,
         engine: EngineConfig,
-        partition: Partition,
+        partitions: CachePartitions,
         choose_route: RouteChoice,
     ) -> None:
         self.waiting: list[Request] = []
@@ -95,12 +103,12 @@ class Scheduler:
         self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
         self._scored_tokens = max(_MAX_SCORED_LOGITS // spec.vocab_size, cache.block_size)
         self._config = engine
-        self._partition = partition
+        self._partitions = partitions
         self._choose_route = choose_route
         self._num_sequences = 0
-        self._blocks = SequenceBlocks(spec, cache=cache, engine=engine, partition=partition)
-        self._releases = BlockReleases(partition, spec.windows, block_size=cache.block_size)
-        self._leaving: list[tuple[SequenceId, tuple[BlockTable, ...]]] = []
+        self._blocks = SequenceBlocks(spec, cache=cache, engine=engine, partitions=partitions)
+        self._releases = BlockReleases(partitions, spec.windows, block_size=cache.block_size)
+        self._leaving: list[_Leaving] = []
         self._released: list[Release] = []
 
     def add(self, request: Request) -> None:
@@ -165,7 +173,7 @@ class Scheduler:
 
     def _chunk_end(self, request: Request, budget: int) -> int:
         end = request.prefill_end(self._block_size)
-        region = self._partition.exact_region(request.policy.storage)
+        region = self._blocks.partition(request).exact_region(request.policy.storage)
         end = region.chunk_end(request.num_planned, end, self._block_size)
         if request.spec.sampling.prompt_logprobs is not None:
             budget = min(budget, self._scored_tokens)
@@ -216,7 +224,7 @@ class Scheduler:
         end = self._chunk_end(request, budget)
         covered, appended = self._blocks.cover(request, end)
         if not covered:
-            self._blocks.release(request.tables)
+            self._blocks.release(request.spec.tenant, request.tables)
             request.let_go()
             if end and not self.running and not self._leaving:
                 draft.refused.append(request)
@@ -273,9 +281,9 @@ class Scheduler:
             self._spec.layers,
             num_new_tokens=num_new_tokens,
             num_history_tokens=num_history_tokens,
-            num_ranks=self._partition.num_ranks,
+            num_ranks=self._partitions.num_ranks,
             element_bytes=self._spec.bytes_per_element,
-            stored_share=self._partition.stored_share(request.policy.storage),
+            stored_share=self._blocks.partition(request).stored_share(request.policy.storage),
         )
 
     def _seal(self, draft: _Draft, *, epoch: int, step: int, is_idle: bool) -> Schedule:
@@ -289,7 +297,7 @@ class Scheduler:
             started=tuple(draft.started),
             sequences=tuple(draft.parts),
             released=tuple(self._released),
-            ended=tuple(sequence for sequence, _ in self._leaving),
+            ended=tuple(leaving.sequence for leaving in self._leaving),
         )
         self._released.clear()
         self._free_leaving()
@@ -300,9 +308,9 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         assert request.sequence is not None, "a running request has a sequence"
-        self._leaving.append((request.sequence, request.tables))
+        self._leaving.append(_Leaving(request.sequence, request.spec.tenant, request.tables))
 
     def _free_leaving(self) -> None:
-        for _, tables in self._leaving:
-            self._blocks.release(tables)
+        for leaving in self._leaving:
+            self._blocks.release(leaving.tenant, leaving.tables)
         self._leaving.clear()

@@ -6,6 +6,7 @@ from typing import Final
 
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition, block_bytes_per_group
+from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.footprint import blocks_beside, footprint, held_bytes
 from kvcluster.engine.kept_beside import KeptBeside
@@ -14,14 +15,14 @@ from kvcluster.engine.request import Request
 from kvcluster.engine.sharding import zigzag
 from kvcluster.engine.survivor_table import survivor_table
 from kvcluster.retention.offered import recent_blocks
-from kvcluster.types import EXACT, ModelSpec, Policy, Rank
+from kvcluster.types import EXACT, ModelSpec, Policy, Rank, TenantId
 
 _MAX_POLICIES: Final = 256
 """Whose counts are kept at hand."""
 
 
 class SequenceBlocks:
-    """Takes blocks for requests, through the partition, and counts what they hold."""
+    """Takes blocks for requests, through their tenants' partitions, and counts what they hold."""
 
     def __init__(
         self,
@@ -29,24 +30,25 @@ class SequenceBlocks:
         *,
         cache: CacheConfig,
         engine: EngineConfig,
-        partition: Partition,
+        partitions: CachePartitions,
     ) -> None:
         self._spec = spec
         self._windows = spec.windows
         self._block_size = cache.block_size
         self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
         self._config = engine
-        self._partition = partition
+        self._partitions = partitions
         self._block_bytes = block_bytes_per_group(spec, cache.block_size)
         self._beside = lru_cache(_MAX_POLICIES)(self._kept_beside)
 
     def has_room(self, request: Request, num_running: int) -> bool:
         """Whether a request could start beside so many that run."""
+        partition = self.partition(request)
         blocks = footprint(
             request.policy,
             self._spec,
             max(request.known_length, len(request.tokens)) + 1,
-            self._partition,
+            partition,
             block_size=self._block_size,
             chunk_tokens=self._chunk_tokens,
         ).blocks
@@ -55,7 +57,7 @@ class SequenceBlocks:
             in_chunk = -(-self._chunk_tokens // self._block_size)
             blocks = tuple(count + in_chunk for count in blocks)
         # Each running request will soon want one more; without it the newcomer is preempted.
-        return self._partition.has_room([count + num_running for count in blocks])
+        return partition.has_room([count + num_running for count in blocks])
 
     def open(self, request: Request) -> None:
         """Give the request empty tables."""
@@ -68,10 +70,14 @@ class SequenceBlocks:
         )
         request.hold(table, survivors)
 
-    def release(self, tables: Iterable[BlockTable]) -> None:
-        """Free all blocks of a request's tables."""
+    def partition(self, request: Request) -> Partition:
+        """That of the request's tenant."""
+        return self._partitions.of(request.spec.tenant)
+
+    def release(self, tenant: TenantId, tables: Iterable[BlockTable]) -> None:
+        """Free all blocks of the tables of a tenant's request."""
         for table in tables:
-            self._partition.release_all(table)
+            self._partitions.of(tenant).release_all(table)
 
     def cover(self, request: Request, end: int) -> tuple[int, list[NewBlock]]:
         """Take the blocks that positions below `end` need; returns how far there are enough, and
@@ -96,7 +102,7 @@ class SequenceBlocks:
             return True
         num_bytes = beside.most_bytes(end)
         num_blocks = blocks_beside(num_bytes, self._block_bytes[beside.group])
-        return self._partition.count_beside(table, beside.group, num_blocks)
+        return self.partition(request).count_beside(table, beside.group, num_blocks)
 
     def _kept_beside(self, policy: Policy) -> KeptBeside:
         return KeptBeside(policy, self._spec, self._block_size)
@@ -107,11 +113,13 @@ class SequenceBlocks:
         if count < 1:
             return []
         appended: list[NewBlock] = []
+        partition = self.partition(request)
         for rank in self._owners(request, table, count):
-            entry = self._partition.append(table, rank)
+            entry = partition.append(table, rank)
             if entry is None:
-                emptiest = self._emptiest_first(table)[0]
-                entry = self._partition.append(table, emptiest)
+                entry = partition.append(table, self._emptiest_first(request, table)[0])
+            while entry is None and partition.make_room(table):
+                entry = partition.append(table, self._emptiest_first(request, table)[0])
             if entry is None:
                 break
             appended.append(NewBlock(entry.rank, entry.block_ids, entry.encoded_ids))
@@ -119,12 +127,12 @@ class SequenceBlocks:
 
     def _owners(self, request: Request, table: BlockTable, count: int) -> Sequence[Rank]:
         if request.known_length >= self._config.shard_min_tokens:
-            return zigzag(count, self._emptiest_first(table))
+            return zigzag(count, self._emptiest_first(request, table))
         owners = [held.owners[-1] for held in (table, *request.tables) if held.owners]
-        return [owners[0] if owners else self._emptiest_first(table)[0]] * count
+        return [owners[0] if owners else self._emptiest_first(request, table)[0]] * count
 
-    def _emptiest_first(self, table: BlockTable) -> list[Rank]:
-        partition = self._partition
+    def _emptiest_first(self, request: Request, table: BlockTable) -> list[Rank]:
+        partition = self.partition(request)
         after_last = table.owners[-1] + 1 if table.owners else 0
 
         def emptiness(rank: Rank) -> tuple[bool, int, int]:
@@ -136,7 +144,7 @@ class SequenceBlocks:
 
     def note_peak(self, request: Request) -> None:
         """Take note of what the request holds between steps."""
-        held = held_bytes(request.tables, self._partition, self._block_bytes)
+        held = held_bytes(request.tables, self.partition(request), self._block_bytes)
         held += self._beside(request.policy).num_bytes(request.num_planned)
         request.peak_kv_bytes = max(request.peak_kv_bytes, held)
         request.peak_tokens = max(request.peak_tokens, request.num_planned)

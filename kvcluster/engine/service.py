@@ -187,7 +187,7 @@ class EngineService:
         first_token_s = self._engine.forecast.first_token_s(request)
         decode_s = self._engine.estimate_decode(request.max_output_tokens - 1)
         total_s = None if first_token_s is None or decode_s is None else first_token_s + decode_s
-        partition = self._parts.partition
+        partition = self._parts.partitions.of(request.tenant)
         block_bytes = block_bytes_per_group(self._parts.spec, self._parts.cache.block_size)
         return Estimate(
             is_admissible=not reason,
@@ -204,7 +204,7 @@ class EngineService:
         own = [each for each in self._engine.active_requests if each.spec.tenant == tenant]
         block_bytes = block_bytes_per_group(self._parts.spec, self._parts.cache.block_size)
         tables = [table for request in own for table in request.tables]
-        kv_bytes = held_bytes(tables, self._parts.partition, block_bytes)
+        kv_bytes = held_bytes(tables, self._parts.partitions.of(tenant), block_bytes)
         kv_bytes += sum(_weighted(table.num_beside, block_bytes) for table in tables)
         return self._engine.tenants.load(tenant, limits, own, kv_bytes)
 
@@ -269,7 +269,7 @@ class EngineService:
             policy,
             self._parts.spec,
             (request.input_tokens or 1) + request.max_output_tokens - 1,
-            self._parts.partition,
+            self._parts.partitions.of(request.tenant),
             block_size=self._parts.cache.block_size,
             chunk_tokens=self._parts.config.prefill_chunk_tokens,
         ).num_bytes

@@ -103,7 +103,21 @@ def _spec(files: ModelFiles, module: PreTrainedModel) -> ModelSpec:
         bytes_per_element=module.dtype.itemsize,
         weights_digest=files.weights_digest,
         tokenizer_digest=files.tokenizer_digest,
+        dense_flops_per_token=_dense_flops_per_token(module),
     )
+
+
+def _dense_flops_per_token(module: PreTrainedModel) -> int:
+    """Two for each weight that a row is multiplied with: all but the table of embeddings, which is
+    looked up. Of a mixture of experts that is an upper bound."""
+    tables = {id(module.get_input_embeddings().weight), id(_output_weight(module))}
+    return 2 * sum(each.numel() for each in module.parameters() if id(each) not in tables)
+
+
+def _output_weight(module: PreTrainedModel) -> object:
+    """Of the head, which sees one row of a prompt."""
+    head: torch.nn.Module | None = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return None if head is None else head.weight
 
 
 def context_of(source: str, *, cache_dir: Path | None = None) -> int:

@@ -3,7 +3,8 @@
 from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.capacity import blocks_per_group
-from kvcluster.cache.partition import Partition
+from kvcluster.cache.partition import block_bytes_per_group
+from kvcluster.cache.partitions import CachePartitions
 from kvcluster.codec.registry import CODEC_METHODS, SHARING_METHODS
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.driver import Executor, SystemClock, random_id
@@ -16,7 +17,7 @@ from kvcluster.policy import Menu
 from kvcluster.retention.offered import RETENTION_METHODS
 from kvcluster.selection.offered import SELECTION_METHODS
 from kvcluster.serve.refusals import PolicyChecks
-from kvcluster.types import DEFAULT_TENANT, ModelSpec, TenantId
+from kvcluster.types import ModelSpec, TenantId
 
 
 def engine_service(
@@ -28,7 +29,8 @@ def engine_service(
     epoch: int,
     tokenizer: Tokenizer | None,
 ) -> EngineService:
-    """An engine over a started ring group, not yet running. One tenant holds all blocks."""
+    """An engine over a started ring group, not yet running. Tenants get their
+    shares from the routers."""
     num_blocks = blocks_per_group(spec, config.cache, config.engine)
     pools = [[BlockPool(count) for count in num_blocks] for _ in range(config.ring.num_ranks)]
     calibration = calibration_for(spec, config.calibration) if config.calibration else None
@@ -38,9 +40,9 @@ def engine_service(
         spec=spec,
         cache=config.cache,
         config=config.engine,
-        partition=Partition(
+        partitions=CachePartitions(
             pools,
-            tenant=DEFAULT_TENANT,
+            block_bytes=block_bytes_per_group(spec, config.cache.block_size),
             encoded_per_page=checks.encoded_per_page,
             exact_recent=config.cache.exact_recent_blocks,
             encoded_step=lambda codec: layouts.encoded_step(

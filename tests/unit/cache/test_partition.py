@@ -3,6 +3,9 @@ import pytest
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition, block_bytes_per_group, entries_per_group
+from kvcluster.cache.pool_tier import pool_ledger
+from kvcluster.cache.tier import TierShare
+from kvcluster.tenancy.limits import UNLIMITED
 from kvcluster.types import NO_BLOCK, Rank, TenantId
 from tests.fake_engine import model_spec
 
@@ -13,6 +16,18 @@ BLUE = TenantId("blue")
 def pools(*sizes: tuple[int, ...]) -> list[list[BlockPool]]:
     """One tuple of pool sizes (one per group) for each rank."""
     return [[BlockPool(size) for size in groups] for groups in sizes]
+
+
+def red_and_blue(
+    shared: list[list[BlockPool]], limit_blocks: int = UNLIMITED
+) -> tuple[Partition, Partition]:
+    """Red may hold so many blocks."""
+    ledger = pool_ledger(shared)
+    ledger.apply({RED: TierShare(limit_bytes=limit_blocks)})
+    return (
+        Partition(shared, tenant=RED, ledger=ledger),
+        Partition(shared, tenant=BLUE, ledger=ledger),
+    )
 
 
 def test_an_entry_has_a_block_in_every_group_of_one_rank() -> None:
@@ -39,7 +54,7 @@ def test_an_entry_that_one_group_cannot_take_takes_nothing_from_the_others() -> 
 
 def test_a_tenant_gets_no_more_than_its_limit_though_blocks_are_free() -> None:
     shared = pools((4,), (4,))
-    red = Partition(shared, tenant=RED, limit_blocks=3)
+    red, _ = red_and_blue(shared, 3)
     table = BlockTable(1)
     for rank in (0, 1, 0):
         assert red.append(table, Rank(rank)) is not None
@@ -51,7 +66,7 @@ def test_a_tenant_gets_no_more_than_its_limit_though_blocks_are_free() -> None:
 
 def test_two_partitions_of_the_same_pools_never_share_a_block() -> None:
     shared = pools((4,))
-    red, blue = Partition(shared, tenant=RED), Partition(shared, tenant=BLUE)
+    red, blue = red_and_blue(shared)
     red_table, blue_table = BlockTable(1), BlockTable(1)
     for _ in range(2):
         red.append(red_table, Rank(0))
@@ -63,7 +78,7 @@ def test_two_partitions_of_the_same_pools_never_share_a_block() -> None:
 
 def test_what_is_counted_beside_the_blocks_is_part_of_the_share() -> None:
     shared = pools((4,), (4,))
-    red, blue = Partition(shared, tenant=RED, limit_blocks=5), Partition(shared, tenant=BLUE)
+    red, blue = red_and_blue(shared, 5)
     table = BlockTable(1)
     red.append(table, Rank(0))
 

@@ -2,10 +2,12 @@
 
 import pytest
 
+from kvcluster.cache.partition import block_bytes_per_group
+from kvcluster.cache.tier import TierShare
 from kvcluster.config import EngineConfig
 from kvcluster.engine.api import FinishReason
 from kvcluster.engine.plan import StepPlan
-from kvcluster.types import LayerGeometry, Route
+from kvcluster.types import DEFAULT_TENANT, LayerGeometry, Route
 from tests.fake_engine import FakeCluster, model_spec, packed, request
 from tests.fake_ring import expected_output
 
@@ -267,8 +269,9 @@ def test_a_request_that_can_get_no_block_even_alone_is_refused() -> None:
     """Admission counts blocks per group; pools of unlike shape can still have none together."""
     fake = cluster(num_ranks=2, num_blocks=4)
     generation = fake.submit(PROMPT[:30], 2)
-    # What admission saw is no longer there: another partition took it.
-    fake.partition.limit_blocks = 3
+    # What admission saw is no longer there: an operator lowered the limit.
+    block_bytes = block_bytes_per_group(fake.spec, 4)[0]
+    fake.partitions.apply({DEFAULT_TENANT: TierShare(limit_bytes=3 * block_bytes)})
 
     fake.run()
 

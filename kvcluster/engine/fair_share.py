@@ -1,0 +1,87 @@
+"""Whose turn it is: weighted fair shares of the engine's work between tenants.
+
+Start-time fair queueing (Goyal, Vin and Cheng, 1996): each tenant has a virtual time, the work done
+for it divided by its weight, and the least is served next. So over any time in which two tenants
+have work to be done, what each gets for its weight differs by no more than one part of a step and
+the head start below, whatever either sends.
+
+A tenant that asked for less than its share may run ahead by a head start (borrowed virtual time,
+Duda and Cheriton, 1999): its short requests are served at once instead of at half speed. It has no
+other claim on the past.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from kvcluster.types import TenantId
+
+_RECENT_S = 60.0
+"""A tenant that sent something so long ago may well send something now."""
+
+
+@dataclass(slots=True)
+class _Account:
+    """Mutable."""
+
+    time: float
+    weight: int = 1
+    seen_at: float = 0.0
+
+
+class FairShares:
+    """Virtual times of the tenants that this engine has served. Work is in any unit."""
+
+    def __init__(self) -> None:
+        self.head_start = 0.0
+        """Most work by which a tenant that was idle may run ahead. The owner sets it."""
+        self._now = 0.0
+        self._accounts: dict[TenantId, _Account] = {}
+
+    def note(self, tenant: TenantId, weight: int, now: float) -> None:
+        """The tenant has sent a request, at `now` in seconds, and has this weight from here on."""
+        account = self._account(tenant)
+        account.weight = weight
+        account.seen_at = now
+
+    def is_contended(self, active: Collection[TenantId], now: float) -> bool:
+        """Whether more than one tenant has work, or may have some any moment."""
+        recent = {
+            tenant
+            for tenant, account in self._accounts.items()
+            if now - account.seen_at < _RECENT_S
+        }
+        return len(recent.union(active)) > 1
+
+    def next(self, tenants: Collection[TenantId]) -> TenantId:
+        """Which of these, who all have something to be done, is served next."""
+        times = {tenant: self.time(tenant) for tenant in tenants}
+        first = min(times, key=lambda tenant: (times[tenant], tenant))
+        self._account(first).time = times[first]
+        self._now = max(self._now, times[first])
+        return first
+
+    def charge(self, tenant: TenantId, work: float) -> None:
+        """So much is done for the tenant."""
+        account = self._account(tenant)
+        account.time = self.time(tenant) + work / account.weight
+
+    def time(self, tenant: TenantId) -> float:
+        """The tenant's virtual time, if it began something now."""
+        account = self._account(tenant)
+        return max(account.time, self._now - self.head_start / account.weight)
+
+    def weight(self, tenant: TenantId) -> int:
+        return self._account(tenant).weight
+
+    def forget_unseen(self, active: Collection[TenantId], now: float) -> None:
+        """Forget tenants that have no work and have sent nothing for long: their past is no claim.
+        One that ran ahead is kept until the others have caught up."""
+        for tenant, account in tuple(self._accounts.items()):
+            is_recent = now - account.seen_at < _RECENT_S
+            if tenant not in active and not is_recent and account.time <= self._now:
+                del self._accounts[tenant]
+
+    def _account(self, tenant: TenantId) -> _Account:
+        if tenant not in self._accounts:
+            self._accounts[tenant] = _Account(self._now - self.head_start)
+        return self._accounts[tenant]
