@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcluster_kernels.paging import Partial, SplitPartials
+from kvcluster_kernels.paging import Partial, SplitPartials, overlaps
 
 _LN_2 = tl.constexpr(math.log(2))
 _SPLITS_AT_ONCE = 16
@@ -22,6 +22,7 @@ def combine(splits: SplitPartials, *, num_tokens: int) -> Partial:
     """The partial over all splits' keys, of `num_tokens` query tokens a row."""
     out_RTHD, lse_RTH = _room(splits, num_tokens)
     num_rows, num_kv_heads, num_splits, num_query_rows, dim = splits.out_RKXMD.shape
+    early = overlaps(splits.out_RKXMD.device)
     _combine_kernel[(num_query_rows, num_kv_heads, num_rows)](
         splits.out_RKXMD,
         splits.lse_RKXM,
@@ -33,7 +34,9 @@ def combine(splits: SplitPartials, *, num_tokens: int) -> Partial:
         DIM=dim,
         SPLITS=triton.next_power_of_2(num_splits),
         CHUNK=min(_SPLITS_AT_ONCE, triton.next_power_of_2(num_splits)),
+        OVERLAPS=early,
         num_warps=4,
+        launch_pdl=early,
     )
     return Partial(out_RTHD, lse_RTH)
 
@@ -74,6 +77,7 @@ def _combine_kernel(
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     query_row = tl.program_id(0)
     head = tl.program_id(1)
@@ -84,6 +88,8 @@ def _combine_kernel(
     split_lse_ptr += place
     split_out_ptr += place * DIM
 
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     offs_x = tl.arange(0, SPLITS)
     lse_X = tl.load(
         split_lse_ptr + offs_x * NUM_ROWS, mask=offs_x < num_splits, other=-float("inf")

@@ -25,7 +25,9 @@ from kvcluster_kernels.paging import (
     check_contiguous,
     check_positions,
     is_interpreted,
+    let_next_start,
     load_queries,
+    overlaps,
     split_tiles,
 )
 from kvcluster_kernels.softmax import (
@@ -123,6 +125,7 @@ def decode_splits(
         HAS_POSITIONS=has_positions,
         HAS_SOFTCAP=attention.softcap is not None,
         HAS_WINDOW=attention.window is not None,
+        OVERLAPS=overlaps(q_RTHD.device),
         UPCAST=is_interpreted(_decode_kernel),
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
@@ -192,11 +195,13 @@ def _decode_kernel(
     HAS_POSITIONS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     BLOCK_DK: tl.constexpr = triton.next_power_of_2(DIM_K)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DIM_V)
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
+    let_next_start(OVERLAPS)
     # Programs of one split side by side, so that the keys of the second come from L2.
     split = tl.program_id(0) // ROW_TILES
     rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)

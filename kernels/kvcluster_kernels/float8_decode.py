@@ -26,6 +26,7 @@ from kvcluster_kernels.paging import (
     PagedRows,
     Partial,
     SplitPartials,
+    let_next_start,
     load_query_positions,
     split_tiles,
 )
@@ -126,6 +127,7 @@ def _float8_kernel(
     HAS_POSITIONS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAGE_BLOCKS: tl.constexpr,
     DIM_K: tl.constexpr,
@@ -135,6 +137,7 @@ def _float8_kernel(
     BLOCK_DK: tl.constexpr = triton.next_power_of_2(DIM_K)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DIM_V)
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
+    let_next_start(OVERLAPS)
     split = tl.program_id(0) // ROW_TILES
     rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     head, num_kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2)

@@ -45,6 +45,7 @@ from kvcluster_kernels.paging import (
     PagedRows,
     Partial,
     SplitPartials,
+    let_next_start,
     load_query_positions,
     split_tiles,
 )
@@ -199,6 +200,7 @@ def _integer_kernel(
     HAS_POSITIONS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> None:
     K_BYTES: tl.constexpr = DIM_K * K_BITS // 8
@@ -207,6 +209,7 @@ def _integer_kernel(
     CHANNELS: tl.constexpr = DIM_V // V_GROUPS
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(CHANNELS))
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
+    let_next_start(OVERLAPS)
     split, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
     rows_M = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head, num_kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2)

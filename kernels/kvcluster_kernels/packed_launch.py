@@ -16,11 +16,8 @@ from kvcluster_kernels.paging import (
     SplitPartials,
     check_contiguous,
     check_positions,
+    overlaps,
 )
-
-_MAX_COLUMNS = 32
-"""Query rows of one program: with more, what is unpacked for them does not fit beside them."""
-
 
 class Launch(NamedTuple):
     """A kernel's grid and the arguments that do not depend on the format."""
@@ -48,7 +45,7 @@ def plan_launch(
     group = num_heads // num_kv_heads
     if group * num_kv_heads != num_heads:
         raise ValueError(f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly")
-    block_m = min(_MAX_COLUMNS, max(8, triton.next_power_of_2(num_tokens * group)))
+    block_m = min(settings.columns, max(8, triton.next_power_of_2(num_tokens * group)))
     row_tiles = triton.cdiv(num_tokens * group, block_m)
     num_splits = settings.splits(
         q_RTHD.device,
@@ -81,6 +78,7 @@ def plan_launch(
             "HAS_POSITIONS": has_positions,
             "HAS_SOFTCAP": attention.softcap is not None,
             "HAS_WINDOW": attention.window is not None,
+            "OVERLAPS": overlaps(q_RTHD.device),
             "num_warps": settings.num_warps,
             "num_stages": settings.num_stages,
         },

@@ -91,6 +91,8 @@ class DecodeSettings:
     """How many programs each streaming multiprocessor shall get, which sets the splits."""
     num_splits: int | None = None
     """Splits of a row, instead of those that follow from the GPU's size."""
+    columns: int = 32
+    """Query rows of one program of a packed kernel, a power of two; more are more programs."""
 
     def splits(self, device: torch.device, *, num_programs: int, num_tiles: int) -> int:
         """Splits of each row where `num_programs` are launched for each split, of rows of at most
@@ -107,6 +109,12 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether the next kernel can start while the programs of one before it still run, and wait
+    for them itself (programmatic dependent launch, since Hopper)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def is_interpreted(kernel: Any) -> bool:
@@ -128,6 +136,13 @@ def check_contiguous(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
+
+
+@triton.jit
+def let_next_start(OVERLAPS: tl.constexpr) -> None:
+    """Let the kernel that merges the splits start where processors have room; it waits itself."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from kvcluster_kernels.paging import (
     PagedRows,
     Partial,
     SplitPartials,
+    let_next_start,
     load_query_positions,
     split_tiles,
 )
@@ -159,6 +160,7 @@ def _rotated_kernel(
     HAS_POSITIONS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAGE_BLOCKS: tl.constexpr,
     DIM: tl.constexpr,
@@ -170,6 +172,7 @@ def _rotated_kernel(
     K_BYTES: tl.constexpr = DIM // PARTS
     P: tl.constexpr = BLOCK_SIZE // PARTS
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
+    let_next_start(OVERLAPS)
     split = tl.program_id(0) // ROW_TILES
     rows_M = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     head, num_kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2)

@@ -46,6 +46,7 @@ def exact(name: str, *, dim: int = 128, rows: int = 8, dtype: str = "bf16") -> C
             "HAS_POSITIONS": rows > 8,
             "HAS_SOFTCAP": False,
             "HAS_WINDOW": False,
+            "OVERLAPS": True,
             "UPCAST": False,
         },
         num_warps=settings.num_warps,

@@ -31,6 +31,7 @@ def constants(dim: int, rows: int) -> dict[str, object]:
         "HAS_POSITIONS": rows > 8,
         "HAS_SOFTCAP": False,
         "HAS_WINDOW": False,
+        "OVERLAPS": True,
         "BLOCK_SIZE": _BLOCK_SIZE,
         "PAGE_BLOCKS": 28,
         "DIM_K": dim,
