@@ -19,6 +19,7 @@ from kvcluster_kernels.paging import (
     overlaps,
 )
 
+
 class Launch(NamedTuple):
     """A kernel's grid and the arguments that do not depend on the format."""
 
