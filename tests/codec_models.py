@@ -31,6 +31,7 @@ LATENT = (
     "latent:r=0.5,bits=4,values=rotated3,ranks=adaptive",
     "latent:r=0.25,bits=3,keys=int4,windowed=int8",
     "latent:r=0.25,value_r=0.5,bits=4,ranks=filled",
+    "latent:r=0.5,value_r=0.75,bits=4,value_bits=2,codes=rotated",
 )
 JOINED = (
     "latent:r=0.25,layers=2",

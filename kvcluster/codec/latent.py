@@ -29,8 +29,9 @@ from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.filling import Grade
 from kvcluster.codec.inner import inner_values
 from kvcluster.codec.quantized import ChannelQuantizer
+from kvcluster.codec.rotated import Rotated
 from kvcluster.codec.rounding import MAX_HALF, power_of_two_at_least
-from kvcluster.codec.sections import Sections
+from kvcluster.codec.sections import Sections, powers_of_two
 
 _DOUBLE_BITS: Final = 53
 _ROW_BITS: Final = 23
@@ -49,26 +50,42 @@ class LatentStorage:
     """How latents are written."""
 
     bits: int | None = None
-    """Of a number: None for float16, or what `ChannelQuantizer` offers."""
+    """Of a number; None for float16."""
+    is_rotated: bool = False
+    """Codes of a rotated latent (`Rotated`: 4, 3 or 2 bits and one scale a token) instead of
+    `ChannelQuantizer`'s."""
     group: int = 64
-    """As in `ChannelQuantizer`; unused for float16."""
+    """As in `ChannelQuantizer`, and used by it alone."""
     scale_bits: int = 16
     """Likewise."""
     grades: tuple[Grade, ...] = ()
     """Instead of `bits`: those of the leading directions, then of the next, ..."""
 
     def codec(self, rank: int) -> ArrayCodec:
-        """Of the latent as one head. Raises: ValueError where `grades` are not of this rank."""
-        if not self.grades:
-            return ExactArray(torch.float16) if self.bits is None else self._quantizer(self.bits)
-        codecs = tuple(self._quantizer(grade.bits) for grade in self.grades)
-        dims = tuple(grade.num_directions for grade in self.grades)
-        if sum(dims) != rank:
-            raise ValueError(f"grades are of {sum(dims)} directions, not of {rank}")
-        return Sections(codecs, dims)
+        """Of the latent as one head. Raises: ValueError where `grades` are not of this rank, or
+        rotated codes do not fit it."""
+        sections: list[tuple[int | None, int]] = [(self.bits, rank)]
+        if self.grades:
+            sections = [(grade.bits, grade.num_directions) for grade in self.grades]
+        if sum(dim for _, dim in sections) != rank:
+            raise ValueError(f"want grades of {rank} directions, got {self.grades}")
+        parts = [part for bits, dim in sections for part in self._parts(bits, dim)]
+        if len(parts) == 1:
+            return parts[0][0]
+        return Sections(tuple(codec for codec, _ in parts), tuple(dim for _, dim in parts))
 
-    def _quantizer(self, bits: int) -> ChannelQuantizer:
-        return ChannelQuantizer(bits, group=self.group, scale_bits=self.scale_bits)
+    def scale_share(self, rank: int) -> float:
+        """Bits that scales add to each number of a latent that is written in one section."""
+        return 16 / rank if self.is_rotated else 2 * self.scale_bits / self.group
+
+    def _parts(self, bits: int | None, dim: int) -> list[tuple[ArrayCodec, int]]:
+        if bits is None:
+            return [(ExactArray(torch.float16), dim)]
+        if not self.is_rotated:
+            return [(ChannelQuantizer(bits, group=self.group, scale_bits=self.scale_bits), dim)]
+        if dim % 8:
+            raise ValueError(f"rotated codes want a multiple of 8 directions, not {dim}")
+        return [(Rotated(bits), part) for part in powers_of_two(dim)]
 
 
 class LatentValues:

@@ -56,7 +56,7 @@ def _latents(array: _Array, arguments: Arguments, model: CodecModel) -> list[Arr
     bases = [_basis(array, group, calibration, int(arguments["layers"])) for group in groups]
     codecs: list[ArrayCodec] = []
     for group, basis, rank_and_storage in zip(
-        groups, bases, _stored(bases, _share(array, arguments), arguments), strict=True
+        groups, bases, _stored(array, bases, arguments), strict=True
     ):
         codecs += _of_group(array, group, basis.to(model.device), rank_and_storage, model)
     return codecs
@@ -97,32 +97,31 @@ def _of_group(
     return joined_keys(basis, num_heads=heads, rank=rank, rotations=rotations, storage=storage)
 
 
-def _share(array: _Array, arguments: Arguments) -> float:
-    own = float(arguments["value_r"]) if array == "values" else 0.0
-    return own or float(arguments["r"])
+def _of_array(name: str, array: _Array, arguments: Arguments) -> float:
+    """A parameter that values may have of their own."""
+    own = float(arguments[f"value_{name}"]) if array == "values" else 0.0
+    return own or float(arguments[name])
 
 
 def _stored(
-    bases: Sequence[Basis], share: float, arguments: Arguments
+    array: _Array, bases: Sequence[Basis], arguments: Arguments
 ) -> list[tuple[int, LatentStorage]]:
     """Latent dimension of each layer, or group of them, and how its latents are written."""
-    bits = int(arguments["bits"])
+    share, bits = _of_array("r", array, arguments), int(_of_array("bits", array, arguments))
     storage = LatentStorage(
         bits=None if bits == _FLOAT16_BITS else bits,
+        is_rotated=arguments["codes"] == "rotated",
         group=int(arguments["group"]),
         scale_bits=int(arguments["scale_bits"]),
     )
     if arguments["ranks"] != "filled":
         is_adaptive = arguments["ranks"] == "adaptive"
         return [(rank, storage) for rank in _ranks(bases, share, is_adaptive=is_adaptive)]
-    # Two of them: scale and zero-point.
-    scale_share = 2 * storage.scale_bits / storage.group
     num_directions = sum(len(basis.mean_F) for basis in bases)
+    scale_share = storage.scale_share(max(1, round(share * num_directions / len(bases))))
     grades = filled_grades(
         [basis.spectrum_F[: basis.rank] for basis in bases],
-        bits_per_token=share
-        * num_directions
-        * (bits if storage.bits is None else bits + scale_share),
+        bits_per_token=share * num_directions * (bits + scale_share),
         scale_share=scale_share,
     )
     return [
@@ -175,7 +174,22 @@ LATENT: Final = CodecMethod(
                 lowest=0.0,
                 highest=1.0,
             ),
-            Parameter(name="bits", meaning="bits of a latent", default=16, choices=(16, 8, 4, 3)),
+            Parameter(
+                name="bits", meaning="bits of a latent", default=16, choices=(16, 8, 4, 3, 2)
+            ),
+            Parameter(
+                name="value_bits",
+                meaning="the same for values; 0: as bits",
+                default=0,
+                choices=(0, 16, 8, 4, 3, 2),
+            ),
+            Parameter(
+                name="codes",
+                meaning="uniform steps between a group's least and largest, or rotated: a rotation "
+                "and a codebook, for 4, 3 and 2 bits",
+                default="uniform",
+                choices=("uniform", "rotated"),
+            ),
             Parameter(
                 name="keys", meaning="how keys are written", default=_LATENT, choices=_CHOICES
             ),

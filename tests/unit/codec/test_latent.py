@@ -79,9 +79,13 @@ def latent_keys(rank: int = LOW_RANK, bits: int | None = None, scale_bits: int =
 
 
 def latent_values(
-    rank: int = LOW_RANK, bits: int | None = None, grades: tuple[Grade, ...] = ()
+    rank: int = LOW_RANK,
+    bits: int | None = None,
+    grades: tuple[Grade, ...] = (),
+    *,
+    is_rotated: bool = False,
 ) -> LatentValues:
-    storage = LatentStorage(bits=bits, group=16, grades=grades)
+    storage = LatentStorage(bits=bits, is_rotated=is_rotated, group=16, grades=grades)
     return LatentValues(VALUES, num_heads=3, rank=rank, storage=storage)
 
 
@@ -96,6 +100,7 @@ CODECS: dict[str, ArrayCodec] = {
     "values": latent_values(),
     "values-4": latent_values(bits=4),
     "values-3": latent_values(rank=24, bits=3),
+    "values-rotated": latent_values(rank=24, bits=2, is_rotated=True),
     "values-graded": latent_values(rank=32, grades=(Grade(4, 16), Grade(3, 8), Grade(2, 8))),
 }
 
