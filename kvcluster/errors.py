@@ -32,6 +32,12 @@
     │   ├── ClusterOverloaded
     │   ├── DeadlineInfeasible
     │   └── Draining
+    ├── SpillError                a context's way to disk and back; contexts say what it means
+    │   ├── SealedCacheDamaged    changed, cut short, moved or replaced since it was written
+    │   ├── SealedCacheErased     its key was destroyed
+    │   ├── SealedCacheUnknown    no such spill of this tenant
+    │   ├── SpillDiskFull
+    │   └── SpillUnavailable      the disk cannot be read or written
     ├── StoreUnavailable          the tenants' records cannot be read or written now
     ├── DeadlineExceeded
     ├── ClientTooSlow             the client stopped reading its events
@@ -293,6 +299,33 @@ class StoreUnavailable(KvClusterError):
     acknowledged is kept; nothing is done in half."""
 
     reason = "STORE_UNAVAILABLE"
+
+
+class SpillError(KvClusterError):
+    """A context cannot be written to disk or read from there. Inside the cluster only: callers are
+    told by the service that uses the disk, in its own words."""
+
+    reason = "SPILL_FAILED"
+
+
+class SealedCacheDamaged(SpillError):
+    """A sealed file is not what was written. Nothing of it was used: compute the context again."""
+
+
+class SealedCacheErased(SpillError):
+    """The tenant's data key was destroyed, and with it everything that it sealed."""
+
+
+class SealedCacheUnknown(SpillError):
+    """The tenant has no such spill: it never was, was deleted, or is another's."""
+
+
+class SpillDiskFull(SpillError):
+    """No room on the disk. What was there before is untouched, and nothing of this was kept."""
+
+
+class SpillUnavailable(SpillError):
+    """The disk cannot be read or written: look at it. What was committed is kept."""
 
 
 class ServerUnavailable(KvClusterError):

@@ -142,7 +142,7 @@ def join(parts: Sequence[SavedCache]) -> SavedCache:
         )
         for of_ranks in zip(*(part.header.groups for part in parts), strict=True)
     )
-    rows = [_by_entry(part) for part in parts]
+    rows = [rows_by_entry(part) for part in parts]
 
     def joined(name: str) -> Tensor:
         by_entry = {entry: x for part in rows for entry, x in part[name].items()}
@@ -162,7 +162,7 @@ def write_held(store: KVStore, table: SequenceMap, *, rank: int, saved: SavedCac
 
     Raises: SavedCacheMismatch when its arrays are not those of this store.
     """
-    rows, codec = _by_entry(saved), saved.header.form.codec
+    rows, codec = rows_by_entry(saved), saved.header.form.codec
     for group, entries in enumerate(saved.header.groups):
         own = _owned(table, rank, entries)
         places = _Places(table, rank, group, saved.header)
@@ -294,7 +294,7 @@ def _entries_of(name: str, header: SavedHeader) -> tuple[tuple[int, ...], list[i
     return entries.exact, [min(size, header.num_tokens - e * size) for e in entries.exact]
 
 
-def _by_entry(saved: SavedCache) -> dict[str, dict[int, Tensor]]:
+def rows_by_entry(saved: SavedCache) -> dict[str, dict[int, Tensor]]:
     """Views of each tensor's entries. Raises: SavedCacheMismatch when it has other entries than
     the record says."""
     views = {}

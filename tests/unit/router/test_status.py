@@ -15,8 +15,9 @@ from kvcluster.router.status import (
 )
 from kvcluster.rpc.v1 import common_pb2
 
-NEVER_SENT = {"INVALID_CONFIG", "SERVER_UNAVAILABLE"}
-"""A server that is wrongly configured does not run; one that is not there sends nothing."""
+NEVER_SENT = {"INVALID_CONFIG", "SERVER_UNAVAILABLE", "SPILL_FAILED"}
+"""A server that is wrongly configured does not run; one that is not there sends nothing; what fails
+on the way to disk is told by the service that uses it."""
 
 
 def leaves(kind: type[KvClusterError]) -> set[type[KvClusterError]]:

@@ -1,0 +1,223 @@
+"""A rank's part of a saved cache, sealed into a file, and entries of any parts read back.
+
+One record holds one entry of one KV group in one form: the rows of all its layers' arrays, in the
+order of the arrays' names. So whoever restores reads the entries that are its own and no others,
+on any number of ranks, and no file is ever in memory as a whole.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from kvcluster.cache.saved import HeldEntries, SavedCache, SavedHeader, rows_by_entry
+from kvcluster.cache.sealed_records import (
+    PartHeader,
+    PartReader,
+    PartWriter,
+    RecordPlace,
+    part_file,
+    part_of,
+    sealed_bytes,
+)
+from kvcluster.cache.spill import PartReceipt, SpillTicket
+from kvcluster.cache.spill_disk import disk_errors
+from kvcluster.errors import SealedCacheDamaged
+
+BlockKeys = Mapping[int, bytes]
+"""By entry: the keyed hash of its tokens and all before them."""
+
+_DTYPES = {
+    str(dtype): dtype
+    for dtype in (
+        *(torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    )
+}
+
+
+class _ArrayForm(msgspec.Struct, frozen=True, array_like=True):
+    """Of one array: all but its number of rows."""
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...]
+
+
+class _Content(msgspec.Struct, frozen=True):
+    """What the header of a file holds."""
+
+    saved: SavedHeader
+    arrays: tuple[_ArrayForm, ...]
+
+
+def part_bytes(saved: SavedCache, block_keys: BlockKeys | None = None) -> int:
+    """Bytes of the file that `write_part` would write, exactly."""
+    return sealed_bytes(_header(saved, rows_by_entry(saved), block_keys or {}))
+
+
+def write_part(
+    ticket: SpillTicket, part: int, saved: SavedCache, block_keys: BlockKeys | None = None
+) -> PartReceipt:
+    """Write what one rank holds of a context, sealed; on return it is on the disk. `part`: from 0,
+    below the ticket's number.
+
+    Raises: SpillDiskFull, SpillUnavailable; no file is left then.
+    """
+    rows = rows_by_entry(saved)
+    header = _header(saved, rows, block_keys or {})
+    file = part_file(ticket, part)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with disk_errors("written"):
+            with partial.open("xb") as raw:
+                partial.chmod(0o600)
+                writer = PartWriter(raw, ticket.key, part_of(ticket, part), header)
+                for place in header.places:
+                    writer.add(_content_of(rows, place))
+                num_bytes = writer.finish()
+            partial.replace(file)
+            _sync_folder(file.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+    return PartReceipt(part=part, num_bytes=num_bytes, salt=writer.salt)
+
+
+def read_parts(ticket: SpillTicket, wanted: Sequence[HeldEntries] | None = None) -> SavedCache:
+    """The entries of each KV group that are `wanted`, from whichever parts have them; None: all.
+    The tensors are on the CPU.
+
+    Raises: SealedCacheDamaged for a file that is missing or not what was written, or when no part
+    has an entry; SpillUnavailable.
+    """
+    with ExitStack() as stack:
+        readers = []
+        for receipt in ticket.receipts:
+            with disk_errors("read"):
+                reader = PartReader(
+                    part_file(ticket, receipt.part),
+                    ticket.key,
+                    part_of(ticket, receipt.part),
+                    receipt.salt,
+                )
+            stack.callback(reader.close)
+            readers.append(reader)
+        contents = [msgspec.msgpack.decode(r.header.content, type=_Content) for r in readers]
+        groups = _all_entries([content.saved for content in contents])
+        chosen = tuple(wanted) if wanted is not None else groups
+        return _read(readers, contents[0], chosen)
+
+
+def _read(
+    readers: Sequence[PartReader], content: _Content, groups: tuple[HeldEntries, ...]
+) -> SavedCache:
+    found = {
+        (place.kind, place.group, place.entry): (reader, index)
+        for reader in readers
+        for index, place in enumerate(reader.header.places)
+    }
+    rows: dict[str, list[Tensor]] = {array.name: [] for array in content.arrays}
+    for group, held in enumerate(groups):
+        for kind, entries in (("exact", held.exact), ("encoded", held.encoded)):
+            arrays = [array for array in content.arrays if _is_of(array.name, group, kind)]
+            for entry in entries:
+                if (kind, group, entry) not in found:
+                    raise SealedCacheDamaged(f"no part of the spill has entry {entry}")
+                reader, index = found[kind, group, entry]
+                with disk_errors("read"):
+                    record = reader.read(index)
+                for array, x in zip(arrays, _split(record, arrays), strict=True):
+                    rows[array.name].append(x)
+    tensors = {array.name: _joined(array, rows[array.name]) for array in content.arrays}
+    return SavedCache(msgspec.structs.replace(content.saved, groups=groups), tensors)
+
+
+def _header(
+    saved: SavedCache, rows: Mapping[str, Mapping[int, Tensor]], block_keys: BlockKeys
+) -> PartHeader:
+    arrays = tuple(
+        _ArrayForm(name, str(x.dtype), tuple(x.shape[1:]))
+        for name, x in sorted(saved.tensors.items())
+    )
+    places = []
+    for group, held in enumerate(saved.header.groups):
+        for kind, entries in (("exact", held.exact), ("encoded", held.encoded)):
+            for entry in entries:
+                size = sum(x.nbytes for x in _arrays_of(rows, group, kind, entry))
+                key = block_keys.get(entry, b"")
+                places.append(RecordPlace(kind, group, entry, size, key))
+    content = msgspec.msgpack.encode(_Content(saved.header, arrays))
+    return PartHeader(content=content, places=tuple(places))
+
+
+def _content_of(rows: Mapping[str, Mapping[int, Tensor]], place: RecordPlace) -> bytes:
+    arrays = _arrays_of(rows, place.group, place.kind, place.entry)
+    return b"".join(
+        # numpy has no bfloat16 and no 8-bit floats.
+        x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for x in arrays
+    )
+
+
+def _arrays_of(
+    rows: Mapping[str, Mapping[int, Tensor]], group: int, kind: str, entry: int
+) -> Iterator[Tensor]:
+    for name, by_entry in sorted(rows.items()):
+        if _is_of(name, group, kind):
+            yield by_entry[entry]
+
+
+def _is_of(name: str, group: int, kind: str) -> bool:
+    of_group, _, of_kind, _ = name.split(".")
+    return (of_group, of_kind) == (str(group), kind)
+
+
+def _split(record: bytes, arrays: Sequence[_ArrayForm]) -> list[Tensor]:
+    """The record's rows, array by array. Exact records differ in how many tokens they have."""
+    widths = [_row_bytes(array) for array in arrays]
+    total = sum(widths)
+    num_rows, rest = divmod(len(record), total) if total else (0, len(record))
+    if rest:
+        raise SealedCacheDamaged("a record of the spill has another length than its arrays")
+    flat = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else torch.empty(0)
+    parts = torch.split(flat, [num_rows * width for width in widths])
+    return [
+        part.clone().view(_DTYPES[array.dtype]).view(num_rows, *array.row_shape)
+        for array, part in zip(arrays, parts, strict=True)
+    ]
+
+
+def _row_bytes(array: _ArrayForm) -> int:
+    count = 1
+    for length in array.row_shape:
+        count *= length
+    return count * _DTYPES[array.dtype].itemsize
+
+
+def _joined(array: _ArrayForm, rows: Sequence[Tensor]) -> Tensor:
+    if rows:
+        return torch.cat(list(rows))
+    return torch.empty(0, *array.row_shape, dtype=_DTYPES[array.dtype])
+
+
+def _all_entries(headers: Sequence[SavedHeader]) -> tuple[HeldEntries, ...]:
+    return tuple(
+        HeldEntries(
+            tuple(sorted(entry for held in of_parts for entry in held.exact)),
+            tuple(sorted(entry for held in of_parts for entry in held.encoded)),
+        )
+        for of_parts in zip(*(header.groups for header in headers), strict=True)
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk once its folder is."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
