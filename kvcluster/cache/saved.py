@@ -284,7 +284,7 @@ def _named(
     }
 
 
-def _entries_of(name: str, header: SavedHeader) -> tuple[tuple[int, ...], list[int]]:
+def entries_of(name: str, header: SavedHeader) -> tuple[tuple[int, ...], list[int]]:
     """The entries of a tensor, and how long each is."""
     group, _, kind, _ = name.split(".")
     entries = header.groups[int(group)]
@@ -299,7 +299,7 @@ def rows_by_entry(saved: SavedCache) -> dict[str, dict[int, Tensor]]:
     the record says."""
     views = {}
     for name, tensor in saved.tensors.items():
-        entries, lengths = _entries_of(name, saved.header)
+        entries, lengths = entries_of(name, saved.header)
         if sum(lengths) != len(tensor):
             raise SavedCacheMismatch(
                 f"tensor {name} of the saved cache has {len(tensor)} rows, not {sum(lengths)}"

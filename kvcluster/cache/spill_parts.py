@@ -11,10 +11,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvcluster.cache.saved import HeldEntries, SavedCache, SavedHeader, rows_by_entry
+from kvcluster.cache.saved import (
+    HeldEntries,
+    SavedCache,
+    SavedHeader,
+    entries_of,
+    rows_by_entry,
+)
 from kvcluster.cache.sealed_records import (
     PartHeader,
     PartReader,
@@ -115,25 +122,49 @@ def read_parts(ticket: SpillTicket, wanted: Sequence[HeldEntries] | None = None)
 def _read(
     readers: Sequence[PartReader], content: _Content, groups: tuple[HeldEntries, ...]
 ) -> SavedCache:
+    header = msgspec.structs.replace(content.saved, groups=groups)
     found = {
         (place.kind, place.group, place.entry): (reader, index)
         for reader in readers
         for index, place in enumerate(reader.header.places)
     }
-    rows: dict[str, list[Tensor]] = {array.name: [] for array in content.arrays}
-    for group, held in enumerate(groups):
-        for kind, entries in (("exact", held.exact), ("encoded", held.encoded)):
+    tensors: dict[str, Tensor] = {}
+    for group in range(len(groups)):
+        for kind in ("exact", "encoded"):
             arrays = [array for array in content.arrays if _is_of(array.name, group, kind)]
-            for entry in entries:
-                if (kind, group, entry) not in found:
-                    raise SealedCacheDamaged(f"no part of the spill has entry {entry}")
+            if not arrays:
+                continue
+            entries, lengths = entries_of(arrays[0].name, header)
+            missing = [entry for entry in entries if (kind, group, entry) not in found]
+            if missing:
+                raise SealedCacheDamaged(f"no part of the spill has entry {missing[0]}")
+            filled = [_empty(array, sum(lengths)) for array in arrays]
+            start = 0
+            for entry, length in zip(entries, lengths, strict=True):
                 reader, index = found[kind, group, entry]
                 with disk_errors("read"):
                     record = reader.read(index)
-                for array, x in zip(arrays, _split(record, arrays), strict=True):
-                    rows[array.name].append(x)
-    tensors = {array.name: _joined(array, rows[array.name]) for array in content.arrays}
-    return SavedCache(msgspec.structs.replace(content.saved, groups=groups), tensors)
+                _fill([x[start : start + length] for x in filled], record)
+                start += length
+            tensors |= {array.name: x for array, x in zip(arrays, filled, strict=True)}
+    return SavedCache(header, tensors)
+
+
+def _fill(rows: Sequence[Tensor], record: bytes) -> None:
+    """Write the record's rows, array by array, into those of the tensors."""
+    if sum(x.nbytes for x in rows) != len(record):
+        raise SealedCacheDamaged("a record of the spill has another length than its arrays")
+    at = 0
+    for x in rows:
+        if x.nbytes:
+            # Into numpy's view of the tensor, because torch reads no buffer that it may not write.
+            flat = x.view(-1).view(torch.uint8).numpy()
+            flat[:] = np.frombuffer(record, np.uint8, x.nbytes, at)
+            at += x.nbytes
+
+
+def _empty(array: _ArrayForm, num_rows: int) -> Tensor:
+    return torch.empty(num_rows, *array.row_shape, dtype=_DTYPES[array.dtype])
 
 
 def _header(
@@ -174,34 +205,6 @@ def _arrays_of(
 def _is_of(name: str, group: int, kind: str) -> bool:
     of_group, _, of_kind, _ = name.split(".")
     return (of_group, of_kind) == (str(group), kind)
-
-
-def _split(record: bytes, arrays: Sequence[_ArrayForm]) -> list[Tensor]:
-    """The record's rows, array by array. Exact records differ in how many tokens they have."""
-    widths = [_row_bytes(array) for array in arrays]
-    total = sum(widths)
-    num_rows, rest = divmod(len(record), total) if total else (0, len(record))
-    if rest:
-        raise SealedCacheDamaged("a record of the spill has another length than its arrays")
-    flat = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else torch.empty(0)
-    parts = torch.split(flat, [num_rows * width for width in widths])
-    return [
-        part.clone().view(_DTYPES[array.dtype]).view(num_rows, *array.row_shape)
-        for array, part in zip(arrays, parts, strict=True)
-    ]
-
-
-def _row_bytes(array: _ArrayForm) -> int:
-    count = 1
-    for length in array.row_shape:
-        count *= length
-    return count * _DTYPES[array.dtype].itemsize
-
-
-def _joined(array: _ArrayForm, rows: Sequence[Tensor]) -> Tensor:
-    if rows:
-        return torch.cat(list(rows))
-    return torch.empty(0, *array.row_shape, dtype=_DTYPES[array.dtype])
 
 
 def _all_entries(headers: Sequence[SavedHeader]) -> tuple[HeldEntries, ...]:
