@@ -22,6 +22,7 @@ from kvcluster.errors import ConfigError
 
 SUITES: Final = {
     "decode": "kvcluster.bench.kernel_decode",
+    "latent": "kvcluster.bench.kernel_latent",
     "prefill": "kvcluster.bench.kernel_prefill",
 }
 """Name and module, in the order in which they run."""

@@ -1,0 +1,301 @@
+"""Decode over a paged cache of latent keys (Palu, arXiv 2407.21118), which are expanded and turned
+to their positions in the kernel, a block at a time, and never written.
+
+    key_th = R(t) (mean_h + latent_t up_h),   score_th = q_h . key_th
+
+A block begins at position b, and its token s is at b + s, so R(b + s) q . k = R(-b) q . R(s) k:
+the angles of s are made once for a program, those of b once for a block, for the few query rows.
+The angle that follows is b f + s f, each rounded to float32, where a model rounds (b + s) f: they
+differ by at most the rounding of the latter, 2^-24 of it.
+
+Latents meet `up` of one KV head, which stays in shared memory; the KV heads of a part of the
+sequence run side by side and read the same latents, from L2 all but once.
+
+What bounds it. Expanding keys takes 2 r K D operations of the matrix unit a token, whatever the
+query heads. On an H100 at 798 TFLOP/s and 3.0 TB/s, beside 4 K D bytes a token in bfloat16, the
+two are even at r = 532 of K D = 1,024; at the four fifths of the matrix unit that kernels reach, at
+r = 430. With r = 256 and values of 4 bits it is 1.6 times as fast as bfloat16 at best. Latents of
+fewer bits take no fewer operations.
+
+Values are latents as well, whose weighted sums the caller expands once for a query (exact where all
+weights of a row are merged: means are added to sums of weight 1); or integers, rotated codes, whose
+sums the caller rotates back; or plain numbers of 16 bits.
+
+`latent_plain.decode_latents` is the definition. Shape letters: those of `latent_pages.py`.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcluster_kernels.codes import dot, has_assembly
+from kvcluster_kernels.combine import combine
+from kvcluster_kernels.latent_pages import KeyExpansion, LatentPages
+from kvcluster_kernels.latent_tiles import (
+    cos_and_sin,
+    expand,
+    load_query_pairs,
+    load_up,
+    rotated_keys,
+    turned_back,
+)
+from kvcluster_kernels.latent_values import (
+    ValueFormat,
+    ValuePages,
+    store_values,
+    weigh_values,
+    zero_values,
+)
+from kvcluster_kernels.packed_launch import page_strides, plan_launch
+from kvcluster_kernels.paging import (
+    Attention,
+    DecodeSettings,
+    PagedRows,
+    Partial,
+    SplitPartials,
+    load_query_positions,
+    split_tiles,
+)
+from kvcluster_kernels.softmax import to_base_2, visible_columns
+
+_LEAST_TOKENS = 16
+"""Of a block, and of a group that shares scales: a matrix product is of 16 numbers at least."""
+_PIECE = 64
+"""Latents of a token that are worked on together: as many as one row of a matrix product."""
+
+
+def decode_latents(
+    q_RTHD: Tensor,
+    keys: LatentPages,
+    expansion: KeyExpansion,
+    values: ValuePages,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,
+) -> Partial:
+    """Attention of each row's query tokens over its encoded blocks. `q_RTHD` as the model turns
+    it. `rows` has positions. The output is the weighted sum of what values store: of latents
+    [R, T, H, C], of rotated vectors [R, T, H, D], or of values.
+
+    Raises: ValueError for arrays that do not go together.
+    """
+    splits = latent_splits(q_RTHD, keys, expansion, values, rows, attention, settings)
+    return combine(splits, num_tokens=q_RTHD.shape[1])
+
+
+def latent_splits(
+    q_RTHD: Tensor,
+    keys: LatentPages,
+    expansion: KeyExpansion,
+    values: ValuePages,
+    rows: PagedRows,
+    attention: Attention,
+    settings: DecodeSettings | None = None,
+) -> SplitPartials:
+    """The same before it is merged, to be merged with more of its kind."""
+    block_size, dim = keys.codes.shape[3], q_RTHD.shape[3]
+    k_groups = 1 if keys.scale is None else keys.scale.shape[3]
+    form = ValueFormat.of(values, block_size)
+    num_kv_heads = expansion.up_KJCE.shape[0]
+    _check(keys, expansion, form, rows, dim, block_size // k_groups)
+    chosen = settings or default_settings(keys.rank, dim)
+    launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=form.dim)
+    k_planes = tuple(keys.codes if plane is None else plane for plane in keys)
+    fields = 8 // keys.bits if keys.bits < 16 else 1
+    v_fields = 8 // form.bits if form.bits < 16 else 1
+    _latent_kernel[launch.grid](
+        q_RTHD,
+        *expansion,
+        *k_planes,
+        *form.planes,
+        *launch.arguments,
+        *page_strides(k_planes),
+        *page_strides(form.planes),
+        **launch.constants,
+        BLOCK_SIZE=block_size,
+        PAGE_BLOCKS=keys.codes.shape[1],
+        DIM=dim,
+        PAIRS=expansion.up_KJCE.shape[3],
+        RANK=keys.rank,
+        K_PIECE=_piece(keys.rank // fields, _PIECE // fields),
+        K_BITS=keys.bits,
+        K_GROUPS=k_groups,
+        K_SCALE_BITS=16 if keys.unit is None else 8,
+        V_KIND=form.kind,
+        V_HEADS=form.num_heads,
+        V_DIM=form.dim,
+        V_PIECE=_piece(form.dim // v_fields, _PIECE),
+        V_BITS=form.bits,
+        V_GROUPS=form.groups,
+        V_SCALE_BITS=form.scale_bits,
+        IS_GPU=has_assembly(_latent_kernel),
+    )
+    return launch.found
+
+
+def default_settings(rank: int, dim: int) -> DecodeSettings:
+    """As many programs as have their part of `up` in a processor's shared memory."""
+    up_bytes = 2 * rank * dim
+    if up_bytes > 72 << 10:
+        return DecodeSettings(num_warps=4, num_stages=4, programs_per_processor=1)
+    programs = 2 if up_bytes > 36 << 10 else 3
+    return DecodeSettings(num_warps=4, num_stages=4, programs_per_processor=programs)
+
+
+def _check(
+    keys: LatentPages,
+    expansion: KeyExpansion,
+    form: ValueFormat,
+    rows: PagedRows,
+    dim: int,
+    group: int,
+) -> None:
+    num_kv_heads, _, rank, _ = expansion.up_KJCE.shape
+    if keys.codes.shape[2] != 1 or keys.rank != rank or expansion.dim != dim:
+        raise ValueError(
+            f"queries of {dim} channels, latents of {keys.rank} numbers and a way back from {rank} "
+            f"to {expansion.dim} do not go together"
+        )
+    if group < _LEAST_TOKENS:
+        raise ValueError(f"blocks and groups want {_LEAST_TOKENS} tokens or more, not {group}")
+    if form.num_heads not in (1, num_kv_heads):
+        raise ValueError(f"values are of {form.num_heads} heads, keys of {num_kv_heads}")
+    if form.planes[0].shape[:2] != keys.codes.shape[:2]:
+        raise ValueError("keys and values want pages of as many blocks")
+    if rows.block_positions_RB is None:
+        raise ValueError("latent keys are turned to their positions: give those of the blocks")
+
+
+def _piece(count: int, most: int) -> int:
+    return max(_LEAST_TOKENS, min(most, 1 << (count - 1).bit_length()))
+
+
+@triton.jit
+def _latent_kernel(
+    q_ptr: tl.tensor,
+    up_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    channels_ptr: tl.tensor,
+    frequencies_ptr: tl.tensor,
+    k_codes_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    k_zero_ptr: tl.tensor,
+    k_unit_ptr: tl.tensor,
+    v_codes_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
+    v_zero_ptr: tl.tensor,
+    v_unit_ptr: tl.tensor,
+    blocks_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    block_positions_ptr: tl.tensor,
+    q_positions_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    window: tl.tensor,
+    max_blocks: tl.tensor,
+    num_splits: tl.tensor,
+    stride_k_codes: tl.tensor,
+    stride_k_scale: tl.tensor,
+    stride_k_zero: tl.tensor,
+    stride_k_unit: tl.tensor,
+    stride_v_codes: tl.tensor,
+    stride_v_scale: tl.tensor,
+    stride_v_zero: tl.tensor,
+    stride_v_unit: tl.tensor,
+    NUM_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    RANK: tl.constexpr,
+    K_PIECE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    K_GROUPS: tl.constexpr,
+    K_SCALE_BITS: tl.constexpr,
+    V_KIND: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_PIECE: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_GROUPS: tl.constexpr,
+    V_SCALE_BITS: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> None:
+    K_FIELDS: tl.constexpr = 8 // K_BITS if K_BITS < 16 else 1
+    # What a block has in each plane of keys, and a head of a block in those of values.
+    K_SIZE: tl.constexpr = BLOCK_SIZE * (RANK // K_FIELDS)
+    V_SIZE: tl.constexpr = BLOCK_SIZE * V_DIM * V_BITS // 8 if V_BITS < 16 else BLOCK_SIZE * V_DIM
+    V_GRID: tl.constexpr = V_GROUPS * (V_DIM if V_KIND == 0 else BLOCK_SIZE)
+    ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
+    split, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
+    rows_M = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, num_kv_heads, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    begin, stop, start, end = split_tiles(row, split, num_splits, starts_ptr, ends_ptr, BLOCK_SIZE)
+    q_first_EM, q_second_EM, size_M = load_query_pairs(
+        q_ptr, channels_ptr, row, head, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM, PAIRS
+    )
+    q_positions_M = load_query_positions(
+        q_positions_ptr, row, rows_M, NUM_ROWS, GROUP, HAS_POSITIONS
+    )
+    offs_e = tl.arange(0, PAIRS)
+    frequency_E = tl.load(frequencies_ptr + offs_e)
+    offs_s = tl.arange(0, BLOCK_SIZE)
+    cos_SE, sin_SE = cos_and_sin(offs_s.to(tl.float32)[:, None] * frequency_E[None, :], IS_GPU)
+    cos_SE, sin_SE = cos_SE.to(tl.float16), sin_SE.to(tl.float16)
+    up = load_up(up_ptr + head * (2 * RANK * PAIRS), RANK, PAIRS, K_PIECE, K_FIELDS)
+    mean_ptr += head * (2 * PAIRS)
+    mean_first_E = tl.load(mean_ptr + offs_e).to(tl.float16)
+    mean_second_E = tl.load(mean_ptr + PAIRS + offs_e).to(tl.float16)
+    blocks_ptr += row.to(tl.int64) * max_blocks
+    block_positions_ptr += row.to(tl.int64) * max_blocks
+    v_head = head if V_HEADS > 1 else 0
+
+    max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    sum_SM = tl.zeros([BLOCK_SIZE, BLOCK_M], tl.float32)
+    acc = zero_values(V_KIND, V_DIM, V_PIECE, V_BITS, V_GROUPS, BLOCK_M)
+    for tile in tl.range(begin, stop):
+        block = tl.load(blocks_ptr + tile)
+        position = tl.load(block_positions_ptr + tile)
+        page, place = (block // PAGE_BLOCKS).to(tl.int64), block % PAGE_BLOCKS
+        angle_E = position.to(tl.float32) * frequency_E
+        q_first, q_second = turned_back(q_first_EM, q_second_EM, angle_E, IS_GPU)
+        first_SE, second_SE = expand(
+            k_codes_ptr + page * stride_k_codes + place * K_SIZE,
+            k_scale_ptr + page * stride_k_scale + place * (K_GROUPS * RANK),
+            k_zero_ptr + page * stride_k_zero + place * (K_GROUPS * RANK),
+            k_unit_ptr + page * stride_k_unit + place,
+            up,
+            BLOCK_SIZE, RANK, K_PIECE, K_BITS, K_GROUPS, K_SCALE_BITS, IS_GPU,
+        )  # fmt: skip
+        first_SE, second_SE = rotated_keys(
+            first_SE, second_SE, mean_first_E, mean_second_E, cos_SE, sin_SE, IS_GPU
+        )
+        products_SM = dot(first_SE, q_first, tl.zeros([BLOCK_SIZE, BLOCK_M], tl.float32), IS_GPU)
+        products_SM = dot(second_SE, q_second, products_SM, IS_GPU)
+        scores_SM = visible_columns(
+            to_base_2(products_SM, (scale * size_M)[None, :], softcap, HAS_SOFTCAP),
+            tile * BLOCK_SIZE, start, end, position, q_positions_M, window,
+            HAS_POSITIONS, HAS_WINDOW,
+        )  # fmt: skip
+        v_place = place * V_HEADS + v_head
+        max_M, sum_SM, acc = weigh_values(
+            v_codes_ptr + page * stride_v_codes + v_place * V_SIZE,
+            v_scale_ptr + page * stride_v_scale + v_place * V_GRID,
+            v_zero_ptr + page * stride_v_zero + v_place * V_GRID,
+            v_unit_ptr + page * stride_v_unit + v_place,
+            scores_SM, max_M, sum_SM, acc,
+            V_KIND, V_DIM, V_PIECE, V_BITS, V_GROUPS, V_SCALE_BITS, IS_GPU,
+        )  # fmt: skip
+    first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
+    store_values(
+        out_ptr, lse_ptr, acc, max_M, sum_SM, first_row, rows_M,
+        NUM_ROWS, V_KIND, V_DIM, V_PIECE, V_BITS,
+    )  # fmt: skip

@@ -1,0 +1,315 @@
+"""What kernels do with one block of latents: keys, and weighted sums of values.
+
+Shape letters: those of `latent_pages.py`; M query rows of a KV head, P numbers of a piece.
+"""
+
+import triton
+import triton.language as tl
+
+from kvcluster_kernels.codes import dot
+from kvcluster_kernels.latent_codes import load_grid, numbers
+from kvcluster_kernels.softmax import append
+
+_INVERSE_TURN = tl.constexpr(0.15915494309189535)
+_TURN_HIGH = tl.constexpr(6.2831854820251465)
+"""2 pi as float32, and what is left of it."""
+_TURN_LOW = tl.constexpr(-1.7484556000744883e-07)
+
+
+@triton.jit
+def cos_and_sin(angle: tl.tensor, IS_GPU: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Of float32 angles to 10^6 and more, to 2^-20: whole turns are taken off in two steps, and
+    what is left is what the processor's own functions are right for."""
+    turns = tl.math.floor(angle * _INVERSE_TURN + 0.5)
+    left = tl.math.fma(turns, -_TURN_HIGH, angle)
+    left = tl.math.fma(turns, -_TURN_LOW, left)
+    if IS_GPU:
+        cos = tl.inline_asm_elementwise(
+            "cos.approx.f32 $0, $1;", "=f,f", [left], dtype=tl.float32, is_pure=True, pack=1
+        )
+        sin = tl.inline_asm_elementwise(
+            "sin.approx.f32 $0, $1;", "=f,f", [left], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        cos = tl.math.cos(left)
+        sin = tl.math.sin(left)
+    return cos, sin
+
+
+@triton.jit
+def _turned(
+    first: tl.tensor, second: tl.tensor, cos: tl.tensor, sin: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def turned_back(
+    first: tl.tensor, second: tl.tensor, angle_E: tl.tensor, IS_GPU: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Pairs [E, M] turned by the negative of their angle, float16."""
+    cos_E, sin_E = cos_and_sin(angle_E, IS_GPU)
+    first, second = _turned(first, second, cos_E[:, None], -sin_E[:, None])
+    return first.to(tl.float16), second.to(tl.float16)
+
+
+@triton.jit
+def load_query_pairs(
+    q_ptr: tl.tensor,
+    channels_ptr: tl.tensor,
+    row: tl.tensor,
+    head: tl.tensor,
+    num_kv_heads: tl.tensor,
+    rows_M: tl.tensor,
+    NUM_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Query rows as columns, the first and the second channels of pairs, float32 [E, M], and the
+    power of two, [M], that they were divided by, so that none is above 1."""
+    tokens_M = row * (NUM_ROWS // GROUP) + rows_M // GROUP
+    places_M = ((tokens_M * num_kv_heads + head) * GROUP + rows_M % GROUP) * DIM
+    offs_e = tl.arange(0, PAIRS)
+    first_E = tl.load(channels_ptr + offs_e)
+    second_E = tl.load(channels_ptr + PAIRS + offs_e)
+    mask_EM = (first_E >= 0)[:, None] & (rows_M < NUM_ROWS)[None, :]
+    first_EM = tl.load(q_ptr + places_M[None, :] + first_E[:, None], mask=mask_EM, other=0.0)
+    second_EM = tl.load(q_ptr + places_M[None, :] + second_E[:, None], mask=mask_EM, other=0.0)
+    first_EM = first_EM.to(tl.float32)
+    second_EM = second_EM.to(tl.float32)
+    largest_M = tl.max(tl.maximum(tl.abs(first_EM), tl.abs(second_EM)), 0)
+    exponent_M = tl.math.ceil(tl.math.log2(tl.where(largest_M > 0, largest_M, 1.0)))
+    shrink_M = tl.math.exp2(-exponent_M)
+    size_M = tl.math.exp2(exponent_M)
+    return first_EM * shrink_M[None, :], second_EM * shrink_M[None, :], size_M
+
+
+@triton.jit
+def load_up(
+    up_ptr: tl.tensor,
+    RANK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    P: tl.constexpr,
+    FIELDS: tl.constexpr,
+) -> tl.tuple:
+    """The rows of a head's `up` in the order in which `expand` meets latents: piece after piece of
+    a row's codes, and of each its fields; for each the first and the second channels, [P, E]."""
+    COUNT: tl.constexpr = RANK // FIELDS
+    offs_p = tl.arange(0, P)
+    offs_e = tl.arange(0, PAIRS)
+    rows = ()
+    for piece in tl.static_range(triton.cdiv(COUNT, P)):
+        for field in tl.static_range(FIELDS):
+            inside_P = piece * P + offs_p < COUNT
+            places_P = field * COUNT + piece * P + offs_p
+            for channel in tl.static_range(2):
+                ptr = up_ptr + channel * (RANK * PAIRS)
+                up_PE = tl.load(
+                    ptr + places_P[:, None] * PAIRS + offs_e[None, :],
+                    mask=inside_P[:, None],
+                    other=0.0,
+                )
+                rows = append(rows, up_PE)
+    return rows
+
+
+@triton.jit
+def expand(
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    unit_ptr: tl.tensor,
+    up: tl.tuple,
+    S: tl.constexpr,
+    RANK: tl.constexpr,
+    P: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """What `load_up` makes of a block's latents: first and second channels, float32 [S, E]."""
+    first_SE = tl.zeros([S, up[0].shape[1]], tl.float32)
+    second_SE = tl.zeros([S, up[0].shape[1]], tl.float32)
+    FIELDS: tl.constexpr = 8 // BITS if BITS < 16 else 1
+    COUNT: tl.constexpr = RANK // FIELDS
+    offs_s = tl.arange(0, S)
+    offs_p = tl.arange(0, P)
+    unit = tl.load(unit_ptr) if SCALE_BITS == 8 else 1.0
+    for piece in tl.static_range(triton.cdiv(COUNT, P)):
+        stored_SP = load_piece(codes_ptr, offs_s, piece * P + offs_p, COUNT, COUNT % P == 0)
+        if BITS == 16:
+            fields = (stored_SP,)
+        else:
+            scales = ()
+            zeros = ()
+            for field in tl.static_range(FIELDS):
+                place = field * COUNT + piece * P
+                scale, zero = load_grid(
+                    scale_ptr + place, zero_ptr + place, unit, offs_s, offs_p, COUNT - piece * P,
+                    RANK, S, GROUPS, SCALE_BITS,
+                )  # fmt: skip
+                scales = append(scales, scale)
+                zeros = append(zeros, zero)
+            fields = numbers(stored_SP, scales, zeros, BITS, IS_GPU)
+        for field in tl.static_range(FIELDS):
+            first_SE = dot(fields[field], up[2 * (piece * FIELDS + field)], first_SE, IS_GPU)
+            second_SE = dot(fields[field], up[2 * (piece * FIELDS + field) + 1], second_SE, IS_GPU)
+    return first_SE, second_SE
+
+
+@triton.jit
+def load_piece(
+    ptr: tl.tensor,
+    offs_s: tl.tensor,
+    offs_p: tl.tensor,
+    COUNT: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+) -> tl.tensor:
+    """Some numbers of each token of a block, whose rows are of COUNT; 0 behind them."""
+    pointers = ptr + offs_s[:, None] * COUNT + offs_p[None, :]
+    if IS_WHOLE:
+        stored = tl.load(pointers)
+    else:
+        stored = tl.load(pointers, mask=(offs_p < COUNT)[None, :], other=0)
+    return stored
+
+
+@triton.jit
+def rotated_keys(
+    first_SE: tl.tensor,
+    second_SE: tl.tensor,
+    mean_first_E: tl.tensor,
+    mean_second_E: tl.tensor,
+    cos_SE: tl.tensor,
+    sin_SE: tl.tensor,
+    IS_GPU: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Pairs, with their mean, turned by their angle: float16, as all but the first two are. A
+    register holds two of them, and one instruction works on both."""
+    first_SE = first_SE.to(tl.float16)
+    second_SE = second_SE.to(tl.float16)
+    mean_first_E = mean_first_E[None, :]
+    mean_second_E = mean_second_E[None, :]
+    if IS_GPU:
+        turned_first, turned_second = tl.inline_asm_elementwise(
+            """
+            { .reg .b32 x, y, t, u;
+              add.f16x2 x, $2, $4;
+              add.f16x2 y, $3, $5;
+              mul.f16x2 t, y, $7;
+              mul.f16x2 u, x, $7;
+              neg.f16x2 t, t;
+              fma.rn.f16x2 $0, x, $6, t;
+              fma.rn.f16x2 $1, y, $6, u; }
+            """,
+            "=&r,=&r,r,r,r,r,r,r",
+            [first_SE, second_SE, mean_first_E, mean_second_E, cos_SE, sin_SE],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        x_SE = (first_SE + mean_first_E).to(tl.float32)
+        y_SE = (second_SE + mean_second_E).to(tl.float32)
+        turned_first, turned_second = _turned(
+            x_SE, y_SE, cos_SE.to(tl.float32), sin_SE.to(tl.float32)
+        )
+        turned_first = turned_first.to(tl.float16)
+        turned_second = turned_second.to(tl.float16)
+    return turned_first, turned_second
+
+
+@triton.jit
+def weigh_latents(
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    unit_ptr: tl.tensor,
+    weights_SM: tl.tensor,
+    decay_M: tl.tensor,
+    acc: tl.tuple,
+    RANK: tl.constexpr,
+    P: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tl.tuple:
+    """Weighted sums of a block's numbers added to earlier ones times their decay: piece after
+    piece of a row's codes, and of each its fields, [M, P]. Tokens are rows of the numbers, so that
+    weights are what is transposed."""
+    S: tl.constexpr = weights_SM.shape[0]
+    FIELDS: tl.constexpr = 8 // BITS if BITS < 16 else 1
+    COUNT: tl.constexpr = RANK // FIELDS
+    offs_s = tl.arange(0, S)
+    offs_p = tl.arange(0, P)
+    unit = tl.load(unit_ptr) if SCALE_BITS == 8 else 1.0
+    weights_MS = tl.trans(weights_SM)
+    found = ()
+    for piece in tl.static_range(triton.cdiv(COUNT, P)):
+        stored_SP = load_piece(codes_ptr, offs_s, piece * P + offs_p, COUNT, COUNT % P == 0)
+        if BITS == 16:
+            fields = (stored_SP,)
+        else:
+            scales = ()
+            zeros = ()
+            for field in tl.static_range(FIELDS):
+                place = field * COUNT + piece * P
+                scale, zero = load_grid(
+                    scale_ptr + place, zero_ptr + place, unit, offs_s, offs_p, COUNT - piece * P,
+                    RANK, S, GROUPS, SCALE_BITS,
+                )  # fmt: skip
+                scales = append(scales, scale)
+                zeros = append(zeros, zero)
+            fields = numbers(stored_SP, scales, zeros, BITS, IS_GPU)
+        for field in tl.static_range(FIELDS):
+            number_SP = fields[field]
+            acc_MP = acc[piece * FIELDS + field] * decay_M[:, None]
+            found = append(found, dot(weights_MS.to(number_SP.dtype), number_SP, acc_MP, IS_GPU))
+    return found
+
+
+@triton.jit
+def weigh_integers(
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    unit_ptr: tl.tensor,
+    weights: tl.tuple,
+    decay_M: tl.tensor,
+    acc: tl.tuple,
+    CHANNELS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tl.tuple:
+    """The same of integers with scales for each token and group of CHANNELS, one array [D, M] for
+    each group. `weights` are those of each field of a byte, [P, M]."""
+    FIELDS: tl.constexpr = 8 // BITS
+    P: tl.constexpr = BLOCK_SIZE // FIELDS
+    offs_d = tl.arange(0, acc[0].shape[0])
+    offs_p = tl.arange(0, P)
+    unit = tl.load(unit_ptr) if SCALE_BITS == 8 else 1.0
+    found = ()
+    for group in tl.static_range(len(acc)):
+        pointers = codes_ptr + group * CHANNELS * P + offs_d[:, None] * P + offs_p[None, :]
+        packed_DP = tl.load(pointers, mask=(offs_d < CHANNELS)[:, None], other=0)
+        scales = ()
+        zeros = ()
+        for field in tl.static_range(FIELDS):
+            scale, zero = load_grid(
+                scale_ptr + group * BLOCK_SIZE + field * P,
+                zero_ptr + group * BLOCK_SIZE + field * P,
+                unit, offs_d, offs_p, P, P, P, 1, SCALE_BITS,
+            )  # fmt: skip
+            scales = append(scales, scale)
+            zeros = append(zeros, zero)
+        fields = numbers(packed_DP, scales, zeros, BITS, IS_GPU)
+        acc_DM = acc[group] * decay_M[None, :]
+        for field in tl.static_range(FIELDS):
+            acc_DM = dot(fields[field], weights[field], acc_DM, IS_GPU)
+        found = append(found, acc_DM)
+    return found

@@ -1,0 +1,182 @@
+"""Bases, rotations and paged latents for tests of latent kernels, written by the cache's codecs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from kvcluster_kernels import latent_plain
+from kvcluster_kernels.decode_plain import attend_tokens
+from kvcluster_kernels.integer_decode import IntegerPages
+from kvcluster_kernels.latent_decode import decode_latents
+from kvcluster_kernels.latent_pages import KeyExpansion, KeyRotation, LatentPages, key_expansion
+from kvcluster_kernels.latent_values import ValuePages
+from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows
+from kvcluster_kernels.rotated_decode import RotatedPages
+from torch import Tensor
+
+from kvcluster.codec.array import ArrayCodec
+from kvcluster.codec.calibration import Basis
+from kvcluster.codec.exact_array import ExactArray
+from kvcluster.codec.latent import LatentKeys, LatentValues
+from kvcluster.codec.quantized import TokenQuantizer
+from kvcluster.codec.rotated import Rotated
+from kvcluster.model.rotary import Pairing, Rotary
+from tests.kernels.decode_cases import RAGGED, Batch, Bounds, assert_within, draw_queries, draw_rows
+from tests.kernels.packed_cases import draw_packed
+
+BLOCKS = replace(RAGGED, lengths=(110, 0, 1, 123), block_size=64, has_positions=True)
+ATTENTION = Attention(scale=0.1)
+HALF_SPLIT = "half split"
+ROTATIONS = (HALF_SPLIT, "interleaved", "partial", "none")
+
+
+def draw_basis(num_heads: int, dim: int, rank: int, generator: torch.Generator) -> Basis:
+    """Orthogonal directions, so that a latent of a drawn block is of order 1."""
+    width = num_heads * dim
+    directions_FF, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+    return Basis(
+        mean_F=torch.randn(width, generator=generator),
+        down_FC=directions_FF[:, :rank].contiguous(),
+        up_CF=directions_FF[:, :rank].T.contiguous(),
+        spectrum_F=torch.ones(width, dtype=torch.float64),
+    )
+
+
+def rotary(name: str, dim: int) -> Rotary | None:
+    """A rotation of keys, as a model's layer may have it."""
+    if name == "none":
+        return None
+    num_turned = dim // 4 if name == "partial" else dim // 2
+    return Rotary(
+        inverse_frequencies_F=10_000.0 ** -(torch.arange(num_turned) / num_turned),
+        scaling=1.2 if name == "partial" else 1.0,
+        first_dim=8 if name == "partial" else 0,
+        pairing=Pairing.INTERLEAVED if name == "interleaved" else Pairing.HALF_SPLIT,
+    )
+
+
+def kernel_rotation(rotation: Rotary | None) -> KeyRotation | None:
+    if rotation is None:
+        return None
+    return KeyRotation(
+        rotation.inverse_frequencies_F,
+        rotation.scaling,
+        rotation.first_dim,
+        rotation.pairing is Pairing.INTERLEAVED,
+    )
+
+
+def expansion_of(
+    basis: Basis, num_heads: int, rotation: Rotary | None, device: torch.device
+) -> KeyExpansion:
+    made = key_expansion(
+        basis.up_CF, basis.mean_F, num_kv_heads=num_heads, rotation=kernel_rotation(rotation)
+    )
+    return KeyExpansion(*(x.to(device) for x in made))
+
+
+def latent_pages(codec: ArrayCodec, batch: Batch, rows: PagedRows, seed: int) -> LatentPages:
+    generator = torch.Generator().manual_seed(seed)
+    return LatentPages(*draw_packed(codec, batch.dim_k, batch, rows, generator))
+
+
+ValueDraw = Callable[[Batch, PagedRows], ValuePages]
+
+
+def _exact(batch: Batch, rows: PagedRows) -> ValuePages:
+    generator = torch.Generator().manual_seed(2)
+    codec = ExactArray(torch.bfloat16)
+    return LatentPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
+
+
+def _latents(bits: int | None, rank: int) -> ValueDraw:
+    def draw(batch: Batch, rows: PagedRows) -> ValuePages:
+        generator = torch.Generator().manual_seed(3)
+        basis = draw_basis(batch.num_kv_heads, batch.dim_v, rank, generator)
+        codec = LatentValues(basis, num_heads=batch.num_kv_heads, rank=rank, bits=bits)
+        return LatentPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
+
+    return draw
+
+
+def _integers(bits: int, group: int, scale_bits: int) -> ValueDraw:
+    def draw(batch: Batch, rows: PagedRows) -> ValuePages:
+        generator = torch.Generator().manual_seed(4)
+        codec = TokenQuantizer(bits, group=group, scale_bits=scale_bits)
+        return IntegerPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
+
+    return draw
+
+
+def _rotated(bits: int) -> ValueDraw:
+    def draw(batch: Batch, rows: PagedRows) -> ValuePages:
+        generator = torch.Generator().manual_seed(5)
+        codec = Rotated(bits, transposed=True)
+        return RotatedPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
+
+    return draw
+
+
+VALUES: dict[str, ValueDraw] = {
+    "exact": _exact,
+    "latent": _latents(None, 64),
+    "latent of an odd rank": _latents(None, 44),
+    "latent in 4 bits": _latents(4, 64),
+    "int8": _integers(8, 64, 16),
+    "int4": _integers(4, 64, 16),
+    "int4 scale_bits=8": _integers(4, 32, 8),
+    "int2": _integers(2, 32, 16),
+    "rotated4": _rotated(4),
+    "rotated2": _rotated(2),
+}
+
+
+def check(
+    batch: Batch,
+    device: torch.device,
+    *,
+    rank: int = 64,
+    bits: int | None = None,
+    group: int = 64,
+    scale_bits: int = 16,
+    rotation: str = HALF_SPLIT,
+    values: str = "int4",
+    attention: Attention = ATTENTION,
+    settings: DecodeSettings | None = None,
+) -> None:
+    """The kernel beside its definition."""
+    generator = torch.Generator().manual_seed(0)
+    rows = draw_rows(batch, generator, device)
+    q_RTHD = draw_queries(batch, generator, device)
+    basis = draw_basis(batch.num_kv_heads, batch.dim_k, rank, generator)
+    turning = rotary(rotation, batch.dim_k)
+    codec = LatentKeys(
+        basis, num_heads=batch.num_kv_heads, rank=rank, rotation=turning, bits=bits, group=group,
+        scale_bits=scale_bits,
+    )  # fmt: skip
+    k = latent_pages(codec, batch, rows, 1)
+    expansion = expansion_of(basis, batch.num_kv_heads, turning, device)
+    v = VALUES[values](batch, rows)
+
+    found = decode_latents(q_RTHD, k, expansion, v, rows, attention, settings)
+
+    want = latent_plain.decode_latents(q_RTHD.double(), k, expansion, v, rows, attention)
+    k_RKSD = latent_plain.restore_keys(k, expansion, rows, torch.float64)
+    v_RKSD = latent_plain.restore_values(v, rows.blocks_RB, batch.block_size, torch.float64)
+    magnitude_RKSD = value_magnitude(v, v_RKSD).expand(-1, k_RKSD.shape[1], -1, -1)
+    magnitude = attend_tokens(q_RTHD.double(), k_RKSD, magnitude_RKSD, rows, attention)
+    assert_within(found, want, magnitude.out_RTHD, bounds(q_RTHD, k_RKSD, attention))
+
+
+def bounds(q_RTHD: Tensor, k_RKSD: Tensor, attention: Attention) -> Bounds:
+    """Latents are rounded to float16 before they meet `up`, the keys that they become once more,
+    and so are queries, turned: three roundings, where `operands` counts one of both sides."""
+    return Bounds(q_RTHD, 3 * k_RKSD, attention, weights=torch.float16, operands=torch.float16)
+
+
+def value_magnitude(pages: ValuePages, v_RKSD: Tensor) -> Tensor:
+    """What the rounding of values is relative to: of codes, the largest of a token, whose scale and
+    zero-point are rounded beside weights."""
+    if isinstance(pages, LatentPages) and pages.scale is None:
+        return v_RKSD.abs()
+    return v_RKSD.abs().amax(dim=-1, keepdim=True).expand_as(v_RKSD)
