@@ -5,11 +5,12 @@ It deals blocks as it is told, runs a prompt in chunks and decodes greedily, on 
 
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepOutcome, StepRunner
 from kvcluster.codec.model_codecs import ModelCodecs
@@ -60,6 +61,7 @@ class ReferenceGroup:
         seed: int = 0,
         codecs: ModelCodecs | None = None,
         exact_blocks: int = 0,
+        implementation: Callable[[KVStore], Implementation] = implementation_for,
     ) -> None:
         spec = model.spec
         codecs = codecs or plain_codecs(spec)
@@ -103,8 +105,8 @@ class ReferenceGroup:
                 store=store,
                 ring=ring,
                 epoch=1,
-                block_size=block_size,
                 exact_blocks=exact_blocks,
+                implementation=implementation(store),
             )
             for ring, store in zip(rings, self._stores, strict=True)
         ]

@@ -41,7 +41,6 @@ class ThreadExecutor:
                 ),
                 ring=ring,
                 epoch=1,
-                block_size=config.cache.block_size,
                 exact_blocks=config.cache.exact_recent_blocks,
             )
             for ring in ThreadRing.group(config.ring.num_ranks)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvcluster.attention.local import attend_causal, attend_earlier
+from kvcluster.attention.implementation import Implementation
 from kvcluster.attention.part import SequencePart
-from kvcluster.attention.partial import Partial, concatenate, merge
+from kvcluster.attention.partial import Partial, concatenate
 from kvcluster.attention.ring import Ring
 from kvcluster.cache.store import (
     KVStore,
@@ -27,10 +27,13 @@ from kvcluster.types import EXACT, ModelSpec
 class ChunkAttention:
     """Exchanges the chunk's keys between the ranks; all of them call it alike."""
 
-    def __init__(self, spec: ModelSpec, store: KVStore, ring: Ring) -> None:
+    def __init__(
+        self, spec: ModelSpec, store: KVStore, ring: Ring, implementation: Implementation
+    ) -> None:
         self._spec = spec
         self._store = store
         self._ring = ring
+        self._local = implementation
 
     def attend(
         self, layer: int, part: SequencePart, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor
@@ -55,7 +58,9 @@ class ChunkAttention:
         for piece in part.own_pieces:
             size = piece.end - piece.start
             q_piece = q_THD[row : row + size]
-            partials.append(attend_causal(q_piece, *near, geometry, piece.start - near_start))
+            partials.append(
+                self._local.attend_causal(q_piece, *near, geometry, piece.start - near_start)
+            )
             row += size
         return concatenate(partials)
 
@@ -74,12 +79,13 @@ class ChunkAttention:
             if part.drops_inside(geometry.window):
                 low = max(low, _recent_start(part, block.start) - near_start)
             q_block = q_THD[row : row + last - first]
-            own = attend_causal(q_block, *_rows(near, slice(low, last)), geometry, first - low)
+            own_keys = _rows(near, slice(low, last))
+            own = self._local.attend_causal(q_block, *own_keys, geometry, first - low)
             earlier = _rows(read, slice(low))
             if part.drops_inside(geometry.window):
                 earlier = _kept(earlier, part, near_start, block.start)
-            seen = attend_earlier(q_block, *earlier, geometry, gap=first - low)
-            partials.append(merge(seen, own))
+            seen = self._local.attend_earlier(q_block, *earlier, geometry, gap=first - low)
+            partials.append(self._local.merge(seen, own))
             row += last - first
         return concatenate(partials)
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.chunk import ChunkAttention
-from kvcluster.attention.encoded import EncodedKeys, attend_encoded
 from kvcluster.attention.encoding import BlockEncoding
-from kvcluster.attention.history import History, RankHistory
-from kvcluster.attention.local import attend, attend_pieces
+from kvcluster.attention.implementation import Implementation, PlainAttention
+from kvcluster.attention.own_keys import OwnKeys
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
@@ -25,9 +24,9 @@ from kvcluster.attention.selected import SelectedAttention
 from kvcluster.attention.selected_part import SelectedPart
 from kvcluster.attention.survivor_choice import SurvivorChoice
 from kvcluster.attention.survivors import SurvivorPart
-from kvcluster.cache.store import KVStore, Piece, Places, keys_and_values
+from kvcluster.cache.store import KVStore, Places
 from kvcluster.codec.base import EncodedKV
-from kvcluster.types import EXACT, ModelSpec, Route
+from kvcluster.types import ModelSpec, Route
 
 
 @dataclass(frozen=True)
@@ -51,25 +50,27 @@ class StepAttention:
         parts: Sequence[SequencePart],
         selected: Sequence[SelectedPart] = (),
         survivors: Sequence[SurvivorPart] = (),
+        implementation: Implementation | None = None,
     ) -> None:
         """`selected`: what is more to know of the parts whose policy selects; `survivors`: of those
-        whose sequences keep tokens by score."""
+        whose sequences keep tokens by score. `implementation`: of attention over keys that are
+        here; None: that of torch."""
         self._spec = spec
         self._store = store
         self._ring = ring
         self._parts = parts
         self._survivors = survivors
-        self._chunks = ChunkAttention(spec, store, ring)
+        self._local = implementation or PlainAttention()
+        if self._local.rows is not None:
+            self._local.rows.begin_step()
+        self._own = OwnKeys(store, ring.rank, self._local)
+        self._chunks = ChunkAttention(spec, store, ring, self._local)
         self._selected = SelectedAttention(spec, store, ring, selected) if selected else None
         self._choice = SurvivorChoice(spec, store, ring) if survivors else None
         self._encoding = BlockEncoding(spec, store, ring.rank, parts)
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}
         self._questions_by_group: dict[int, _Questions] = {}
-        self._read_parts: dict[SequencePart, Piece] = {}
-        """Of the layer in hand: the keys here, read once for all who ask."""
-        self._read_pieces: dict[SequencePart, list[Piece]] = {}
-        """Of the layer in hand: the exact keys that single rows read."""
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
@@ -81,8 +82,7 @@ class StepAttention:
             self._keep(layer, q_THD, k_TKD, v_TKD)
         if self._selected is not None:
             self._selected.keep(layer)
-        self._read_parts.clear()
-        self._read_pieces.clear()
+        self._own.forget()
         partials = self._attend_history(layer, q_THD)
         if self._selected is not None:
             partials |= self._selected.attend(layer, q_THD)
@@ -91,7 +91,8 @@ class StepAttention:
             if part.has_chunk:
                 inside = self._chunks.attend(layer, part, q_THD, k_TKD, v_TKD)
                 if inside is not None:
-                    partials[part] = merge(partials[part], inside) if part in partials else inside
+                    seen = [partials[part]] if part in partials else []
+                    partials[part] = self._local.merge(*seen, inside)
         if self._choice is not None:
             self._choose_survivors(self._choice, layer, q_THD, sinks_H)
         if not partials:
@@ -116,7 +117,7 @@ class StepAttention:
         for kept in self._survivors_in(self._groups[layer]):
             ends = kept.ends_epoch and is_last
             if kept.is_observed or ends:
-                keys = self._keys(layer, kept.reader)
+                keys = self._own.keys(layer, kept.reader)
                 choice.after_rows(layer, kept, keys, q_THD, sinks_H)
             if ends:
                 self._know_survivors(layer, kept)
@@ -125,7 +126,7 @@ class StepAttention:
         """Tell a selection of the lists that an epoch has left."""
         if self._selected is None or not self._selected.knows_keys(kept.part):
             return
-        k_KSD, _ = self._keys(layer, kept.next_reader)
+        k_KSD, _ = self._own.keys(layer, kept.next_reader)
         blocks_B = kept.blocks_after(self._ring.rank).to(k_KSD.device)
         source = self._spec.kv_layer_of(layer)
         self._selected.keep_survivors(source, kept.part, blocks_B, k_KSD)
@@ -198,15 +199,14 @@ class StepAttention:
         }
         for parts in questions.asking.values():
             for part in parts:
-                if part.has_chunk:
-                    self._keys(layer, part)
-                else:
-                    self._exact_pieces(layer, part)
-        found = {
-            part: [self._read_own(layer, part, q_THD[part.rows], ring.rank)]
+                self._own.prepare(layer, part)
+        own = [
+            part
             for part in self._readers(layer)
             if part.travels_by_query and part.num_rows[ring.rank]
-        }
+        ]
+        seen = self._own.attend(layer, own, [q_THD[part.rows] for part in own], ring.rank)
+        found = {part: [partial] for part, partial in zip(own, seen, strict=True)}
         travelling.wait()
         answers = {
             rank: self._answer(layer, parts, queries[rank], rank)
@@ -217,7 +217,7 @@ class StepAttention:
             rows = [part.num_rows[ring.rank] for part in parts]
             for part, partial in zip(parts, _split(replies[rank], rows), strict=True):
                 found[part].append(partial)
-        return {part: merge(*partials) for part, partials in found.items()}
+        return {part: self._local.merge(*partials) for part, partials in found.items()}
 
     def _questions(self, layer: int) -> _Questions:
         group, window = self._groups[layer], self._spec.layers[layer].window
@@ -248,97 +248,13 @@ class StepAttention:
     ) -> Partial:
         """Another rank's rows over the keys here."""
         queries = torch.split(q_THD, [part.num_rows[asker] for part in parts])
-        return concatenate(
-            [
-                self._read_own(layer, part, q_part, asker)
-                for part, q_part in zip(parts, queries, strict=True)
-            ]
-        )
-
-    def _read_own(self, layer: int, part: SequencePart, q_THD: Tensor, asker: int) -> Partial:
-        """A rank's rows over the part's keys on this rank."""
-        if not part.has_chunk:
-            return self._read_row(layer, part, q_THD)
-        geometry = self._spec.layers[layer]
-        history = part.history(self._groups[layer], geometry.window)
-        k_KSD, v_KSD = self._keys(layer, part)
-        mask_TS = part.mask(history, geometry.window, asker, self._ring.rank, q_THD.device)
-        return attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
-
-    def _read_row(self, layer: int, part: SequencePart, q_1HD: Tensor) -> Partial:
-        """The part's one row over its keys on this rank, which only one rank asks for."""
-        geometry = self._spec.layers[layer]
-        history = part.history(self._groups[layer], geometry.window)
-        partial = attend_pieces(q_1HD, self._exact_pieces(layer, part), geometry)
-        held = history.ranks[self._ring.rank]
-        if not held.num_blocks:
-            return partial
-        positions_BS = part.encoded_positions(held, self._sent_positions(layer, part, q_1HD))
-        keys = EncodedKeys(part.codec, history.encoded_ids_B, positions_BS, held.num_skipped)
-        return merge(partial, attend_encoded(q_1HD, self._store, layer, keys, geometry))
-
-    def _exact_pieces(self, layer: int, part: SequencePart) -> list[Piece]:
-        """The exact keys of a row's history on this rank."""
-        found = self._read_pieces.get(part)
-        if found is None:
-            history = part.history(self._groups[layer], self._spec.layers[layer].window)
-            found = self._read_pieces[part] = self._store.pieces(layer, history.runs)
-        return found
-
-    def _keys(self, layer: int, part: SequencePart) -> Piece:
-        """The keys of a chunk's history on this rank: several ranks may ask for them."""
-        found = self._read_parts.get(part)
-        if found is None:
-            history = part.history(self._groups[layer], self._spec.layers[layer].window)
-            shard = self._read_shard(layer, part, history)
-            found = self._restore(layer, part, shard, history.ranks[self._ring.rank])
-            self._read_parts[part] = found
-        return found
-
-    def _read_shard(self, layer: int, part: SequencePart, history: History) -> EncodedKV:
-        """This rank's keys as they are kept and sent: the exact arrays, then encoded planes."""
-        exact = self._store.gather(layer, history.runs)
-        if part.codec == EXACT:
-            return exact
-        encoded = self._store.read_encoded(layer, part.codec, history.encoded_ids_B)
-        positions = self._sent_positions(layer, part, exact.planes[0])
-        return EncodedKV((*exact.planes, *positions, *encoded))
-
-    def _sent_positions(self, layer: int, part: SequencePart, like: Tensor) -> tuple[Tensor, ...]:
-        return part.sent_positions(self._spec.kv_layer_of(layer), like)
-
-    def _shard_room(self, layer: int, part: SequencePart, held: RankHistory) -> EncodedKV:
-        exact = self._store.empty(layer, held.num_exact(part.block_size))
-        if part.codec == EXACT:
-            return exact
-        encoded = self._store.empty_encoded(layer, part.codec, held.num_blocks)
-        positions = part.positions_room(held, exact.planes[0])
-        return EncodedKV((*exact.planes, *positions, *encoded))
-
-    def _restore(
-        self, layer: int, part: SequencePart, shard: EncodedKV, held: RankHistory
-    ) -> Piece:
-        """k_KSD and v_KSD of a shard, in order of position."""
-        geometry = self._spec.layers[layer]
-        num_arrays = 1 if geometry.values_in_keys else 2
-        arrays, encoded = shard.planes[:num_arrays], shard.planes[num_arrays:]
-        if not held.num_blocks:
-            return keys_and_values(arrays, geometry)
-        num_sent = len(part.positions_room(held, arrays[0]))
-        positions_BS = part.encoded_positions(held, encoded[:num_sent])
-        decoded = self._store.decode(layer, part.codec, encoded[num_sent:], positions_BS)
-        split, skipped = held.num_exact_before, held.num_skipped
-        whole = [
-            torch.cat([exact[:, :split], between[:, skipped:], exact[:, split:]], dim=1)
-            for exact, between in zip(arrays, decoded, strict=True)
-        ]
-        return keys_and_values(whole, geometry)
+        return concatenate(self._own.attend(layer, parts, queries, asker))
 
     def _pass_shards(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
         """Shards travel: this rank's rows over every rank's shard. None without rows."""
         geometry = self._spec.layers[layer]
         history = part.history(self._groups[layer], geometry.window)
-        own = self._read_shard(layer, part, history)
+        own = self._own.shard(layer, part)
         q_rows = q_THD[part.rows]
         partial = Partial.empty(
             q_rows.shape[0], geometry.num_query_heads, geometry.value_dim, q_THD
@@ -347,13 +263,13 @@ class StepAttention:
         def visit(source: int, shard: EncodedKV) -> None:
             nonlocal partial
             if q_rows.shape[0] and history.ranks[source].num_tokens:
-                k_KSD, v_KSD = self._restore(layer, part, shard, history.ranks[source])
+                k_KSD, v_KSD = self._own.restore(layer, part, shard, history.ranks[source])
                 mask_TS = part.mask(history, geometry.window, self._ring.rank, source, q_THD.device)
-                seen = attend(q_rows, k_KSD, v_KSD, geometry, mask_TS)
-                partial = merge(partial, seen)
+                seen = self._local.attend(q_rows, k_KSD, v_KSD, geometry, mask_TS)
+                partial = self._local.merge(partial, seen)
 
         def room(source: int) -> EncodedKV:
-            return self._shard_room(layer, part, history.ranks[source])
+            return self._own.room(layer, part, history.ranks[source])
 
         travel = gather if part.route is Route.GATHER else pass_kv
         travel(own, room, visit, self._ring)

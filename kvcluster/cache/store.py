@@ -110,6 +110,11 @@ class KVStore:
         """How blocks are written."""
         return self._codecs
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self._planes[0].k_PKSD.device
+
     def joined_layers(self, layer: int, codec: str) -> tuple[int, ...]:
         """See `layer_pages.joined_layers`."""
         return joined_layers(self._spec, layer, self.layer_codec(layer, codec))
@@ -211,6 +216,12 @@ class KVStore:
         pages = self._encoded_pages(layer, codec)
         places = pages.places(encoded_ids_B)
         return copies(pages.keys, *places), copies(pages.values, *places)
+
+    def encoded_planes(self, layer: int, codec: str) -> tuple[list[Tensor], list[Tensor]]:
+        """The planes that the layer reads of the encoded blocks of all pages, [pages, blocks, ...]:
+        those of the keys and those of the values. Views."""
+        pages = self._encoded_pages(layer, codec)
+        return [plane for plane, _ in pages.keys], [plane for plane, _ in pages.values]
 
     def empty_encoded(self, layer: int, codec: str, num_blocks: int) -> list[Tensor]:
         """Room for the planes of blocks that come from another rank."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.attention.part import CacheRules, SequencePart
 from kvcluster.attention.ring import Ring
 from kvcluster.attention.selected_part import SelectedPart, Selecting
@@ -149,16 +150,18 @@ class StepRunner:
         store: KVStore,
         ring: Ring,
         epoch: int,
-        block_size: int,
         exact_blocks: int,
         share: ThreadShare | None = None,
+        implementation: Implementation | None = None,
     ) -> None:
+        """`implementation`: of attention over keys that are here; None: the fastest there is."""
         self._model = model
         self._spec = model.spec
         self._store = store
         self._ring = ring
         self._epoch = epoch
-        self._block_size = block_size
+        self._block_size = store.block_size
+        self._implementation = implementation or implementation_for(store)
         self._exact_blocks = exact_blocks
         self._share = share
         self._next_step = 1
@@ -225,7 +228,6 @@ class StepRunner:
                 self._sequences[step.sequence].table.append(
                     block.rank, block.block_ids, block.encoded_ids
                 )
-
             survivors = self._sequences[step.sequence].survivors
             for block in step.survivors:
                 assert survivors is not None, "survivors of a sequence that keeps tokens by score"
@@ -298,6 +300,7 @@ class StepRunner:
             [row.part for row in rows],
             [row.selected for row in rows if row.selected is not None],
             [row.survivors for row in rows if row.survivors is not None],
+            self._implementation,
         )
         own_ids: list[Tensor] = []
         own_positions: list[Tensor] = []

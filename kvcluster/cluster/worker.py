@@ -120,7 +120,6 @@ class Worker:
             store=store,
             ring=ring,
             epoch=meeting.epoch,
-            block_size=self._config.cache.block_size,
             exact_blocks=self._config.cache.exact_recent_blocks,
             share=self._share,
         )

@@ -1,0 +1,88 @@
+"""How a rank computes attention over keys that lie on it: in torch, or in kernels of its GPU.
+
+Shape letters: T query tokens, S keys, R rows of decode, H query heads, K KV heads, D head
+dimension.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kvcluster.attention import local, partial
+from kvcluster.attention.part import SequencePart
+from kvcluster.attention.partial import Partial
+from kvcluster.cache.store import KVStore
+from kvcluster.types import LayerGeometry
+
+
+class RowAttention(Protocol):
+    """Single rows of sequences over what this rank keeps of them, all rows in one go."""
+
+    def begin_step(self) -> None:
+        """Forget what is known of the parts of the step before."""
+        ...
+
+    def serves(self, layer: int, part: SequencePart) -> bool:
+        """Whether the row of this part may be among those of a call."""
+        ...
+
+    def attend(self, layer: int, parts: Sequence[SequencePart], q_RHD: Tensor) -> Partial:
+        """Row r is that of part r, over the part's history on this rank, which may be nothing."""
+        ...
+
+
+class Implementation(Protocol):
+    """Attention over keys of one rank. The functions of `local` define what each method gives."""
+
+    @property
+    def rows(self) -> RowAttention | None:
+        """Rows of decode; None: each is read by itself."""
+        ...
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_KSD: Tensor,
+        v_KSD: Tensor,
+        layer: LayerGeometry,
+        mask_TS: Tensor | None = None,
+    ) -> Partial:
+        """`local.attend`."""
+        ...
+
+    def attend_causal(
+        self, q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, first: int
+    ) -> Partial:
+        """`local.attend_causal`."""
+        ...
+
+    def attend_earlier(
+        self, q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, *, gap: int
+    ) -> Partial:
+        """`local.attend_earlier`."""
+        ...
+
+    def merge(self, *partials: Partial) -> Partial:
+        """`partial.merge`."""
+        ...
+
+
+class PlainAttention:
+    """The functions of `local` themselves, on any device."""
+
+    rows: RowAttention | None = None
+    attend = staticmethod(local.attend)
+    attend_causal = staticmethod(local.attend_causal)
+    attend_earlier = staticmethod(local.attend_earlier)
+    merge = staticmethod(partial.merge)
+
+
+def implementation_for(store: KVStore) -> Implementation:
+    """The fastest there is where this cache lies."""
+    if store.device.type != "cuda":
+        return PlainAttention()
+    # Only here: kernels want Triton, which a machine without a GPU need not have.
+    from kvcluster.attention.kernel_attention import KernelAttention
+
+    return KernelAttention(store)

@@ -1,0 +1,102 @@
+"""Attention over keys of one rank in kernels, where there is one that serves the call.
+
+What no kernel serves is computed as `local` does. Only this module, `kernel_rows` and
+`packed_keys` know the kernels.
+
+Shape letters: T query tokens, S keys, R rows of decode, H query heads, K KV heads, D head
+dimension.
+"""
+
+from collections.abc import Collection
+from typing import Final
+
+import torch
+from kvcluster_kernels import merge as merge_kernel
+from kvcluster_kernels import prefill_gluon, prefill_tl
+from kvcluster_kernels.prefill_arguments import (
+    MAX_HEAD_DIM,
+    Causal,
+    Keys,
+    PartialAttention,
+)
+from torch import Tensor
+
+from kvcluster.attention import local
+from kvcluster.attention.kernel_choice import Prefill, prefill_choice
+from kvcluster.attention.kernel_rows import KernelRows
+from kvcluster.attention.partial import Partial
+from kvcluster.cache.store import KVStore
+from kvcluster.types import LayerGeometry
+
+DTYPES: Final = (torch.bfloat16, torch.float16)
+"""What matrix units multiply. Float32 is served, but not faster than by torch."""
+
+
+class KernelAttention:
+    """An `Implementation` over the cache of one rank."""
+
+    def __init__(self, store: KVStore, dtypes: Collection[torch.dtype] = DTYPES) -> None:
+        """`dtypes`: of the queries that go to kernels. On a CPU these run in Triton's
+        interpreter."""
+        self._dtypes = dtypes
+        self.rows: KernelRows | None = (
+            KernelRows(store, self.merge) if store.planes(0).k_PKSD.dtype in dtypes else None
+        )
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_KSD: Tensor,
+        v_KSD: Tensor,
+        layer: LayerGeometry,
+        mask_TS: Tensor | None = None,
+    ) -> Partial:
+        if mask_TS is None and self._serves(q_THD, k_KSD, v_KSD, layer):
+            return _prefill(q_THD, k_KSD, v_KSD, layer, None)
+        return local.attend(q_THD, k_KSD, v_KSD, layer, mask_TS)
+
+    def attend_causal(
+        self, q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, first: int
+    ) -> Partial:
+        last = first + q_THD.shape[0]
+        if self._serves(q_THD, k_KSD[:, :last], v_KSD, layer):
+            causal = Causal(first, window=layer.window)
+            return _prefill(q_THD, k_KSD[:, :last], v_KSD[:, :last], layer, causal)
+        return local.attend_causal(q_THD, k_KSD, v_KSD, layer, first)
+
+    def attend_earlier(
+        self, q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, *, gap: int
+    ) -> Partial:
+        if self._serves(q_THD, k_KSD, v_KSD, layer):
+            causal = None
+            if layer.window is not None:
+                causal = Causal(k_KSD.shape[1] + gap, window=layer.window)
+            return _prefill(q_THD, k_KSD, v_KSD, layer, causal)
+        return local.attend_earlier(q_THD, k_KSD, v_KSD, layer, gap=gap)
+
+    def merge(self, *partials: Partial) -> Partial:
+        if len(partials) == 1:
+            return partials[0]
+        return Partial(*merge_kernel.merge([PartialAttention(*partial) for partial in partials]))
+
+    def _serves(self, q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry) -> bool:
+        return (
+            q_THD.dtype in self._dtypes
+            and k_KSD.dtype == v_KSD.dtype == q_THD.dtype
+            and q_THD.shape[0] > 0
+            and k_KSD.shape[1] > 0
+            and max(layer.key_dim, layer.value_dim) <= MAX_HEAD_DIM
+        )
+
+
+def _prefill(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, causal: Causal | None
+) -> Partial:
+    """By the kernel that is chosen for the call."""
+    keys = Keys.in_line(k_KSD, v_KSD)
+    choice = prefill_choice(q_THD, keys, causal=causal, softcap=layer.softcap)
+    if choice is Prefill.PIPELINED:
+        return Partial(*prefill_gluon.prefill(q_THD, keys, scale=layer.scale, causal=causal))
+    return Partial(
+        *prefill_tl.prefill(q_THD, keys, scale=layer.scale, causal=causal, softcap=layer.softcap)
+    )

@@ -1,0 +1,89 @@
+"""Single rows over a paged cache by kernels: one launch for all rows and each way of storing.
+
+Shape letters: R rows, H query heads, K KV heads, D head dimension.
+"""
+
+from collections.abc import Callable, Sequence
+
+from kvcluster_kernels.decode import ExactPages, decode
+from kvcluster_kernels.paging import Attention
+from kvcluster_kernels.paging import Partial as RowPartial
+from kvcluster_kernels.prefill_arguments import MAX_HEAD_DIM
+from torch import Tensor
+
+from kvcluster.attention.packed_keys import ReadPacked, packed_reader
+from kvcluster.attention.part import SequencePart
+from kvcluster.attention.partial import Partial
+from kvcluster.attention.row_tables import RowTables, row_tables
+from kvcluster.cache.store import KVStore
+from kvcluster.types import EXACT
+
+Merge = Callable[..., Partial]
+
+
+class KernelRows:
+    """A `RowAttention` over the cache of one rank. Tables are built once for the layers of a KV
+    group."""
+
+    def __init__(self, store: KVStore, merge: Merge) -> None:
+        """`merge`: as `partial.merge`."""
+        self._store = store
+        self._spec = store.spec
+        self._merge = merge
+        self._readers: dict[tuple[int, str], ReadPacked | None] = {}
+        self._tables: dict[tuple[int, tuple[SequencePart, ...]], RowTables] = {}
+
+    def begin_step(self) -> None:
+        self._tables.clear()
+
+    def serves(self, layer: int, part: SequencePart) -> bool:
+        # Survivors are parts of another kind, and have other tables.
+        if type(part) is not SequencePart or part.has_chunk:
+            return False
+        geometry = self._spec.layers[layer]
+        if max(geometry.key_dim, geometry.value_dim) > MAX_HEAD_DIM:
+            return False
+        codec = part.codec_in(geometry.window)
+        return codec == EXACT or self.reader(layer, codec) is not None
+
+    def attend(self, layer: int, parts: Sequence[SequencePart], q_RHD: Tensor) -> Partial:
+        geometry = self._spec.layers[layer]
+        key = (self._spec.group_of(geometry), tuple(parts))
+        tables = self._tables.get(key)
+        if tables is None:
+            tables = row_tables(parts, key[0], geometry.window, q_RHD.device)
+            self._tables[key] = tables
+        return self._merge(*self.partials(layer, q_RHD, tables))
+
+    def partials(self, layer: int, q_RHD: Tensor, tables: RowTables) -> list[Partial]:
+        """Of all rows over what is exact, then over the blocks of each codec."""
+        geometry = self._spec.layers[layer]
+        asked = Attention(geometry.scale, geometry.softcap)
+        q_R1HD = q_RHD.contiguous()[:, None]
+        pages = ExactPages(*self._store.planes(layer), self._store.block_size)
+        found = [_in_line(decode(q_R1HD, pages, tables.exact, asked))]
+        for codec, rows in tables.encoded.items():
+            read = self.reader(layer, codec)
+            assert read is not None, "asked for what is not served"
+            found.append(_in_line(read(q_R1HD, rows, asked)))
+        return found
+
+    def reader(self, layer: int, codec: str) -> ReadPacked | None:
+        """The launch that reads a layer's blocks of this codec; None: there is none."""
+        key = (layer, codec)
+        if key not in self._readers:
+            self._readers[key] = self._find_reader(layer, codec)
+        return self._readers[key]
+
+    def _find_reader(self, layer: int, codec: str) -> ReadPacked | None:
+        return packed_reader(
+            self._store.layer_codec(layer, codec),
+            self._store.encoded_planes(layer, codec),
+            self._spec.layers[layer],
+            self._store.block_size,
+        )
+
+
+def _in_line(found: RowPartial) -> Partial:
+    """Rows have one token each."""
+    return Partial(found.out_RTHD.flatten(0, 1), found.lse_RTH.flatten(0, 1))

@@ -1,0 +1,163 @@
+"""A step through kernels gives what the same step gives in torch, whatever is mixed in it."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcluster.attention.implementation import PlainAttention
+from kvcluster.attention.kernel_attention import KernelAttention
+from kvcluster.attention.kernel_rows import KernelRows
+from kvcluster.attention.part import SequencePart
+from kvcluster.attention.partial import Partial
+from kvcluster.cache.store import KVStore
+from kvcluster.model.attention_hook import LayerAttention
+from kvcluster.types import LayerGeometry, Policy, Route
+from tests.reference_group import ReferenceGroup
+from tests.scripted_model import VOCAB_SIZE, ScriptedModel
+
+BLOCK_SIZE = 32
+DIM = 32
+MAX_TOKENS = 256
+# Codes of 8 bits and more are exact in float16; queries and weights are rounded to it, by 2^-11 of
+# numbers of which the largest scores are sums (see `decode_cases.Bounds`).
+PACKED_ATOL = 4e-3
+# A few hundred float32 roundings of numbers near 1, summed in another order.
+EXACT_ATOL = 3e-5
+
+
+def geometry(*, window: int | None = None, softcap: float | None = None) -> LayerGeometry:
+    return LayerGeometry(
+        num_query_heads=4,
+        num_kv_heads=2,
+        key_dim=DIM,
+        value_dim=DIM,
+        scale=DIM**-0.5,
+        window=window,
+        softcap=softcap,
+    )
+
+
+class RecordingModel(ScriptedModel):
+    """Keeps what attention gave in each call, by the positions of the rank's rows and the layer."""
+
+    def __init__(self) -> None:
+        layers = (geometry(softcap=5.0), geometry(window=40))
+        super().__init__(*layers, max_tokens=MAX_TOKENS)
+        self.calls: dict[tuple[int, ...], Tensor] = {}
+        self.num_steps = 0
+        self._lock = threading.Lock()
+
+    def forward(
+        self,
+        token_ids_T: Tensor,
+        positions_T: Tensor,
+        logit_rows_R: Tensor,
+        attention: LayerAttention,
+    ) -> Tensor:
+        for layer, qkv in enumerate(self.script):
+            q_THD, k_TKD, v_TKD = (x[positions_T] for x in qkv)
+            out_THD = attention.attend(layer, q_THD, k_TKD, v_TKD, None)
+            with self._lock:
+                self.calls[self.num_steps, layer, *positions_T.tolist()] = out_THD.clone()
+        logits_RV = torch.zeros(len(logit_rows_R), VOCAB_SIZE)
+        logits_RV[:, 5] = 1.0
+        return logits_RV
+
+
+_INTERPRETER = threading.RLock()
+"""Triton's interpreter runs one kernel at a time; ranks are threads here."""
+
+
+class InterpretedRows(KernelRows):
+    """Waits for the interpreter."""
+
+    def attend(self, layer: int, parts: Sequence[SequencePart], q_RHD: Tensor) -> Partial:
+        with _INTERPRETER:
+            return super().attend(layer, parts, q_RHD)
+
+
+class InterpretedAttention(KernelAttention):
+    """Waits for the interpreter."""
+
+    def __init__(self, store: KVStore) -> None:
+        super().__init__(store, dtypes=(torch.float32,))
+        self.rows = InterpretedRows(store, self.merge)
+
+    def attend(self, *arguments: Any) -> Partial:
+        with _INTERPRETER:
+            return super().attend(*arguments)
+
+    def attend_causal(self, *arguments: Any) -> Partial:
+        with _INTERPRETER:
+            return super().attend_causal(*arguments)
+
+    def attend_earlier(self, *arguments: Any, gap: int) -> Partial:
+        with _INTERPRETER:
+            return super().attend_earlier(*arguments, gap=gap)
+
+    def merge(self, *partials: Partial) -> Partial:
+        with _INTERPRETER:
+            return super().merge(*partials)
+
+
+def in_torch(_store: KVStore) -> PlainAttention:
+    return PlainAttention()
+
+
+def outputs(
+    policies: Sequence[str], *, num_ranks: int, route: Route, is_kernel: bool, owners: Sequence[int]
+) -> dict[tuple[int, ...], Tensor]:
+    """Sequences of different lengths: their prompts one after another, the others' rows beside
+    them, then rows of all."""
+    model = RecordingModel()
+    group = ReferenceGroup(
+        model.loaded,
+        num_ranks=num_ranks,
+        block_size=BLOCK_SIZE,
+        exact_blocks=1,
+        implementation=InterpretedAttention if is_kernel else in_torch,
+    )
+    decoding: dict[int, int] = {}
+    for sequence, codec in enumerate(policies):
+        length = 135 - 21 * sequence
+        group.start(sequence, [1] * length, Policy(codec=codec))
+        for size in (64, length - 64):
+            model.num_steps += 1
+            group.run({**decoding, sequence: size}, owners=owners, route=route)
+        decoding[sequence] = 1
+    model.num_steps += 1
+    group.run(decoding, owners=owners, route=route)
+    return model.calls
+
+
+@pytest.mark.parametrize(
+    ("policies", "num_ranks", "route", "owners"),
+    [
+        (("exact", "exact"), 1, Route.PASS_KV, (0,)),
+        (("int4", "exact", "int8"), 1, Route.PASS_KV, (0,)),
+        (("fp8", "rotated4"), 1, Route.PASS_KV, (0,)),
+        (("int4", "exact"), 3, Route.PASS_KV, (0, 2)),
+        (("exact", "int8"), 2, Route.PASS_Q, (1, 0)),
+        (("int3", "int4:scale_bits=8"), 2, Route.GATHER, (0, 1)),
+    ],
+)
+def test_a_step_through_kernels_is_the_step_in_torch(
+    policies: tuple[str, ...],
+    num_ranks: int,
+    route: Route,
+    owners: tuple[int, ...],
+    interpreted: torch.device,
+) -> None:
+    by_kernels, plain = (
+        outputs(policies, num_ranks=num_ranks, route=route, is_kernel=is_kernel, owners=owners)
+        for is_kernel in (True, False)
+    )
+
+    assert by_kernels.keys() == plain.keys()
+    atol = EXACT_ATOL if set(policies) == {"exact"} else PACKED_ATOL
+    for call, out_THD in plain.items():
+        torch.testing.assert_close(by_kernels[call], out_THD, rtol=0, atol=atol)
