@@ -12,6 +12,7 @@ BENCHMARKS = {
     "upload": "one million tokens through StreamGenerate, and the router's memory",
     "memory": "what the worker processes hold of a cache, under policies",
     "step": "the control path's time a step, without model work",
+    "rank": "a rank's prefill and decode on a GPU, a model of Llama 3.2 1B's shape",
     "kernels": "attention kernels on a GPU beside the best there are",
 }
 """Name, which is a module of this package with a function `run() -> BenchReport`, and what it

@@ -1,26 +1,28 @@
 """A step through kernels gives what the same step gives in torch, whatever is mixed in it."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvcluster.attention.implementation import PlainAttention
+from kvcluster.attention.implementation import Implementation, PlainAttention
 from kvcluster.attention.kernel_attention import KernelAttention
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
 from kvcluster.cache.store import KVStore
+from kvcluster.codec.method import CodecModel
+from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.types import LayerGeometry, Policy, Route
+from tests.codec_models import CPU
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import VOCAB_SIZE, ScriptedModel
 
-BLOCK_SIZE = 32
-DIM = 32
 MAX_TOKENS = 256
 # Codes of 8 bits and more are exact in float16; queries and weights are rounded to it, by 2^-11 of
 # numbers of which the largest scores are sums (see `decode_cases.Bounds`).
@@ -29,24 +31,42 @@ PACKED_ATOL = 4e-3
 EXACT_ATOL = 3e-5
 
 
-def geometry(*, window: int | None = None, softcap: float | None = None) -> LayerGeometry:
-    return LayerGeometry(
-        num_query_heads=4,
-        num_kv_heads=2,
-        key_dim=DIM,
-        value_dim=DIM,
-        scale=DIM**-0.5,
-        window=window,
-        softcap=softcap,
-    )
+@dataclass(frozen=True)
+class Setting:
+    """What is served, and where."""
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    dim: int = 32
+    block_size: int = 32
+
+    def geometry(self, *, window: int | None = None, softcap: float | None = None) -> LayerGeometry:
+        return LayerGeometry(
+            num_query_heads=4,
+            num_kv_heads=2,
+            key_dim=self.dim,
+            value_dim=self.dim,
+            scale=self.dim**-0.5,
+            window=window,
+            softcap=softcap,
+        )
+
+
+DEFAULT = Setting()
 
 
 class RecordingModel(ScriptedModel):
     """Keeps what attention gave in each call, by the positions of the rank's rows and the layer."""
 
-    def __init__(self) -> None:
-        layers = (geometry(softcap=5.0), geometry(window=40))
-        super().__init__(*layers, max_tokens=MAX_TOKENS)
+    def __init__(self, setting: Setting, max_tokens: int = MAX_TOKENS) -> None:
+        layers = (setting.geometry(softcap=5.0), setting.geometry(window=40), setting.geometry())
+        super().__init__(*layers, max_tokens=max_tokens)
+        self.device = setting.device
+        self.module = torch.nn.Linear(1, 1, device=setting.device, dtype=setting.dtype)
+        self.script = [
+            (q.to(like), k.to(like), v.to(like))
+            for (q, k, v), like in zip(self.script, [self.module.weight] * 3, strict=True)
+        ]
         self.calls: dict[tuple[int, ...], Tensor] = {}
         self.num_steps = 0
         self._lock = threading.Lock()
@@ -63,7 +83,7 @@ class RecordingModel(ScriptedModel):
             out_THD = attention.attend(layer, q_THD, k_TKD, v_TKD, None)
             with self._lock:
                 self.calls[self.num_steps, layer, *positions_T.tolist()] = out_THD.clone()
-        logits_RV = torch.zeros(len(logit_rows_R), VOCAB_SIZE)
+        logits_RV = torch.zeros(len(logit_rows_R), VOCAB_SIZE, device=self.device)
         logits_RV[:, 5] = 1.0
         return logits_RV
 
@@ -109,17 +129,24 @@ def in_torch(_store: KVStore) -> PlainAttention:
 
 
 def outputs(
-    policies: Sequence[str], *, num_ranks: int, route: Route, is_kernel: bool, owners: Sequence[int]
+    policies: Sequence[str],
+    implementation: Callable[[KVStore], Implementation],
+    setting: Setting = DEFAULT,
+    *,
+    num_ranks: int = 1,
+    route: Route = Route.PASS_KV,
+    owners: Sequence[int] = (0,),
 ) -> dict[tuple[int, ...], Tensor]:
     """Sequences of different lengths: their prompts one after another, the others' rows beside
     them, then rows of all."""
-    model = RecordingModel()
+    model = RecordingModel(setting)
     group = ReferenceGroup(
         model.loaded,
         num_ranks=num_ranks,
-        block_size=BLOCK_SIZE,
+        block_size=setting.block_size,
         exact_blocks=1,
-        implementation=InterpretedAttention if is_kernel else in_torch,
+        implementation=implementation,
+        codecs=ModelCodecs(CodecModel(spec=model.spec, device=setting.device)),
     )
     decoding: dict[int, int] = {}
     for sequence, codec in enumerate(policies):
@@ -153,8 +180,8 @@ def test_a_step_through_kernels_is_the_step_in_torch(
     interpreted: torch.device,
 ) -> None:
     by_kernels, plain = (
-        outputs(policies, num_ranks=num_ranks, route=route, is_kernel=is_kernel, owners=owners)
-        for is_kernel in (True, False)
+        outputs(policies, implementation, num_ranks=num_ranks, route=route, owners=owners)
+        for implementation in (InterpretedAttention, in_torch)
     )
 
     assert by_kernels.keys() == plain.keys()

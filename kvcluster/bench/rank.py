@@ -1,0 +1,127 @@
+"""`kvcluster bench rank`: one rank's steps on a GPU, with a random model of Llama 3.2 1B's shape.
+
+Also `python -m kvcluster.bench.rank --length 131072 --policy int4`, for a GPU machine without Ray
+and gRPC. Steps are those that the engine asks for: what a step costs beside them is what `bench
+step` measures.
+
+Both are over a cache that is full of random numbers: a chunk of prefill at the end of it, and the
+tokens behind it.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from kvcluster.bench.report import BenchReport, Measurement, bench_report
+from kvcluster.errors import ConfigError
+from kvcluster.types import EXACT, Policy
+
+LENGTHS: Final = (4096, 32_768, 131_072)
+POLICIES: Final = (EXACT, "int8", "int4")
+_CHUNK_TOKENS: Final = 8192
+_WARM_UP_STEPS: Final = 3
+_STEPS: Final = 30
+
+
+def run(
+    lengths: Sequence[int] = LENGTHS,
+    policies: Sequence[str] = POLICIES,
+    *,
+    with_prefill: bool = True,
+    output: Path | None = None,
+) -> BenchReport:
+    """Each policy at each length. `output` is rewritten after each number.
+
+    Raises: ConfigError where there is no GPU.
+    """
+    # torch takes seconds, and the command line imports this module to show its help.
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("bench rank: there is no CUDA device here")
+    from kvcluster.bench.kernel_timing import gpu_name
+
+    taken: list[Measurement] = []
+
+    def report() -> BenchReport:
+        return bench_report("rank", tuple(taken), gpu=gpu_name())
+
+    for measurement in measure(lengths, policies, with_prefill=with_prefill):
+        taken.append(measurement)
+        sys.stderr.write(f"{measurement.name} {measurement.value:,.3f} {measurement.unit}\n")
+        if output is not None:
+            output.write_bytes(msgspec.json.format(msgspec.json.encode(report()), indent=2) + b"\n")
+    return report()
+
+
+def measure(
+    lengths: Sequence[int], policies: Sequence[str], *, with_prefill: bool
+) -> Iterator[Measurement]:
+    """Milliseconds a decoded token, and TFLOP/s of a chunk, of one sequence."""
+    import torch
+
+    from kvcluster.bench.rank_cache import (
+        LoneRank,
+        attention_flops,
+        llama_1b,
+        matmul_flops,
+        random_model,
+    )
+
+    config = llama_1b(2 * max(lengths))
+    model = random_model(config, torch.device("cuda"), torch.bfloat16)
+    for policy in policies:
+        for length in lengths:
+            torch.cuda.empty_cache()
+            rank = LoneRank(model, Policy(codec=policy), capacity=length + 8192)
+            rank.fill()
+            name = f"{policy} {length >> 10}K"
+            if with_prefill:
+                chunk = min(_CHUNK_TOKENS, length)
+                ids = [7] * chunk
+                # The first one is compiled for.
+                first_s = rank.step(length - chunk, chunk, ids=ids)
+                seconds = min(rank.step(length - chunk, chunk, ids=ids) for _ in range(2))
+                flops = matmul_flops(config) * chunk
+                flops += attention_flops(config, length - chunk, chunk)
+                speed = flops / seconds / 1e12
+                yield Measurement(name=f"{name} first chunk", value=first_s * 1e3, unit="ms")
+                yield Measurement(name=f"{name} chunk", value=seconds * 1e3, unit="ms")
+                yield Measurement(name=f"{name} chunk speed", value=speed, unit="TFLOP/s")
+            rank.step(length, 1, ids=[7])
+            times = [rank.step(length + 1 + step, 1) for step in range(_WARM_UP_STEPS + _STEPS)]
+            yield Measurement(
+                name=f"{name} decoded token",
+                value=statistics.median(times[_WARM_UP_STEPS:]) * 1e3,
+                unit="ms",
+            )
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            yield Measurement(name=f"{name} peak memory", value=peak, unit="GiB")
+            torch.cuda.reset_peak_memory_stats()
+            del rank
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run without the command line of kvcluster, which wants more packages."""
+    parser = argparse.ArgumentParser(prog="python -m kvcluster.bench.rank")
+    parser.add_argument("--length", action="append", type=int, help="repeatable")
+    parser.add_argument("--policy", action="append", help="repeatable")
+    parser.add_argument("--no-prefill", action="store_true", help="decode alone")
+    parser.add_argument("--output", type=Path, help="write the report there as well")
+    options = parser.parse_args(arguments)
+    report = run(
+        options.length or LENGTHS,
+        options.policy or POLICIES,
+        with_prefill=not options.no_prefill,
+        output=options.output,
+    )
+    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
+
+
+if __name__ == "__main__":
+    main()

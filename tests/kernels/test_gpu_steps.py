@@ -1,0 +1,106 @@
+"""Steps on a GPU go through kernels, and give what they give in torch."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from kvcluster.attention.implementation import Implementation, implementation_for
+from kvcluster.attention.kernel_attention import KernelAttention
+from kvcluster.bench.rank_cache import random_model
+from kvcluster.cache.store import KVStore
+from kvcluster.codec.method import CodecModel
+from kvcluster.codec.model_codecs import ModelCodecs
+from kvcluster.model.loader import LoadedModel
+from kvcluster.types import Policy
+from tests.kernels.test_steps import Setting, in_torch, outputs
+from tests.reference_group import ReferenceGroup
+
+pytestmark = pytest.mark.gpu
+
+# Weights and what leaves a layer are rounded to the dtype: by 2^-9 of numbers up to about 4 in
+# bfloat16, an eighth of that in float16, a few times.
+ATOL = {torch.bfloat16: 4e-2, torch.float16: 6e-3}
+
+
+@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "policies",
+    [
+        ("exact", "exact"),
+        ("int4", "exact", "int8"),
+        ("fp8", "rotated4"),
+        ("int3", "int4:scale_bits=8"),
+    ],
+    ids="+".join,
+)
+def test_a_step_through_kernels_is_the_step_in_torch(
+    policies: tuple[str, ...], dim: int, dtype: torch.dtype, gpu: torch.device
+) -> None:
+    setting = Setting(gpu, dtype, dim, block_size=64)
+
+    by_kernels = outputs(policies, implementation_for, setting)
+
+    plain = outputs(policies, in_torch, setting)
+    assert by_kernels.keys() == plain.keys()
+    for call, out_THD in plain.items():
+        torch.testing.assert_close(by_kernels[call], out_THD, rtol=0, atol=ATOL[dtype])
+
+
+# Random weights turn a rounding into another token sooner or later: what kernels round to float16
+# sooner than float32.
+@pytest.mark.parametrize(("codec", "num_output"), [("exact", 70), ("int8", 6), ("int4", 6)])
+def test_a_model_gives_the_same_tokens_through_kernels(
+    codec: str, num_output: int, gpu: torch.device
+) -> None:
+    model = tiny_llama(gpu)
+
+    through_kernels = generated(model, codec, in_kernels, num_output)
+
+    assert through_kernels == generated(model, codec, in_torch, num_output)
+
+
+def in_kernels(store: KVStore) -> KernelAttention:
+    return KernelAttention(store, dtypes=(torch.float32,))
+
+
+def tiny_llama(device: torch.device) -> LoadedModel:
+    config = LlamaConfig(
+        vocab_size=211,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        initializer_range=0.08,
+    )
+    torch.manual_seed(0)
+    return random_model(config, device, torch.float32)
+
+
+def generated(
+    model: LoadedModel,
+    codec: str,
+    implementation: Callable[[KVStore], Implementation],
+    num_output: int,
+) -> list[list[int]]:
+    """Two sequences that decode together."""
+    group = ReferenceGroup(
+        model,
+        num_ranks=1,
+        block_size=64,
+        exact_blocks=1,
+        implementation=implementation,
+        codecs=ModelCodecs(CodecModel(spec=model.spec, device=model.device)),
+    )
+    group.start(0, [(7 * place + 3) % 211 for place in range(300)], Policy(codec=codec))
+    group.start(1, [(5 * place + 1) % 211 for place in range(77)], Policy(codec=codec))
+    group.run({0: 128}, owners=(0,))
+    group.run({0: 172, 1: 77}, owners=(0,))
+    for _ in range(num_output - 1):
+        group.run({0: 1, 1: 1}, owners=(0,))
+    return [group.output(sequence) for sequence in (0, 1)]
