@@ -152,6 +152,11 @@ class SequencePart:
             return torch.empty(0, dtype=torch.long)
         return torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
+    def slot(self, group: int) -> int:
+        """The slot of the only row, which is here."""
+        [run] = self.table.runs(self.rank, group, self.start, self.end)
+        return int(run.start)
+
     def full_blocks(self, group: int) -> FullBlocks | None:
         """This rank's blocks that no row after this part reads exact. None where there are none.
         Cached."""

@@ -21,7 +21,7 @@ from kvcluster.codec.base import EncodedKV
 from kvcluster.codec.joined import encode_together
 from kvcluster.codec.method import LayerCodec
 from kvcluster.codec.model_codecs import MAX_KEPT, ModelCodecs
-from kvcluster.types import PAGE_BLOCKS, LayerGeometry, ModelSpec
+from kvcluster.types import EXACT, PAGE_BLOCKS, LayerGeometry, ModelSpec
 
 
 class Piece(NamedTuple):
@@ -106,6 +106,11 @@ class KVStore:
         return self._block_size
 
     @property
+    def page_tokens(self) -> int:
+        """Slots of a page."""
+        return self._page_tokens
+
+    @property
     def codecs(self) -> ModelCodecs:
         """How blocks are written."""
         return self._codecs
@@ -142,6 +147,14 @@ class KVStore:
         rows = stored_arrays(Piece(k_TKD, v_TKD), self._spec.layers[layer])
         for plane, x_TKD in zip(planes, rows, strict=True):
             plane[places.pages_T, :, places.offsets_T] = x_TKD
+
+    def num_blocks(self, group: int, codec: str) -> int:
+        """Blocks that all pages of the group hold if they hold nothing else."""
+        layer, _ = next(iter(layers_of(self._spec, group)))
+        num_pages = self._planes[layer].k_PKSD.shape[0]
+        if codec == EXACT:
+            return num_pages * PAGE_BLOCKS
+        return num_pages * self._encoded_pages(layer, codec).blocks_per_page
 
     def blocks_per_page(self, group: int, codec: str) -> int:
         """Encoded blocks that one page of the group holds."""

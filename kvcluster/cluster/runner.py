@@ -7,12 +7,14 @@ Shape letters: T this rank's rows, R rows that sample, V vocabulary.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvcluster.attention.encoding import BlockEncoding
 from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.attention.part import CacheRules, SequencePart
 from kvcluster.attention.ring import Ring
@@ -23,11 +25,11 @@ from kvcluster.attention.survivors import SequenceSurvivors, SurvivorPart
 from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
+from kvcluster.cluster.scoring import ScoredPiece, scored_by, scored_pieces, scores
 from kvcluster.engine.plan import (
     EncodingError,
     RankAnswer,
     SampledToken,
-    ScoredTokens,
     SequenceStep,
     StepPlan,
     TopLogprob,
@@ -35,11 +37,13 @@ from kvcluster.engine.plan import (
 from kvcluster.errors import RankLost
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.sampler import SequenceSampling, sample
-from kvcluster.model.scorer import score
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.registry import scored_retention
 from kvcluster.selection.registry import build_selection
 from kvcluster.types import EXACT, Policy
+
+if TYPE_CHECKING:
+    from kvcluster.model.decode_graphs import DecodeGraphs
 
 
 @dataclass(frozen=True)
@@ -81,34 +85,15 @@ class _Rows:
     selected: SelectedPart | None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is one row that reads its sequence's table, and does no more than sample."""
+        is_alone = self.survivors is None and self.selected is None and self.step.scoring is None
+        return is_alone and not self.part.has_chunk
+
+    @property
     def sampling_rank(self) -> int | None:
         """The rank with the last row, if that row's logits are asked for."""
         return self.part.pieces[-1].rank if self.step.samples else None
-
-    def scored_by(self, rank: int) -> list[range]:
-        """Positions of the tokens that a rank's rows score, piece by piece."""
-        scoring = self.step.scoring
-        if scoring is None:
-            return []
-        scored = (
-            range(max(piece.start + 1, scoring.first), min(piece.end + 1, scoring.below))
-            for piece in self.part.pieces
-            if piece.rank == rank
-        )
-        return [positions for positions in scored if positions]
-
-
-@dataclass(frozen=True)
-class _ScoredPiece:
-    """Rows of this rank that score consecutive tokens of a sequence."""
-
-    sequence: int
-    first: int
-    """Position of the first of these tokens."""
-    rows_R: Tensor
-    wanted_R: Tensor
-    """Their ids."""
-    num_top: int
 
 
 class _SequenceState:
@@ -163,6 +148,7 @@ class StepRunner:
         self._block_size = store.block_size
         self._implementation = implementation or implementation_for(store)
         self._exact_blocks = exact_blocks
+        self._graphs = _decode_graphs(model, store, self._implementation)
         self._share = share
         self._next_step = 1
         self._sequences: dict[int, _SequenceState] = {}
@@ -198,7 +184,8 @@ class StepRunner:
             if row.sampling_rank is not None:
                 answering.add(row.sampling_rank)
             if row.step.scoring is not None:
-                answering |= {rank for rank in range(self._ring.size) if row.scored_by(rank)}
+                ranks = range(self._ring.size)
+                answering |= {rank for rank in ranks if scored_by(row.step, row.part, rank)}
             if row.part.codec != EXACT:
                 answering |= row.part.measuring_ranks(self._spec.windows)
         return tuple(sorted(answering))
@@ -293,6 +280,10 @@ class StepRunner:
                 if any(row.part.num_rows[rank] for row in rows)
             ]
             torch.set_num_threads(self._share.threads(self._ring.rank, busy))
+        if self._graphs is not None and self._ring.size == 1 and all(row.is_plain for row in rows):
+            parts = [row.part for row in rows]
+            if self._graphs.serves(parts):
+                return self._decode(self._graphs, rows, parts)
         attention = StepAttention(
             self._spec,
             self._store,
@@ -304,13 +295,14 @@ class StepRunner:
         )
         own_ids: list[Tensor] = []
         own_positions: list[Tensor] = []
-        scored: list[_ScoredPiece] = []
+        scored: list[ScoredPiece] = []
         for row in rows:
             token_ids = self._token_ids(row)
             positions = row.part.positions(self._ring.rank)
             own_positions.append(positions)
             own_ids.append(token_ids[positions - row.step.start])
-            scored += self._scored_pieces(row, positions, token_ids)
+            num_top = row.state.sampling.params.prompt_logprobs or 0
+            scored += scored_pieces(row.step, row.part, token_ids, num_top)
         ids_T = torch.cat(own_ids)
         here = [row for row in rows if row.sampling_rank == self._ring.rank]
         # The last piece of a part holds its last row: the rows of a part lie together, ascending.
@@ -324,34 +316,28 @@ class StepRunner:
             logit_rows_R.to(device),
             attention,
         )
-        errors = attention.encoding_errors()
         return RankAnswer(
             tuple(self._sample(here, logits_RV[: len(here)])),
-            tuple(_scores(scored, logits_RV[len(here) :])) if scored else (),
-            tuple(
-                EncodingError(row.step.sequence, *errors[row.part])
-                for row in rows
-                if row.part in errors
-            ),
+            tuple(scores(scored, logits_RV[len(here) :])) if scored else (),
+            _encoding_errors(rows, attention.encoding_errors()),
         )
 
-    def _scored_pieces(
-        self, row: _Rows, positions_T: Tensor, token_ids: Tensor
-    ) -> "list[_ScoredPiece]":
-        """What this rank's rows of a sequence, at these positions, are to score."""
-        scoring = row.step.scoring
-        if scoring is None:
-            return []
-        following = torch.cat([token_ids[1:], torch.tensor([scoring.next_id])])
-        pieces = []
-        for scored in row.scored_by(self._ring.rank):
-            first_row = int(torch.searchsorted(positions_T, scored.start - 1))
-            rows_R = torch.arange(first_row, first_row + len(scored)) + row.part.row_offset
-            begin = scored.start - 1 - row.step.start
-            wanted_R = following[begin : begin + len(scored)]
-            num_top = row.state.sampling.params.prompt_logprobs or 0
-            pieces.append(_ScoredPiece(row.step.sequence, scored.start, rows_R, wanted_R, num_top))
-        return pieces
+    @torch.inference_mode()
+    def _decode(
+        self, graphs: "DecodeGraphs", rows: Sequence[_Rows], parts: Sequence[SequencePart]
+    ) -> RankAnswer:
+        """A step of single rows, all of them here."""
+        outcome = graphs.forward(parts, [int(self._token_ids(row)[0]) for row in rows])
+        # A row reads exact what becomes encoded because of it, so that this may come last.
+        encoding = BlockEncoding(self._spec, self._store, self._ring.rank, parts)
+        for layer, q_RHD in outcome.queries.items():
+            encoding.encode_full(layer, q_RHD)
+        sampling = [index for index, row in enumerate(rows) if row.step.samples]
+        logits_RV = outcome.logits_RV
+        if len(sampling) < len(rows):
+            logits_RV = logits_RV[sampling]
+        sampled = self._sample([rows[index] for index in sampling], logits_RV)
+        return RankAnswer(tuple(sampled), (), _encoding_errors(rows, encoding.errors()))
 
     def _token_ids(self, row: _Rows) -> Tensor:
         """All token ids of the step's part, on every rank: penalties count each of them."""
@@ -382,19 +368,23 @@ class StepRunner:
         ]
 
 
-def _scores(pieces: Sequence[_ScoredPiece], logits_RV: Tensor) -> list[ScoredTokens]:
-    """Of the rows of the pieces, one piece after the other."""
-    found = []
-    by_piece = torch.split(logits_RV, [len(piece.rows_R) for piece in pieces])
-    for piece, logits_piece in zip(pieces, by_piece, strict=True):
-        scores = score(logits_piece, piece.wanted_R.to(logits_RV.device), piece.num_top)
-        found.append(
-            ScoredTokens(
-                piece.sequence,
-                piece.first,
-                tuple(scores.logprobs_R.tolist()),
-                tuple(scores.top_ids_RN.flatten().tolist()),
-                tuple(scores.top_logprobs_RN.flatten().tolist()),
-            )
-        )
-    return found
+def _encoding_errors(
+    rows: Sequence[_Rows], errors: Mapping[SequencePart, tuple[float, float]]
+) -> tuple[EncodingError, ...]:
+    return tuple(
+        EncodingError(row.step.sequence, *errors[row.part]) for row in rows if row.part in errors
+    )
+
+
+def _decode_graphs(
+    model: LoadedModel, store: KVStore, implementation: Implementation
+) -> "DecodeGraphs | None":
+    """None where rows are not read by kernels."""
+    if implementation.rows is None:
+        return None
+    # Only here: kernels want Triton, which a machine without a GPU need not have.
+    from kvcluster.attention.kernel_rows import KernelRows
+    from kvcluster.model.decode_graphs import DecodeGraphs
+
+    rows = implementation.rows
+    return DecodeGraphs(model, store, rows) if isinstance(rows, KernelRows) else None

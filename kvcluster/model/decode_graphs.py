@@ -1,0 +1,107 @@
+"""Steps of decode on one rank: recorded once for each number of rows, then run as CUDA graphs.
+
+The host of a GPU takes longer to ask for the hundreds of small kernels of such a step than the GPU
+to run them. A recording asks for all of them at once.
+
+Shape letters: R rows, H query heads, D head dimension, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcluster.attention.decode_step import DecodeAttention, DecodeInputs, DecodeShape
+from kvcluster.attention.kernel_rows import KernelRows
+from kvcluster.attention.part import SequencePart
+from kvcluster.cache.store import KVStore
+from kvcluster.model.loader import LoadedModel
+
+ROW_COUNTS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+"""Rows of recordings. A step has some of its rows twice to have as many."""
+_WARM_UP_RUNS: Final = 2
+"""Before a recording: kernels are compiled and libraries choose theirs."""
+
+
+class DecodeOutcome(NamedTuple):
+    """What a step gave. A recording's is overwritten by its next run."""
+
+    logits_RV: Tensor
+    """Float32, of all rows."""
+    queries: dict[int, Tensor]
+    """q_RHD by layer."""
+
+
+class _Recording(NamedTuple):
+    graph: "torch.cuda.CUDAGraph"
+    outcome: DecodeOutcome
+
+
+class DecodeGraphs:
+    """A model's steps over one rank's cache. Mutates the cache: the rows are written."""
+
+    def __init__(self, model: LoadedModel, store: KVStore, rows: KernelRows) -> None:
+        self._model = model
+        self._store = store
+        self._rows = rows
+        self._inputs = DecodeInputs(store, max_rows=ROW_COUNTS[-1])
+        self._recordings: dict[DecodeShape, _Recording] = {}
+        self._can_record = model.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if self._can_record else None
+        self._logit_rows_R = torch.arange(ROW_COUNTS[-1], device=model.device)
+
+    def serves(self, parts: Sequence[SequencePart]) -> bool:
+        """Whether these parts, each of one row and all on this rank, are a step of this kind."""
+        num_layers = len(self._store.spec.layers)
+        return len(parts) <= ROW_COUNTS[-1] and all(
+            self._rows.serves(layer, part) for part in parts for layer in range(num_layers)
+        )
+
+    @torch.inference_mode()
+    def forward(self, parts: Sequence[SequencePart], token_ids: Sequence[int]) -> DecodeOutcome:
+        """Run the rows of the parts, one token each."""
+        num_rows = next(count for count in ROW_COUNTS if count >= len(parts))
+        # Rows that are there twice write the same twice: the shortest, which reads the least.
+        shortest = min(range(len(parts)), key=lambda row: parts[row].start)
+        rows = [*range(len(parts)), *[shortest] * (num_rows - len(parts))]
+        shape = self._inputs.set_rows(
+            [parts[row] for row in rows], [token_ids[row] for row in rows]
+        )
+        if self._can_record and shape not in self._recordings:
+            self._record(shape)
+        recording = self._recordings.get(shape)
+        if recording is None:
+            outcome = self._run(shape)
+        else:
+            recording.graph.replay()
+            outcome = recording.outcome
+        return outcome._replace(logits_RV=outcome.logits_RV[: len(parts)])
+
+    def _run(self, shape: DecodeShape) -> DecodeOutcome:
+        attention = DecodeAttention(self._store, self._rows, self._inputs, shape)
+        logits_RV = self._model.forward(
+            self._inputs.token_ids(shape.num_rows),
+            self._inputs.positions(shape.num_rows),
+            self._logit_rows_R[: shape.num_rows],
+            attention,
+        )
+        return DecodeOutcome(logits_RV, attention.queries)
+
+    def _record(self, shape: DecodeShape) -> None:
+        """Not for a model that waits for the GPU in the middle of a step, as some mixtures of
+        experts do: its steps are run as they are."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                self._run(shape)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outcome = self._run(shape)
+        except RuntimeError:
+            self._can_record = False
+            return
+        self._recordings[shape] = _Recording(graph, outcome)
