@@ -44,17 +44,34 @@ class Keys(NamedTuple):
         return int(self.k_PKSD.shape[2]) // self.block_tokens if self.block_tokens else 1
 
 
+class BlockBound(NamedTuple):
+    """A place among the keys that moves with the row, a block at a time: where the block begins
+    that is `lag` blocks before the row's own, or the first key."""
+
+    block_tokens: int
+    lag: int
+    is_before: bool
+    """The row sees what lies before the place; else what follows."""
+
+    def places(self, positions_T: Tensor) -> Tensor:
+        """Of rows at these positions."""
+        return (positions_T // self.block_tokens - self.lag).clamp_min(0) * self.block_tokens
+
+
 class Causal(NamedTuple):
-    """Which keys a row sees: those up to its own one, or the latest `window` of these.
+    """Which keys a row sees: those up to its own one, or the latest `window` of these; of them, all
+    or those on one side of `bound`.
 
     Row t is key `start + t`; from row `split` on, it is key `resume + t - split`, so that both
-    pieces of a zigzag sharding are rows of one call. A row may lie before all keys or after them.
+    pieces of a zigzag sharding are rows of one call. A row may lie before all keys or after them;
+    not before them with a bound.
     """
 
     start: int = 0
     split: int | None = None
     resume: int = 0
     window: int | None = None
+    bound: BlockBound | None = None
 
     def positions(self, num_tokens: int, device: torch.device | None = None) -> Tensor:
         """positions_T of the rows among the keys."""

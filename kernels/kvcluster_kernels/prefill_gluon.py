@@ -87,6 +87,8 @@ def reason_against(
         return "softcap or sinks"
     if causal is not None and (causal.window is not None or causal.start < 0):
         return "a window, or rows before all keys"
+    if causal is not None and causal.bound is not None:
+        return "a bound that moves with the row's block"
     if keys.num_keys == 0:
         return "no keys"
     if keys.block_ids_N is not None and keys.num_keys % keys.block_tokens:

@@ -65,10 +65,14 @@ def keys_in_line(keys: Keys) -> tuple[Tensor, Tensor]:
 def visible(causal: Causal, num_tokens: int, num_keys: int, device: torch.device) -> Tensor:
     """mask_TS: True where the row sees the key."""
     keys_S = torch.arange(num_keys, device=device)
-    distance_TS = causal.positions(num_tokens, device)[:, None] - keys_S[None, :]
+    positions_T = causal.positions(num_tokens, device)
+    distance_TS = positions_T[:, None] - keys_S[None, :]
     mask_TS: Tensor = distance_TS >= 0
     if causal.window is not None:
         mask_TS &= distance_TS < causal.window
+    if causal.bound is not None:
+        is_before_TS = keys_S[None, :] < causal.bound.places(positions_T)[:, None]
+        mask_TS &= is_before_TS if causal.bound.is_before else ~is_before_TS
     return mask_TS
 
 

@@ -122,6 +122,7 @@ def _launch(
     num_tokens, num_heads, key_dim = q_THD.shape
     num_kv_heads, value_dim = keys.k_PKSD.shape[1], keys.v_PKSD.shape[3]
     softcap, carry, rule = rules.softcap, rules.carry, rules.causal or Causal()
+    bound = rule.bound
     scale2 = rules.scale * math.log2(math.e)
     is_float32, is_emulated = q_THD.dtype == torch.float32, is_interpreted(prefill_kernel)
     prefill_kernel[grid](
@@ -139,6 +140,7 @@ def _launch(
         num_tokens if rule.split is None else rule.split,
         rule.resume,
         rule.window or 0,
+        bound.lag if bound else 0,
         2.0 * scale2 / softcap if softcap is not None else scale2,
         softcap * math.log2(math.e) if softcap is not None else 1.0,
         *q_THD.stride()[:2],
@@ -157,6 +159,8 @@ def _launch(
         PAGE_BLOCKS=keys.blocks_per_page,
         CAUSAL=rules.causal is not None,
         WINDOWED=rule.window is not None,
+        BOUND_TOKENS=bound.block_tokens if bound else 0,
+        IS_BEFORE=bound is not None and bound.is_before,
         SOFTCAPPED=softcap is not None,
         CARRIED=carry is not None,
         SINKS=rules.sinks_H is not None,

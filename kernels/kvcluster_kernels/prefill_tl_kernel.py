@@ -13,7 +13,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A compilation takes seconds: none because of a length.
-_NUMBERS = ("num_tokens", "num_keys", "start", "split", "resume", "window")
+_NUMBERS = ("num_tokens", "num_keys", "start", "split", "resume", "window", "lag")
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -21,6 +21,29 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 def _positions(tokens, start, split, resume):
     """Where among the keys these rows lie."""
     return tl.where(tokens < split, tokens + start, tokens + (resume - split))
+
+
+@triton.jit
+def _seen(
+    positions,
+    window,
+    lag,
+    WINDOWED: tl.constexpr,
+    BOUND_TOKENS: tl.constexpr,
+    IS_BEFORE: tl.constexpr,
+):
+    """The first and the last key that rows at these positions see, as far as there are keys."""
+    first = positions * 0
+    last = positions
+    if WINDOWED:
+        first = tl.maximum(first, positions - window + 1)
+    if BOUND_TOKENS > 0:
+        place = tl.maximum(positions // BOUND_TOKENS - lag, 0) * BOUND_TOKENS
+        if IS_BEFORE:
+            last = place - 1
+        else:
+            first = tl.maximum(first, place)
+    return first, last
 
 
 @triton.jit
@@ -77,11 +100,11 @@ def _fold_keys(
     stride_k_s,
     stride_v_p,
     stride_v_s,
-    positions_M,
+    seen_first_M,
+    seen_last_M,
     first,
     last,
     num_keys,
-    window,
     scale2,
     softcap2,
     BLOCK_N: tl.constexpr,
@@ -93,7 +116,7 @@ def _fold_keys(
     PAGE_BLOCKS: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,9 +152,9 @@ def _fold_keys(
         if MASKED:
             mask_MN = (keys_N < num_keys)[None, :]
             if CAUSAL:
-                mask_MN = mask_MN & (keys_N[None, :] <= positions_M[:, None])
-            if WINDOWED:
-                mask_MN = mask_MN & (keys_N[None, :] > (positions_M - window)[:, None])
+                mask_MN = mask_MN & (keys_N[None, :] <= seen_last_M[:, None])
+            if HAS_FIRST:
+                mask_MN = mask_MN & (keys_N[None, :] >= seen_first_M[:, None])
             logits_MN = tl.where(mask_MN, logits_MN, float("-inf"))
         new_max2_M = tl.maximum(max2_M, tl.max(logits_MN, 1) * factor)
         shift_M = new_max2_M
@@ -187,6 +210,7 @@ def prefill_kernel(
     split,
     resume,
     window,
+    lag,
     scale2,
     softcap2,
     stride_q_t,
@@ -210,6 +234,8 @@ def prefill_kernel(
     PAGE_BLOCKS: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    BOUND_TOKENS: tl.constexpr,
+    IS_BEFORE: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     CARRIED: tl.constexpr,
     SINKS: tl.constexpr,
@@ -241,15 +267,21 @@ def prefill_kernel(
     begin = 0
     end = num_keys
     plain = num_keys // BLOCK_N * BLOCK_N
+    HAS_FIRST: tl.constexpr = WINDOWED or (BOUND_TOKENS > 0 and not IS_BEFORE)
     positions_M = _positions(tokens_M, start, split, resume)
+    seen_first_M, seen_last_M = _seen(
+        positions_M, window, lag, WINDOWED, BOUND_TOKENS, IS_BEFORE
+    )
     if CAUSAL:
         lowest = _positions(tile * BLOCK_M // GROUP, start, split, resume)
         last_token = tl.minimum(num_tokens - 1, (tile * BLOCK_M + BLOCK_M - 1) // GROUP)
         highest = _positions(last_token, start, split, resume)
-        end = tl.maximum(0, tl.minimum(num_keys, highest + 1))
-        plain = tl.minimum(plain, tl.maximum(0, lowest + 1) // BLOCK_N * BLOCK_N)
-        if WINDOWED:
-            begin = tl.minimum(end, tl.maximum(0, lowest - window + 1)) // BLOCK_N * BLOCK_N
+        lowest_first, lowest_last = _seen(lowest, window, lag, WINDOWED, BOUND_TOKENS, IS_BEFORE)
+        _, highest_last = _seen(highest, window, lag, WINDOWED, BOUND_TOKENS, IS_BEFORE)
+        end = tl.maximum(0, tl.minimum(num_keys, highest_last + 1))
+        plain = tl.minimum(plain, tl.maximum(0, lowest_last + 1) // BLOCK_N * BLOCK_N)
+        if HAS_FIRST:
+            begin = tl.minimum(end, lowest_first) // BLOCK_N * BLOCK_N
             plain = begin
     if NUM_SPLITS > 1:
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), NUM_SPLITS) * BLOCK_N
@@ -276,11 +308,11 @@ def prefill_kernel(
             stride_k_s,
             stride_v_p,
             stride_v_s,
-            positions_M,
+            seen_first_M,
+            seen_last_M,
             plain if masked else begin,
             end if masked else plain,
             num_keys,
-            window,
             scale2,
             softcap2,
             BLOCK_N,
@@ -292,7 +324,7 @@ def prefill_kernel(
             PAGE_BLOCKS,
             MASKED=masked == 1,
             CAUSAL=CAUSAL,
-            WINDOWED=WINDOWED,
+            HAS_FIRST=HAS_FIRST,
             SOFTCAPPED=SOFTCAPPED,
             UPCAST=UPCAST,
             PRECISION=PRECISION,

@@ -5,8 +5,8 @@ Every rank keeps the same map of a sequence: block i covers positions [i * block
 engine said, never a formula, so blocks may move.
 """
 
+from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,14 +24,15 @@ class Piece(NamedTuple):
 
 
 class _Owned:
-    """The blocks of one sequence on one rank, in order of position."""
+    """The blocks of one sequence on one rank, in order of position. Arrays, since a step reads
+    thousands of numbers: lists take a millisecond to become one."""
 
     def __init__(self, num_groups: int) -> None:
-        self.indices: list[int] = []
-        self.block_ids: list[list[int]] = [[] for _ in range(num_groups)]
-        self.encoded_ids: list[list[int]] = [[] for _ in range(num_groups)]
+        self.indices = array("q")
+        self.block_ids = [array("q") for _ in range(num_groups)]
+        self.encoded_ids = [array("q") for _ in range(num_groups)]
         # For each block, the first block of the run of consecutive pool ids that it ends.
-        self.run_starts: list[list[int]] = [[] for _ in range(num_groups)]
+        self.run_starts = [array("q") for _ in range(num_groups)]
 
     def append(self, index: int, block_ids: tuple[int, ...], encoded_ids: tuple[int, ...]) -> None:
         entry = len(self.indices)
@@ -114,19 +115,19 @@ class SequenceMap:
     def block_starts(self, rank: int, start: int, end: int) -> NDArray[np.int64]:
         """First positions of the blocks on `rank` that overlap [start, end), ascending."""
         first, last = self._entries(rank, start, end)
-        return np.array(self._owned[rank].indices[first:last], dtype=np.int64) * self.block_size
+        return _copy(self._owned[rank].indices, first, last) * self.block_size
 
     def block_ids(self, rank: int, group: int, start: int, end: int) -> NDArray[np.int64]:
         """The exact blocks of the same. Where one became encoded, its id is another's now."""
         first, last = self._entries(rank, start, end)
-        return np.array(self._owned[rank].block_ids[group][first:last], dtype=np.int64)
+        return _copy(self._owned[rank].block_ids[group], first, last)
 
     def encoded_ids(self, rank: int, group: int, start: int, end: int) -> NDArray[np.int64]:
         """The encoded blocks of the same."""
         first, last = self._entries(rank, start, end)
-        ids = self._owned[rank].encoded_ids[group][first:last]
-        assert NO_BLOCK not in ids, "read of a block that was never encoded"
-        return np.array(ids, dtype=np.int64)
+        ids = _copy(self._owned[rank].encoded_ids[group], first, last)
+        assert (ids != NO_BLOCK).all(), "read of a block that was never encoded"
+        return ids
 
     def runs(self, rank: int, group: int, start: int, end: int) -> list[slice]:
         """Slots of the positions of [start, end) that lie on `rank`, in order of position.
@@ -159,12 +160,12 @@ class SequenceMap:
 
     def positions(self, rank: int, start: int, end: int) -> NDArray[np.int64]:
         """The positions of [start, end) that lie on `rank`, ascending."""
-        first, last = self._entries(rank, start, end)
-        indices = self._owned[rank].indices[first:last]
-        if not indices:
-            return np.empty(0, dtype=np.int64)
-        skipped = max(0, start - indices[0] * self.block_size)
-        return self._expand(indices)[skipped : skipped + self.num_tokens(rank, start, end)]
+        starts = self.block_starts(rank, start, end)
+        if not len(starts):
+            return starts
+        skipped = max(0, start - int(starts[0]))
+        positions = (starts[:, None] + np.arange(self.block_size, dtype=np.int64)).reshape(-1)
+        return positions[skipped : skipped + self.num_tokens(rank, start, end)]
 
     def _entries(self, rank: int, start: int, end: int) -> tuple[int, int]:
         """Which of the rank's blocks overlap [start, end), as a range of its entries."""
@@ -175,6 +176,7 @@ class SequenceMap:
         last = bisect_left(indices, -(-end // self.block_size), lo=first)
         return first, last
 
-    def _expand(self, blocks: Iterable[int]) -> NDArray[np.int64]:
-        starts = np.fromiter(blocks, dtype=np.int64) * self.block_size
-        return (starts[:, None] + np.arange(self.block_size, dtype=np.int64)).reshape(-1)
+
+def _copy(numbers: "array[int]", first: int, last: int) -> NDArray[np.int64]:
+    # Of a slice, which is an array of its own: one that is looked into may not grow.
+    return np.frombuffer(numbers[first:last], dtype=np.int64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from kvcluster_kernels import prefill_reference
-from kvcluster_kernels.prefill_arguments import Causal, Keys, PartialAttention
+from kvcluster_kernels.prefill_arguments import BlockBound, Causal, Keys, PartialAttention
 from torch import Tensor
 
 _PAGE_BLOCKS = 4
@@ -45,6 +45,7 @@ class Case:
                 None if causal.split is None else causal.split * factor,
                 causal.resume * factor,
                 None if causal.window is None else causal.window * factor,
+                causal.bound,
             )
         return replace(
             self,
@@ -91,6 +92,17 @@ RULES = (
     Case(name="zigzag", causal=Causal(start=3, split=18, resume=56)),
     Case(name="window", num_tokens=75, causal=Causal(window=20)),
     Case(name="window before the rows", causal=Causal(start=80, window=40)),
+    Case(name="before a block", num_tokens=75, causal=Causal(bound=BlockBound(16, 1, True))),
+    Case(name="from a block on", num_tokens=75, causal=Causal(bound=BlockBound(16, 1, False))),
+    Case(
+        name="zigzag before a block",
+        causal=Causal(start=3, split=18, resume=56, bound=BlockBound(8, 2, True)),
+    ),
+    Case(
+        name="window from a block on",
+        num_tokens=75,
+        causal=Causal(window=20, bound=BlockBound(16, 0, False)),
+    ),
     Case(name="rows before all keys", causal=Causal(start=-20)),
     Case(name="softcap", softcap=5.0),
     Case(name="sinks", has_sinks=True),
@@ -197,7 +209,7 @@ def _causal_from(causal: Causal, first: int) -> Causal:
         return causal._replace(start=start)
     split = max(0, causal.split - first)
     resume = causal.resume + first - causal.split + split
-    return Causal(start, split, resume, causal.window)
+    return Causal(start, split, resume, causal.window, causal.bound)
 
 
 def assert_within_rounding(
