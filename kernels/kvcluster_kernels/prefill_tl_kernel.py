@@ -269,9 +269,7 @@ def prefill_kernel(
     plain = num_keys // BLOCK_N * BLOCK_N
     HAS_FIRST: tl.constexpr = WINDOWED or (BOUND_TOKENS > 0 and not IS_BEFORE)
     positions_M = _positions(tokens_M, start, split, resume)
-    seen_first_M, seen_last_M = _seen(
-        positions_M, window, lag, WINDOWED, BOUND_TOKENS, IS_BEFORE
-    )
+    seen_first_M, seen_last_M = _seen(positions_M, window, lag, WINDOWED, BOUND_TOKENS, IS_BEFORE)
     if CAUSAL:
         lowest = _positions(tile * BLOCK_M // GROUP, start, split, resume)
         last_token = tl.minimum(num_tokens - 1, (tile * BLOCK_M + BLOCK_M - 1) // GROUP)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvcluster.attention.implementation import Implementation
+from kvcluster.attention.implementation import Implementation, SwitchingKeys
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate
 from kvcluster.attention.ring import Ring
@@ -50,7 +50,8 @@ class ChunkAttention:
         )
         if part.codec_in(geometry.window) != EXACT and encoded:
             read = self._as_read(layer, part, near, encoded)
-            return self._attend_by_blocks(layer, part, q_THD, near, read)
+            switching = self._attend_switching(layer, part, q_THD, near, read)
+            return switching or self._attend_by_blocks(layer, part, q_THD, near, read)
         if part.drops_inside(geometry.window):
             return self._attend_by_blocks(layer, part, q_THD, near, near)
         row = part.row_offset
@@ -62,6 +63,27 @@ class ChunkAttention:
                 self._local.attend_causal(q_piece, *near, geometry, piece.start - near_start)
             )
             row += size
+        return concatenate(partials)
+
+    def _attend_switching(
+        self, layer: int, part: SequencePart, q_THD: Tensor, near: Piece, read: Piece
+    ) -> Partial | None:
+        """The same, a piece of rows at a time; None where that is not offered."""
+        geometry = self._spec.layers[layer]
+        if part.drops_inside(geometry.window) or part.rules.encoded_step is not None:
+            return None
+        keys = SwitchingKeys(near, read, part.block_size, part.rules.exact_blocks)
+        near_start, row = part.near_start(geometry.window), part.row_offset
+        partials = []
+        for piece in part.own_pieces:
+            q_piece = q_THD[row : row + piece.end - piece.start]
+            partial = self._local.attend_switching(
+                q_piece, keys, geometry, piece.start - near_start
+            )
+            if partial is None:
+                return None
+            partials.append(partial)
+            row += len(q_piece)
         return concatenate(partials)
 
     def _attend_by_blocks(

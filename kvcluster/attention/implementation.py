@@ -5,14 +5,14 @@ dimension.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from kvcluster.attention import local, partial
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
-from kvcluster.cache.store import KVStore
+from kvcluster.cache.store import KVStore, Piece
 from kvcluster.types import LayerGeometry
 
 
@@ -30,6 +30,18 @@ class RowAttention(Protocol):
     def attend(self, layer: int, parts: Sequence[SequencePart], q_RHD: Tensor) -> Partial:
         """Row r is that of part r, over the part's history on this rank, which may be nothing."""
         ...
+
+
+class SwitchingKeys(NamedTuple):
+    """Keys of which a row reads the latest as they are, and those before as a codec gives them."""
+
+    near: Piece
+    """As they are, k_KSD and v_KSD."""
+    read: Piece
+    """The same keys as they are read later."""
+    block_size: int
+    lag: int
+    """A row in block j reads the blocks from j - lag on as they are. Key 0 begins a block."""
 
 
 class Implementation(Protocol):
@@ -63,6 +75,13 @@ class Implementation(Protocol):
         """`local.attend_earlier`."""
         ...
 
+    def attend_switching(
+        self, q_THD: Tensor, keys: SwitchingKeys, layer: LayerGeometry, first: int
+    ) -> Partial | None:
+        """Query row t is key `first + t` and sees no later one. None: it is to be asked block by
+        block."""
+        ...
+
     def merge(self, *partials: Partial) -> Partial:
         """`partial.merge`."""
         ...
@@ -76,6 +95,15 @@ class PlainAttention:
     attend_causal = staticmethod(local.attend_causal)
     attend_earlier = staticmethod(local.attend_earlier)
     merge = staticmethod(partial.merge)
+
+    def attend_switching(
+        self,
+        q_THD: Tensor,  # noqa: ARG002
+        keys: SwitchingKeys,  # noqa: ARG002
+        layer: LayerGeometry,  # noqa: ARG002
+        first: int,  # noqa: ARG002
+    ) -> Partial | None:
+        return None
 
 
 def implementation_for(store: KVStore) -> Implementation:

@@ -15,6 +15,7 @@ from kvcluster_kernels import merge as merge_kernel
 from kvcluster_kernels import prefill_gluon, prefill_tl
 from kvcluster_kernels.prefill_arguments import (
     MAX_HEAD_DIM,
+    BlockBound,
     Causal,
     Keys,
     PartialAttention,
@@ -22,10 +23,11 @@ from kvcluster_kernels.prefill_arguments import (
 from torch import Tensor
 
 from kvcluster.attention import local
+from kvcluster.attention.implementation import SwitchingKeys
 from kvcluster.attention.kernel_choice import Prefill, prefill_choice
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.partial import Partial
-from kvcluster.cache.store import KVStore
+from kvcluster.cache.store import KVStore, Piece
 from kvcluster.types import LayerGeometry
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
@@ -74,6 +76,19 @@ class KernelAttention:
             return _prefill(q_THD, k_KSD, v_KSD, layer, causal)
         return local.attend_earlier(q_THD, k_KSD, v_KSD, layer, gap=gap)
 
+    def attend_switching(
+        self, q_THD: Tensor, keys: SwitchingKeys, layer: LayerGeometry, first: int
+    ) -> Partial | None:
+        last = first + q_THD.shape[0]
+        near, read = (Piece(k[:, :last], v[:, :last]) for k, v in (keys.near, keys.read))
+        if not (self._serves(q_THD, *near, layer) and self._serves(q_THD, *read, layer)):
+            return None
+        before = BlockBound(keys.block_size, keys.lag, is_before=True)
+        causal = Causal(first, window=layer.window, bound=before)
+        earlier = _prefill(q_THD, *read, layer, causal)
+        causal = causal._replace(bound=before._replace(is_before=False))
+        return _prefill(q_THD, *near, layer, causal, earlier)
+
     def merge(self, *partials: Partial) -> Partial:
         if len(partials) == 1:
             return partials[0]
@@ -90,13 +105,22 @@ class KernelAttention:
 
 
 def _prefill(
-    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry, causal: Causal | None
+    q_THD: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    layer: LayerGeometry,
+    causal: Causal | None,
+    others: Partial | None = None,
 ) -> Partial:
-    """By the kernel that is chosen for the call."""
+    """By the kernel that is chosen for the call. `others`: of the same rows over other keys, which
+    is merged."""
+    carry = None if others is None else PartialAttention(*others)
     keys = Keys.in_line(k_KSD, v_KSD)
     choice = prefill_choice(q_THD, keys, causal=causal, softcap=layer.softcap)
     if choice is Prefill.PIPELINED:
-        return Partial(*prefill_gluon.prefill(q_THD, keys, scale=layer.scale, causal=causal))
-    return Partial(
-        *prefill_tl.prefill(q_THD, keys, scale=layer.scale, causal=causal, softcap=layer.softcap)
-    )
+        found = prefill_gluon.prefill(q_THD, keys, scale=layer.scale, causal=causal, carry=carry)
+    else:
+        found = prefill_tl.prefill(
+            q_THD, keys, scale=layer.scale, causal=causal, softcap=layer.softcap, carry=carry
+        )
+    return Partial(*found)

@@ -92,16 +92,22 @@ RULES = (
     Case(name="zigzag", causal=Causal(start=3, split=18, resume=56)),
     Case(name="window", num_tokens=75, causal=Causal(window=20)),
     Case(name="window before the rows", causal=Causal(start=80, window=40)),
-    Case(name="before a block", num_tokens=75, causal=Causal(bound=BlockBound(16, 1, True))),
-    Case(name="from a block on", num_tokens=75, causal=Causal(bound=BlockBound(16, 1, False))),
+    Case(
+        name="before a block", num_tokens=75, causal=Causal(bound=BlockBound(16, 1, is_before=True))
+    ),
+    Case(
+        name="from a block on",
+        num_tokens=75,
+        causal=Causal(bound=BlockBound(16, 1, is_before=False)),
+    ),
     Case(
         name="zigzag before a block",
-        causal=Causal(start=3, split=18, resume=56, bound=BlockBound(8, 2, True)),
+        causal=Causal(start=3, split=18, resume=56, bound=BlockBound(8, 2, is_before=True)),
     ),
     Case(
         name="window from a block on",
         num_tokens=75,
-        causal=Causal(window=20, bound=BlockBound(16, 0, False)),
+        causal=Causal(window=20, bound=BlockBound(16, 0, is_before=False)),
     ),
     Case(name="rows before all keys", causal=Causal(start=-20)),
     Case(name="softcap", softcap=5.0),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -61,6 +62,11 @@ class RecordingModel(ScriptedModel):
     def __init__(self, setting: Setting, max_tokens: int = MAX_TOKENS) -> None:
         layers = (setting.geometry(softcap=5.0), setting.geometry(window=40), setting.geometry())
         super().__init__(*layers, max_tokens=max_tokens)
+        self.spec = msgspec.structs.replace(
+            self.spec,
+            dtype=str(setting.dtype).removeprefix("torch."),
+            bytes_per_element=setting.dtype.itemsize,
+        )
         self.device = setting.device
         self.module = torch.nn.Linear(1, 1, device=setting.device, dtype=setting.dtype)
         self.script = [
@@ -118,6 +124,10 @@ class InterpretedAttention(KernelAttention):
     def attend_earlier(self, *arguments: Any, gap: int) -> Partial:
         with _INTERPRETER:
             return super().attend_earlier(*arguments, gap=gap)
+
+    def attend_switching(self, *arguments: Any) -> Partial | None:
+        with _INTERPRETER:
+            return super().attend_switching(*arguments)
 
     def merge(self, *partials: Partial) -> Partial:
         with _INTERPRETER:
