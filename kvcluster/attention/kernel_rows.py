@@ -31,6 +31,7 @@ class KernelRows:
         self._spec = store.spec
         self._merge = merge
         self._readers: dict[tuple[int, str], ReadPacked | None] = {}
+        self._served: dict[tuple[str, bool], bool] = {}
         self._tables: dict[tuple[int, tuple[SequencePart, ...]], RowTables] = {}
 
     def begin_step(self) -> None:
@@ -45,6 +46,16 @@ class KernelRows:
             return False
         codec = part.codec_in(geometry.window)
         return codec == EXACT or self.reader(layer, codec) is not None
+
+    def serves_all_layers(self, part: SequencePart) -> bool:
+        """Whether `serves` says so of every layer."""
+        if type(part) is not SequencePart or part.has_chunk:
+            return False
+        key = (part.codec, part.rules.epoch_tokens is None)
+        if key not in self._served:
+            layers = range(len(self._spec.layers))
+            self._served[key] = all(self.serves(layer, part) for layer in layers)
+        return self._served[key]
 
     def attend(self, layer: int, parts: Sequence[SequencePart], q_RHD: Tensor) -> Partial:
         geometry = self._spec.layers[layer]

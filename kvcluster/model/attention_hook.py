@@ -45,6 +45,7 @@ class AttentionPass:
     num_layers_done: int = 0
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def kvcluster_attention(
     module: nn.Module,
     query: Tensor,

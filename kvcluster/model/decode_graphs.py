@@ -7,6 +7,7 @@ Shape letters: R rows, H query heads, D head dimension, V vocabulary.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Final, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from kvcluster.attention.decode_step import DecodeAttention, DecodeInputs, Decod
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.cache.store import KVStore
+from kvcluster.model.compiled_layers import CompiledLayers
 from kvcluster.model.loader import LoadedModel
 
 ROW_COUNTS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
@@ -47,21 +49,23 @@ class DecodeGraphs:
         self._rows = rows
         self._inputs = DecodeInputs(store, max_rows=ROW_COUNTS[-1])
         self._recordings: dict[DecodeShape, _Recording] = {}
+        self._layers: CompiledLayers | None = None
+        self._is_warm = False
         self._can_record = model.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._can_record else None
         self._logit_rows_R = torch.arange(ROW_COUNTS[-1], device=model.device)
 
     def serves(self, parts: Sequence[SequencePart]) -> bool:
         """Whether these parts, each of one row and all on this rank, are a step of this kind."""
-        num_layers = len(self._store.spec.layers)
-        return len(parts) <= ROW_COUNTS[-1] and all(
-            self._rows.serves(layer, part) for part in parts for layer in range(num_layers)
-        )
+        is_served = self._rows.serves_all_layers
+        return len(parts) <= ROW_COUNTS[-1] and all(is_served(part) for part in parts)
 
     @torch.inference_mode()
     def forward(self, parts: Sequence[SequencePart], token_ids: Sequence[int]) -> DecodeOutcome:
         """Run the rows of the parts, one token each."""
         num_rows = next(count for count in ROW_COUNTS if count >= len(parts))
+        if self._can_record and not self._is_warm:
+            self._warm_up(parts[0], token_ids[0])
         # Rows that are there twice write the same twice: the shortest, which reads the least.
         shortest = min(range(len(parts)), key=lambda row: parts[row].start)
         rows = [*range(len(parts)), *[shortest] * (num_rows - len(parts))]
@@ -78,7 +82,22 @@ class DecodeGraphs:
             outcome = recording.outcome
         return outcome._replace(logits_RV=outcome.logits_RV[: len(parts)])
 
+    def _warm_up(self, part: SequencePart, token_id: int) -> None:
+        """Compile the layers for one row and for several, which takes a while, now and not when
+        the first two requests meet. A model that cannot be compiled is run as it is."""
+        self._is_warm = True
+        self._layers = CompiledLayers(self._model.module)
+        try:
+            for num_rows in (1, 2):
+                self._run(self._inputs.set_rows([part] * num_rows, [token_id] * num_rows))
+        except RuntimeError:
+            self._layers = None
+
     def _run(self, shape: DecodeShape) -> DecodeOutcome:
+        with self._layers.in_place() if self._layers is not None else nullcontext():
+            return self._run_layers(shape)
+
+    def _run_layers(self, shape: DecodeShape) -> DecodeOutcome:
         attention = DecodeAttention(self._store, self._rows, self._inputs, shape)
         logits_RV = self._model.forward(
             self._inputs.token_ids(shape.num_rows),
