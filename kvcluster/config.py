@@ -88,6 +88,14 @@ class EngineConfig:
     step_timeout_s: float = 120.0
     """A step that takes longer means a lost rank."""
 
+    first_token_wait_s: float = 0.2
+    """Longest wait for the steps in flight when another tenant sends something: steps are cut to
+    fit where several tenants are about. Shorter steps use the hardware less well."""
+
+    tenant_head_start_s: float = 2.0
+    """Seconds of work by which a tenant that used less than its share may run ahead of it, so that
+    short requests now and then are served at once."""
+
     retention_s: float = 600.0
     """How long the events of an ended generation can be replayed."""
 
@@ -109,7 +117,8 @@ class EngineConfig:
         _want_at_least(1, "engine", self, "prefill_chunk_tokens", "shard_min_tokens", "max_running")
         _want_at_least(1, "engine", self, "upload_window_chunks", "lookahead_steps", "max_retained")
         _want_at_least(0, "engine", self, "max_waiting", "retention_s", "max_pooling_loss")
-        _want_above_zero("engine", self, "step_timeout_s")
+        _want_at_least(0, "engine", self, "tenant_head_start_s")
+        _want_above_zero("engine", self, "step_timeout_s", "first_token_wait_s")
         _want_one_of(
             ("auto", "pass_kv", "pass_q", "gather"), "engine.history_route", self.history_route
         )

@@ -156,11 +156,11 @@ class FakeCluster:
             encoded_per_page=self.encoded_per_page,
             encoded_step=self.encoded_steps.get,
         )
+        self.pools = [
+            [BlockPool(self.num_blocks) for _ in range(num_groups)] for _ in range(self.num_ranks)
+        ]
         self.partitions = CachePartitions(
-            [
-                [BlockPool(self.num_blocks) for _ in range(num_groups)]
-                for _ in range(self.num_ranks)
-            ],
+            self.pools,
             block_bytes=block_bytes_per_group(self.spec, self.cache.block_size),
             encoded_per_page=lambda codec: self.encoded_per_page[codec],
             exact_recent=self.cache.exact_recent_blocks,

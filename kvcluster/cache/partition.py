@@ -94,6 +94,15 @@ class Partition:
         """Whether so many more blocks (one number per group) are covered by the floor."""
         return all(map(le, blocks, self._ledger.floor_left(self.tenant)))
 
+    def is_owed(self) -> bool:
+        """Whether the floor promises blocks of some group that cannot be had now."""
+        available = self._ledger.available(self.tenant)
+        left = self._ledger.floor_left(self.tenant)
+        return any(
+            have < min(promised, 1 + PAGE_BLOCKS)
+            for have, promised in zip(available, left, strict=True)
+        )
+
     def is_at_limit(self) -> bool:
         """Whether the tenant may hold no more of some group, whatever others do."""
         return self._ledger.is_at_limit(self.tenant)

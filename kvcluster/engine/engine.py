@@ -99,7 +99,7 @@ class Engine:
             )
         )
         self._generations.active[generation_id] = generation
-        self._scheduler.add(request)
+        self._scheduler.add(request, now=self.parts.clock.monotonic())
         self.tenants.admit(request)
         self._next_due = min(self._next_due, generation.next_due)
         return generation_id
@@ -213,7 +213,10 @@ class Engine:
         if self._ring_loss is not None:
             return None
         schedule = self._scheduler.plan(
-            epoch=self.epoch, step=self._in_flight.num_planned + 1, is_idle=not self._in_flight
+            epoch=self.epoch,
+            step=self._in_flight.num_planned + 1,
+            is_idle=not self._in_flight,
+            now=self.parts.clock.monotonic(),
         )
         for request in schedule.refused:
             self._refuse(request)
@@ -230,6 +233,7 @@ class Engine:
         """Take in the result of the oldest step in flight. Raises RankLost when it is not that."""
         settled = self._in_flight.settle(result, now=self.parts.clock.monotonic())
         self._estimator.observe(settled.planned.plan, settled.seconds)
+        self._scheduler.observe(settled.planned, settled.seconds)
         for part, request, sampled, scored in settled.parts():
             request.num_steps_in_flight -= 1
             request.num_pending -= part.samples

@@ -10,6 +10,7 @@ Duda and Cheriton, 1999): its short requests are served at once instead of at ha
 other claim on the past.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class _Account:
 
     time: float
     weight: int = 1
-    seen_at: float = 0.0
+    seen_at: float = -math.inf
 
 
 class FairShares:
@@ -43,14 +44,10 @@ class FairShares:
         account.weight = weight
         account.seen_at = now
 
-    def is_contended(self, active: Collection[TenantId], now: float) -> bool:
-        """Whether more than one tenant has work, or may have some any moment."""
-        recent = {
-            tenant
-            for tenant, account in self._accounts.items()
-            if now - account.seen_at < _RECENT_S
-        }
-        return len(recent.union(active)) > 1
+    def recent(self, now: float) -> set[TenantId]:
+        """Tenants that may send something any moment: they have not long ago."""
+        accounts = self._accounts.items()
+        return {tenant for tenant, account in accounts if now - account.seen_at < _RECENT_S}
 
     def next(self, tenants: Collection[TenantId]) -> TenantId:
         """Which of these, who all have something to be done, is served next."""
@@ -76,9 +73,8 @@ class FairShares:
     def forget_unseen(self, active: Collection[TenantId], now: float) -> None:
         """Forget tenants that have no work and have sent nothing for long: their past is no claim.
         One that ran ahead is kept until the others have caught up."""
-        for tenant, account in tuple(self._accounts.items()):
-            is_recent = now - account.seen_at < _RECENT_S
-            if tenant not in active and not is_recent and account.time <= self._now:
+        for tenant in set(self._accounts) - self.recent(now) - set(active):
+            if self._accounts[tenant].time <= self._now:
                 del self._accounts[tenant]
 
     def _account(self, tenant: TenantId) -> _Account:

@@ -1,26 +1,31 @@
 """What the next step computes: continuous batching over one ring group's blocks.
 
-Every running request whose prompt is done decodes one token; the rest of the step's tokens go to
-prefill chunks, in order of priority, then arrival. One order decides everything: who is served
-first is preempted last, so the first in order always gets on and nothing can livelock.
+Tenants take turns by `fair_share`. A tenant's requests that decode come first, one token each, then
+prefill chunks in order of priority, then arrival. A tenant that is alone fills the step: all that
+decode, and chunks up to `prefill_chunk_tokens`. Where others may come, a step's time is bounded
+too, and so is their wait for the next one. Who has to leave when blocks run out: `preemption`.
 
 Blocks of a sequence that leaves are free for the plan after the one that tells the ranks so.
 """
 
 import bisect
-import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.engine.fair_share import FairShares
+from kvcluster.engine.lanes import Lane, StepBudget, lanes_of
 from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep, StepPlan
+from kvcluster.engine.preemption import is_hopeless, victim
 from kvcluster.engine.releases import BlockReleases
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.sequence_blocks import SequenceBlocks
+from kvcluster.engine.step_cost import NO_WORK, CostModel, Pace, Work
 from kvcluster.engine.turns import Turns
 from kvcluster.types import LayerGeometry, ModelSpec, Route, SequenceId, TenantId
 
@@ -53,6 +58,8 @@ class PlannedStep:
     plan: StepPlan
     requests: tuple[Request, ...]
     """One for each of `plan.sequences`."""
+    work: Work = NO_WORK
+    """Of all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +74,13 @@ class Schedule:
 
 @dataclass(slots=True)
 class _Draft:
+    budget: StepBudget
+    turns: Turns
+    work: Work = NO_WORK
     started: list[SequenceStart] = field(default_factory=list)
     parts: list[SequenceStep] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     refused: list[Request] = field(default_factory=list)
-    is_short: bool = False
-    """A running request got no block: what comes free is its own, nobody is admitted."""
 
 
 class _Leaving(NamedTuple):
@@ -110,10 +118,20 @@ class Scheduler:
         self._releases = BlockReleases(partitions, spec.windows, block_size=cache.block_size)
         self._leaving: list[_Leaving] = []
         self._released: list[Release] = []
+        self._cost = CostModel(spec)
+        self._pace = Pace()
+        self._shares = FairShares()
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Its prompt may still be on the way."""
-        bisect.insort(self.waiting, request, key=_by_order)
+    def add(self, request: Request, *, now: float) -> None:
+        """Queue a request, which came at `now`. Its prompt may still be on the way."""
+        spec = request.spec
+        self._shares.forget_unseen({each.spec.tenant for each in self._all()}, now)
+        self._shares.note(spec.tenant, spec.limits.weight, now)
+        self._queue(request)
+
+    def observe(self, planned: "PlannedStep", seconds: float) -> None:
+        """Learn how long a step took."""
+        self._pace.observe(planned.work, seconds)
 
     def end(self, request: Request) -> None:
         """Take a request out. Its blocks come free with the next plan."""
@@ -129,57 +147,82 @@ class Scheduler:
         for request in self.running:
             self._leave(request)
             request.preempt()
-            self.add(request)
+            self._queue(request)
         self.running.clear()
         self._free_leaving()
         self._released.clear()
 
-    def plan(self, *, epoch: int, step: int, is_idle: bool) -> Schedule:
+    def plan(self, *, epoch: int, step: int, is_idle: bool, now: float) -> Schedule:
         """Choose the next step and account for it as if it had run.
 
-        `is_idle`: no step is in flight, so that releases have no later plan to ride on.
+        `is_idle`: no step is in flight, so that releases have no later plan to ride on. `now`: in
+        seconds, on any clock.
         """
-        draft = _Draft()
-        for request in tuple(self.running):
-            if request.can_decode:
-                self._extend(draft, request, request.num_planned + 1)
-        # Decodes never starve prefill: a whole block always fits.
-        budget = max(self._chunk_tokens - len(draft.parts), self._block_size)
-        self._plan_prefill(draft, budget)
+        lanes = lanes_of(self.running, self.waiting, self._block_size)
+        tenants = {each.spec.tenant for each in self._all()} | self._shares.recent(now)
+        draft = _Draft(
+            self._budget(lanes, is_contended=len(tenants) > 1),
+            Turns(self.running, max_running=self._config.max_running, tenants=tenants),
+        )
+        self._shares.head_start = self._head_start()
+        while lanes:
+            tenant = self._shares.next(lanes)
+            lane = lanes[tenant]
+            self._serve(draft, lane, lane.pop())
+            if not lane:
+                del lanes[tenant]
         return self._seal(draft, epoch=epoch, step=step, is_idle=is_idle)
 
-    def _plan_prefill(self, draft: _Draft, budget: int) -> None:
-        # No overtaking among those who wait: a large request would wait for ever behind small ones.
-        # But a tenant whose own requests fill its limit holds nobody else up.
-        admits, turns = True, Turns(self.running)
-        in_order = heapq.merge(tuple(self.running), tuple(self.waiting), key=_by_order)
-        for request in in_order:
-            if budget < 1:
-                return
-            if request.state is RequestState.RUNNING:
-                budget -= self._prefill(draft, request, budget)
-            elif admits and not draft.is_short and request.prefill_end(self._block_size):
-                if not turns.are_left(request):
-                    continue
-                used = self._admit(draft, request, budget)
-                admits = used > 0
-                if admits:
-                    turns.take(request)
-                budget -= used
+    def _budget(self, lanes: Mapping[TenantId, Lane], *, is_contended: bool) -> StepBudget:
+        num_decodes = sum(len(lane.decodes) for lane in lanes.values())
+        # Decodes never starve prefill: a whole block always fits.
+        budget = StepBudget(max(self._chunk_tokens - num_decodes, self._block_size))
+        if is_contended and self._pace.is_known:
+            # Those who come find so many steps in flight.
+            seconds = self._config.first_token_wait_s / self._config.lookahead_steps
+            budget.seconds = seconds - self._pace.fixed_s
+        return budget
 
-    def _prefill(self, draft: _Draft, request: Request, budget: int) -> int:
-        end = self._chunk_end(request, budget)
+    def _head_start(self) -> float:
+        if not self._pace.is_known:
+            return self._cost.prefill(0, self._chunk_tokens).total
+        return self._pace.work_per_s * self._config.tenant_head_start_s
+
+    def _serve(self, draft: _Draft, lane: Lane, request: Request) -> None:
+        budget = draft.budget
+        if request.can_decode:
+            if budget.seconds > 0 or not draft.parts:
+                self._extend(draft, request, request.num_planned + 1)
+            return
+        if budget.prompt_tokens < 1:
+            lane.prompts.clear()
+        elif request.state is RequestState.RUNNING:
+            budget.spend_prompt(self._prefill(draft, request))
+        elif request.state is RequestState.WAITING and draft.turns.are_left(request):
+            # No overtaking within a tenant: a large request would wait for ever behind small ones.
+            # But a tenant whose own requests fill its limit holds nobody else up.
+            used = self._admit(draft, request)
+            budget.spend_prompt(used)
+            if used:
+                draft.turns.take(request)
+            else:
+                lane.drop_waiting()
+
+    def _prefill(self, draft: _Draft, request: Request) -> int:
+        end = self._chunk_end(request, draft.budget)
         return self._extend(draft, request, end) if end > request.num_planned else 0
 
-    def _chunk_end(self, request: Request, budget: int) -> int:
+    def _chunk_end(self, request: Request, budget: StepBudget) -> int:
         end = request.prefill_end(self._block_size)
         region = self._blocks.partition(request).exact_region(request.policy.storage)
         end = region.chunk_end(request.num_planned, end, self._block_size)
+        history = self._num_held(request)
+        tokens = budget.tokens_after(history, self._cost, self._pace, self._block_size)
         if request.spec.sampling.prompt_logprobs is not None:
-            budget = min(budget, self._scored_tokens)
+            tokens = min(tokens, self._scored_tokens)
         if request.survivors is not None:
             end = request.survivors.chunk_end(request.num_planned, end)
-        within = request.num_planned + budget
+        within = request.num_planned + tokens
         if end > within:
             end = within // self._block_size * self._block_size
         return end
@@ -195,33 +238,42 @@ class Scheduler:
         return covered - start
 
     def _make_room(self, draft: _Draft, request: Request) -> None:
-        draft.is_short = True
+        draft.turns.note_short(request.spec.tenant)
         if self._leaving:
             return
-        last = self.running[-1]
-        if last is not request:
-            self._preempt(last)
-        elif len(self.running) == 1:
+        leaving = victim(request, self.running, self._partitions)
+        if leaving is not None:
+            self._preempt(leaving)
+        elif is_hopeless(request, self.running, self._partitions):
             draft.refused.append(request)
-        # Otherwise the last in order waits for the others: they finish, or preempt it.
+        # Otherwise it waits for the others: they finish, or preempt it.
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._leave(request)
         request.preempt()
-        self.add(request)
+        self._queue(request)
 
-    def _admit(self, draft: _Draft, request: Request, budget: int) -> int:
-        is_full = len(self.running) >= self._config.max_running
-        if is_full or request.num_steps_in_flight:
+    def _admit(self, draft: _Draft, request: Request) -> int:
+        tenant, turns = request.spec.tenant, draft.turns
+        if request.num_steps_in_flight or turns.is_short(tenant) or not turns.has_place(tenant):
             return 0
+        finish = self._shares.time(tenant) + self._cost_of(request) / self._shares.weight(tenant)
         if self.running and not self._blocks.has_room(request, len(self.running)):
+            turns.note_blocked(finish)
+            if not self._blocks.could_fit(request):
+                draft.refused.append(request)
             return 0
-        return self._start(draft, request, budget)
+        if not turns.may_borrow(finish) and not self._blocks.is_in_floor(request):
+            return 0
+        return self._start(draft, request)
 
-    def _start(self, draft: _Draft, request: Request, budget: int) -> int:
+    def _cost_of(self, request: Request) -> float:
+        return self._cost.prefill(0, max(request.known_length, len(request.tokens))).total
+
+    def _start(self, draft: _Draft, request: Request) -> int:
         self._blocks.open(request)
-        end = self._chunk_end(request, budget)
+        end = self._chunk_end(request, draft.budget)
         covered, appended = self._blocks.cover(request, end)
         if not covered:
             self._blocks.release(request.spec.tenant, request.tables)
@@ -263,6 +315,7 @@ class Scheduler:
             )
         )
         draft.requests.append(request)
+        self._charge(draft, request, end)
         if scoring is not None:
             request.num_scored = scoring.below
         request.num_planned = end
@@ -271,16 +324,32 @@ class Scheduler:
             request.has_sampled = True
             request.num_pending += 1
 
+    def _charge(self, draft: _Draft, request: Request, end: int) -> None:
+        held = self._num_held(request)
+        if request.has_sampled:
+            work = self._cost.decode(held)
+        else:
+            work = self._cost.prefill(held, end - request.num_planned)
+        draft.work = draft.work.plus(work)
+        draft.budget.spend(work, self._pace)
+        self._shares.charge(request.spec.tenant, work.total)
+
+    def _num_held(self, request: Request) -> int:
+        """Tokens of history that the request's next rows attend to."""
+        held, table = request.num_planned, request.table
+        if request.survivors is not None:
+            return request.survivors.num_held(held)
+        if table is not None and table.recent_blocks is not None:
+            return min(held, (table.recent_blocks + 1) * self._block_size)
+        return held
+
     def _route(self, request: Request, num_new_tokens: int) -> Route:
         if self._config.history_route != "auto":
             return Route(self._config.history_route)
-        num_history_tokens, survivors = request.num_planned, request.survivors
-        if survivors is not None:
-            num_history_tokens = survivors.num_held(num_history_tokens)
         return self._choose_route(
             self._spec.layers,
             num_new_tokens=num_new_tokens,
-            num_history_tokens=num_history_tokens,
+            num_history_tokens=self._num_held(request),
             num_ranks=self._partitions.num_ranks,
             element_bytes=self._spec.bytes_per_element,
             stored_share=self._blocks.partition(request).stored_share(request.policy.storage),
@@ -304,7 +373,13 @@ class Scheduler:
         for part, request in zip(draft.parts, draft.requests, strict=True):
             self._released += self._releases.after_step(part, request)
             self._blocks.note_peak(request)
-        return Schedule(step=PlannedStep(plan, tuple(draft.requests)), refused=refused)
+        return Schedule(step=PlannedStep(plan, tuple(draft.requests), draft.work), refused=refused)
+
+    def _all(self) -> Iterator[Request]:
+        return chain(self.running, self.waiting)
+
+    def _queue(self, request: Request) -> None:
+        bisect.insort(self.waiting, request, key=_by_order)
 
     def _leave(self, request: Request) -> None:
         assert request.sequence is not None, "a running request has a sequence"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import le
 from typing import Final
 
 from kvcluster.cache.block_table import BlockTable
@@ -43,21 +44,41 @@ class SequenceBlocks:
 
     def has_room(self, request: Request, num_running: int) -> bool:
         """Whether a request could start beside so many that run."""
-        partition = self.partition(request)
-        blocks = footprint(
+        # Each running request will soon want one more; without it the newcomer is preempted.
+        blocks = [count + num_running for count in self._blocks_to_start(request)]
+        return self.partition(request).has_room(blocks)
+
+    def is_in_floor(self, request: Request) -> bool:
+        """Whether what the request needs to start is its tenant's whatever others do."""
+        return self.partition(request).is_in_floor(self._blocks_to_start(request))
+
+    def could_fit(self, request: Request) -> bool:
+        """Whether the request could start if its tenant held nothing else, and others no more than
+        their floors."""
+        capacity = self.partition(request).capacity(request.policy.storage)
+        needed = self._footprint(request, self._known_tokens(request), self._block_size)
+        return all(map(le, needed, capacity))
+
+    def _blocks_to_start(self, request: Request) -> tuple[int, ...]:
+        blocks = self._footprint(request, self._known_tokens(request) + 1, self._chunk_tokens)
+        if request.policy.storage == EXACT:
+            return blocks
+        # A chunk is exact until its step has run.
+        in_chunk = -(-self._chunk_tokens // self._block_size)
+        return tuple(count + in_chunk for count in blocks)
+
+    def _footprint(self, request: Request, num_tokens: int, chunk_tokens: int) -> tuple[int, ...]:
+        return footprint(
             request.policy,
             self._spec,
-            max(request.known_length, len(request.tokens)) + 1,
-            partition,
+            num_tokens,
+            self.partition(request),
             block_size=self._block_size,
-            chunk_tokens=self._chunk_tokens,
+            chunk_tokens=chunk_tokens,
         ).blocks
-        if request.policy.storage != EXACT:
-            # A chunk is exact until its step has run.
-            in_chunk = -(-self._chunk_tokens // self._block_size)
-            blocks = tuple(count + in_chunk for count in blocks)
-        # Each running request will soon want one more; without it the newcomer is preempted.
-        return partition.has_room([count + num_running for count in blocks])
+
+    def _known_tokens(self, request: Request) -> int:
+        return max(request.known_length, len(request.tokens))
 
     def open(self, request: Request) -> None:
         """Give the request empty tables."""

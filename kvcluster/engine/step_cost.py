@@ -5,7 +5,6 @@ history of p is n times the model's dense operations plus the operations of atte
 and its own. What tenants share is work (`fair_share`); what a step may take is seconds.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from kvcluster.types import ModelSpec
@@ -35,6 +34,9 @@ class Work(NamedTuple):
 
     def plus(self, other: "Work") -> "Work":
         return Work(*(mine + more for mine, more in zip(self, other, strict=True)))
+
+
+NO_WORK = Work()
 
 
 class CostModel:
@@ -114,13 +116,6 @@ class Pace:
             row = zip(self._products[i], self._rates, strict=True)
             others = sum(product * rate for product, rate in row) - own * self._rates[i]
             self._rates[i] = max(0.0, (self._targets[i] - others) / own)
-
-
-def total_work(parts: Iterable[Work]) -> Work:
-    total = Work()
-    for part in parts:
-        total = total.plus(part)
-    return total
 
 
 def _visible(start: int, end: int, window: int | None) -> float:
