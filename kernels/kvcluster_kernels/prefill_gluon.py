@@ -40,13 +40,16 @@ class Pipeline(NamedTuple):
     takes_turns: bool = True
     """Consumers ask the matrix unit for products in turn, so that one's softmax runs beside the
     other one's products."""
+    holds_queries: bool = False
+    """Consumers read queries from registers, of which they have enough for that only with two
+    consumers, instead of from shared memory, which products of keys read as well."""
     is_persistent: bool = False
     """A program takes tile after tile, and loads the next one's keys while it stores results."""
 
 
 _PIPELINES = {
     (64, False): Pipeline(num_consumers=3, num_stages=3),
-    (64, True): Pipeline(num_stages=3),
+    (64, True): Pipeline(num_consumers=3, num_stages=3),
     (128, False): Pipeline(),
     (128, True): Pipeline(is_persistent=True),
 }
@@ -166,7 +169,8 @@ def prefill(
         PAGE_BLOCKS=keys.blocks_per_page,
         CAUSAL=causal is not None,
         CARRIED=carry is not None,
-        PING_PONG=pipeline.takes_turns,
+        TAKES_TURNS=pipeline.takes_turns,
+        HOLDS_QUERIES=pipeline.holds_queries,
         num_warps=4,
     )
     return PartialAttention(out_THD, lse_TH)

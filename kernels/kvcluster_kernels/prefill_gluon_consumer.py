@@ -8,6 +8,12 @@ that, so that their softmaxes do not run at the same time (Shah et al. 2024, Fla
 §3.1 and 3.2). Keys are walked from the last to the first: those that some rows do not see are then
 the first ones, and the loop that takes the time has no mask.
 
+What is subtracted from logits is not their maximum but a number that they are at most 2^8 times
+above, after exponentiation: it stays where it is while that is so, and sums are only multiplied
+where it moves, which after a few steps is hardly ever. A warp decides that for its rows, from what
+each of its threads has; they tell each other their maxima only where it moves. Weights are of as
+many digits either way, and nothing that is summed comes near the end of its range.
+
 Shape letters: T query tokens, S keys, H query heads, K KV heads, P pages, D head dimension, M rows
 of a consumer, N keys of a step.
 """
@@ -21,58 +27,57 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kvcluster_kernels.prefill_gluon_producer import position, steps, tile, turns
+from kvcluster_kernels.prefill_gluon_signals import (
+    V_ROOMS,
+    await_turn,
+    free_room,
+    give_turn,
+    has_grown,
+    note_growth,
+    zero_after,
+)
 
+_SLACK = gl.constexpr(8.0)
+"""How far, in base 2, logits may be above what is subtracted from them."""
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _barrier(asm: gl.constexpr):
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _await_turn(CONSUMER: gl.constexpr, PING_PONG: gl.constexpr):
-    """Block until the consumer before has asked for its products: 256 threads, its and ours."""
-    if PING_PONG:
-        if CONSUMER == 0:
-            _barrier("bar.sync 8, 256; mov.u32 $0, 0;")
-        elif CONSUMER == 1:
-            _barrier("bar.sync 9, 256; mov.u32 $0, 0;")
-        else:
-            _barrier("bar.sync 10, 256; mov.u32 $0, 0;")
-
-
-@gluon.jit
-def _give_turn(CONSUMER: gl.constexpr, PING_PONG: gl.constexpr):
-    """Let that consumer go on, without waiting for it."""
-    if PING_PONG:
-        if CONSUMER == 0:
-            _barrier("bar.arrive 8, 256; mov.u32 $0, 0;")
-        elif CONSUMER == 1:
-            _barrier("bar.arrive 9, 256; mov.u32 $0, 0;")
-        else:
-            _barrier("bar.arrive 10, 256; mov.u32 $0, 0;")
-
-
-@gluon.jit
 def _masked(s_MN, key, limit_M, BLOCK_N: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Logits of keys from `key` on, -inf where they are not below the row's limit."""
-    offs_N = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
-    seen_MN = gl.expand_dims(offs_N, 0) < gl.expand_dims(limit_M - key, 1)
-    return gl.where(seen_MN, s_MN, float("-inf"))
+    """Logits of keys from `key` on, -inf where they are not below the row's limit.
+
+    Columns are taken apart by what tells them apart in a thread, so that its limit meets constants:
+    numbers of all columns would take a register each.
+    """
+    BLOCK_M: gl.constexpr = s_MN.shape[0]
+    s_MEQP = gl.reshape(s_MN, [BLOCK_M, BLOCK_N // 8, 4, 2])
+    LAYOUT: gl.constexpr = s_MEQP.type.layout
+    MEQ: gl.constexpr = gl.SliceLayout(3, LAYOUT)
+    MQ: gl.constexpr = gl.SliceLayout(1, MEQ)
+    quads_Q = gl.arange(0, 4, gl.SliceLayout(0, MQ))
+    limit_M = gl.convert_layout(limit_M, gl.SliceLayout(1, MQ))
+    limit_MQ = gl.expand_dims(limit_M - key, 1) - gl.expand_dims(quads_Q * 2, 0)
+    limit_M1Q1 = gl.expand_dims(gl.expand_dims(limit_MQ, 1), 3)
+    eights_E = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, MEQ))) * 8
+    eights_1E11 = gl.expand_dims(gl.expand_dims(gl.expand_dims(eights_E, 0), 2), 3)
+    pairs_P = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+    pairs_111P = gl.expand_dims(gl.expand_dims(gl.expand_dims(pairs_P, 0), 1), 2)
+    s_MEQP = gl.where(eights_1E11 + pairs_111P < limit_M1Q1, s_MEQP, float("-inf"))
+    return gl.convert_layout(gl.reshape(s_MEQP, [BLOCK_M, BLOCK_N]), S_LAYOUT)
 
 
 @gluon.jit
-def _softmax(s_MN, max2_M, scale2, MASKED: gl.constexpr):
-    """Weights of these logits by the new maximum, that one, and what the old one's count for."""
-    new_max2_M = gl.maximum(max2_M, gl.max(s_MN, 1) * scale2)
-    shift_M = new_max2_M
-    if MASKED:
-        # A row that has seen no key: -inf minus -inf is NaN.
-        shift_M = gl.where(new_max2_M == float("-inf"), 0.0, new_max2_M)
-    weights_MN = gl.exp2(s_MN * scale2 - gl.expand_dims(shift_M, 1))
-    return weights_MN, new_max2_M, gl.exp2(max2_M - shift_M)
+def _without_nothing(max2_M):
+    """Zero for a row that has seen no key: -inf minus -inf is NaN."""
+    return gl.where(max2_M == float("-inf"), 0.0, max2_M)
+
+
+@gluon.jit
+def _own_max(s_MN, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """The largest of what each of the four threads of a row has."""
+    parts = gl.reshape(s_MN, [BLOCK_M, BLOCK_N // 8, 4, 2])
+    return gl.convert_layout(gl.max(gl.max(parts, 3), 1), LAYOUT)
 
 
 @gluon.jit
@@ -92,16 +97,14 @@ def _rows_times(x, factor_M, LAYOUT: gl.constexpr):
 def _walk(
     acc_MD,
     weights_MN,
-    max2_M,
+    shift2_M,
     sums_MQ,
     zeros_MN,
     q,
     k_smem,
     v_smem,
     k_full,
-    k_empty,
     v_full,
-    v_empty,
     limit_M,
     scale2,
     base,
@@ -112,7 +115,7 @@ def _walk(
     BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
     CAUSAL: gl.constexpr,
     S_LAYOUT: gl.constexpr,
     O_LAYOUT: gl.constexpr,
@@ -121,45 +124,56 @@ def _walk(
     """All steps of a tile but the first one.
 
     Before and after a step: `weights_MN` are those of the step before, not yet multiplied with
-    their values; `acc_MD` has those of all earlier ones, by the present maximum; keys of the next
+    their values; `acc_MD` has those of all earlier ones, by the present shift; keys of the next
     step are there. No product is under way: what it reads or adds to must not be carried into the
     next turn of the loop, where the assembler takes its registers for others.
     """
+    ROWS_OF_Q: gl.constexpr = gl.SliceLayout(1, Q_LAYOUT)
     for i in range(1, num_steps):
         k_slot = (base + i) % STAGES
         v_slot = (base + i - 1) % STAGES
-        _await_turn(CONSUMER, PING_PONG)
+        await_turn(CONSUMER, TAKES_TURNS)
         s_MN = warpgroup_mma(
             q, k_smem.index(k_slot).permute((1, 0)), zeros_MN, use_acc=False, is_async=True
         )
         mbarrier.wait(v_full.index(v_slot), ((base + i - 1) // STAGES) & 1)
         acc_MD = warpgroup_mma(weights_MN, v_smem.index(v_slot), acc_MD, is_async=True)
-        _give_turn((CONSUMER + 1) % CONSUMERS, PING_PONG)
+        give_turn((CONSUMER + 1) % CONSUMERS, TAKES_TURNS)
         s_MN = warpgroup_mma_wait(1, deps=[s_MN])
-        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        free_room(k_slot * 8)
         if CAUSAL:  # noqa: SIM102
             # A branch, not a loop of its own: what runs on from one loop into another one is
             # serialised by the assembler.
             if i < num_masked:
                 key = (num_steps - 1 - i) * BLOCK_N
                 s_MN = _masked(s_MN, key, limit_M, BLOCK_N, S_LAYOUT)
-        new_weights_MN, max2_M, decay_M = _softmax(s_MN, max2_M, scale2, CAUSAL)
-        sums_MQ = _rows_times(sums_MQ, decay_M, Q_LAYOUT)
+        own_MQ = _own_max(s_MN, BLOCK_M, BLOCK_N, Q_LAYOUT) * scale2
+        bound_MQ = gl.expand_dims(gl.convert_layout(shift2_M + _SLACK, ROWS_OF_Q), 1)
+        note_growth(own_MQ, gl.broadcast(bound_MQ, own_MQ)[0])
+        decay_M = gl.full([BLOCK_M], 1.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        if has_grown():
+            largest_M = gl.convert_layout(gl.max(own_MQ, 1), gl.SliceLayout(1, S_LAYOUT))
+            new_shift2_M = gl.maximum(shift2_M, largest_M)
+            decay_M = gl.exp2(shift2_M - _without_nothing(new_shift2_M))
+            shift2_M = new_shift2_M
+            sums_MQ = _rows_times(sums_MQ, decay_M, Q_LAYOUT)
+        lowered_M = _without_nothing(shift2_M) if CAUSAL else shift2_M
+        new_weights_MN = gl.exp2(s_MN * scale2 - gl.expand_dims(lowered_M, 1))
         sums_MQ += _own_sums(new_weights_MN, BLOCK_M, BLOCK_N, Q_LAYOUT)
-        # Keys of the next step are waited for here, because the assembler would move the wait for
-        # the product up to before the weights' computation, on which it does not depend, but not
-        # past another wait.
+        # Keys of the next step are waited for here, and only once the weights are known, because
+        # the assembler would move the wait for the product up to before their computation, on which
+        # it does not depend, but not past another wait.
         next_step = base + i + 1
-        mbarrier.wait(
-            k_full.index(next_step % STAGES), (next_step // STAGES) & 1, pred=i + 1 < num_steps
-        )
+        phase = ((next_step // STAGES) & 1) + zero_after(sums_MQ)
+        mbarrier.wait(k_full.index(next_step % STAGES), phase, pred=i + 1 < num_steps)
         acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])
-        mbarrier.arrive(v_empty.index(v_slot), count=1)
-        acc_MD = _rows_times(acc_MD, decay_M, O_LAYOUT)
+        free_room(V_ROOMS + v_slot * 8)
+        if has_grown():
+            acc_MD = _rows_times(acc_MD, decay_M, O_LAYOUT)
         weights_MN = gl.convert_layout(
             new_weights_MN.to(weights_MN.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2)
         )
-    return acc_MD, weights_MN, max2_M, sums_MQ
+    return acc_MD, weights_MN, shift2_M, sums_MQ
 
 
 @gluon.jit
@@ -170,9 +184,7 @@ def consume(
     q_full,
     q_empty,
     k_full,
-    k_empty,
     v_full,
-    v_empty,
     out_ptr,
     lse_ptr,
     carry_out_ptr,
@@ -194,7 +206,8 @@ def consume(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     CARRIED: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
+    HOLDS_QUERIES: gl.constexpr,
 ):
     ROWS: gl.constexpr = BLOCK_M * CONSUMERS
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -214,10 +227,11 @@ def consume(
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     OUT_ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     dtype: gl.constexpr = q_smem.dtype
-    q = q_smem.index(CONSUMER)
+    if not HOLDS_QUERIES:
+        q = q_smem.index(CONSUMER)
     zeros_MN = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S_LAYOUT)
     if CONSUMER == CONSUMERS - 1:
-        _give_turn(0, PING_PONG)
+        give_turn(0, TAKES_TURNS)
     base = 0
     for turn in range(turns(num_row_tiles * NUM_HEADS)):
         row_tile, head = tile(turn, num_row_tiles, heads_at_once, CAUSAL)
@@ -231,35 +245,36 @@ def consume(
             limit_M = gl.minimum(limit_M, position(tokens_M, start, split, resume) + 1)
 
         mbarrier.wait(q_full.index(CONSUMER), turn & 1)
+        if HOLDS_QUERIES:
+            q = q_smem.index(CONSUMER).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         k_slot = base % STAGES
         mbarrier.wait(k_full.index(k_slot), (base // STAGES) & 1)
         s_MN = warpgroup_mma(
             q, k_smem.index(k_slot).permute((1, 0)), zeros_MN, use_acc=False, is_async=True
         )
         s_MN = warpgroup_mma_wait(0, deps=[s_MN])
-        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        free_room(k_slot * 8)
         s_MN = _masked(s_MN, (num_steps - 1) * BLOCK_N, limit_M, BLOCK_N, S_LAYOUT)
-        max2_M = gl.full([BLOCK_M], float("-inf"), gl.float32, ROW_LAYOUT)
-        weights_MN, max2_M, _ = _softmax(s_MN, max2_M, scale2, MASKED=True)
+        shift2_M = gl.max(s_MN, 1) * scale2
+        weights_MN = gl.exp2(s_MN * scale2 - gl.expand_dims(_without_nothing(shift2_M), 1))
         sums_MQ = _own_sums(weights_MN, BLOCK_M, BLOCK_N, Q_LAYOUT)
         weights_MN = gl.convert_layout(weights_MN.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
         acc_MD = gl.zeros([BLOCK_M, DIM], gl.float32, O_LAYOUT)
         mbarrier.wait(
             k_full.index((base + 1) % STAGES), ((base + 1) // STAGES) & 1, pred=num_steps > 1
         )
-        acc_MD, weights_MN, max2_M, sums_MQ = _walk(
+        acc_MD, weights_MN, shift2_M, sums_MQ = _walk(
             acc_MD,
             weights_MN,
-            max2_M,
+            shift2_M,
             sums_MQ,
             zeros_MN,
             q,
             k_smem,
             v_smem,
             k_full,
-            k_empty,
             v_full,
-            v_empty,
             limit_M,
             scale2,
             base,
@@ -270,25 +285,26 @@ def consume(
             BLOCK_N=BLOCK_N,
             CONSUMERS=CONSUMERS,
             STAGES=STAGES,
-            PING_PONG=PING_PONG,
+            TAKES_TURNS=TAKES_TURNS,
             CAUSAL=CAUSAL,
             S_LAYOUT=S_LAYOUT,
             O_LAYOUT=O_LAYOUT,
             Q_LAYOUT=Q_LAYOUT,
         )
-        mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+        if not HOLDS_QUERIES:
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         base += num_steps
         v_slot = (base - 1) % STAGES
         mbarrier.wait(v_full.index(v_slot), ((base - 1) // STAGES) & 1)
         acc_MD = warpgroup_mma(weights_MN, v_smem.index(v_slot), acc_MD, is_async=True)
         acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])
-        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        free_room(V_ROOMS + v_slot * 8)
 
         tokens_M = first_row + gl.arange(0, BLOCK_M, OUT_ROW_LAYOUT)
         is_row_M = tokens_M < num_tokens
         rows_M = tokens_M.to(gl.int64) * NUM_HEADS + head
         offs_D = gl.arange(0, DIM, gl.SliceLayout(0, O_LAYOUT))
-        max2_M = gl.convert_layout(max2_M, OUT_ROW_LAYOUT)
+        max2_M = gl.convert_layout(shift2_M, OUT_ROW_LAYOUT)
         sum_M = gl.convert_layout(gl.sum(sums_MQ, 1), OUT_ROW_LAYOUT)
         mask_MD = gl.expand_dims(is_row_M, 1) & (gl.expand_dims(offs_D, 0) < DIM)
         if CARRIED:

@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kvcluster_kernels.prefill_gluon_consumer import consume
 from kvcluster_kernels.prefill_gluon_producer import produce
+from kvcluster_kernels.prefill_gluon_signals import declare
 
 # A compilation takes seconds: none because of a length.
 _NUMBERS = (
@@ -56,7 +57,8 @@ def prefill_kernel(
     PAGE_BLOCKS: gl.constexpr,
     CAUSAL: gl.constexpr,
     CARRIED: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
+    HOLDS_QUERIES: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
@@ -67,36 +69,35 @@ def prefill_kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier_layout)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier_layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    declare(CONSUMERS, STAGES)
     for g in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(g), count=1)
         mbarrier.init(q_empty.index(g), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
     # Written out, because a tuple that is computed loses its constants.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consume, (
-                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
                     out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr, num_row_tiles, num_tokens,
                     num_keys, start, split, resume, heads_at_once, scale2, _FIRST, NUM_HEADS,
-                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, PING_PONG,
+                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, TAKES_TURNS,
+                    HOLDS_QUERIES,
                 )),
                 (consume, (
-                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
                     out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr, num_row_tiles, num_tokens,
                     num_keys, start, split, resume, heads_at_once, scale2, _SECOND, NUM_HEADS,
-                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, PING_PONG,
+                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, TAKES_TURNS,
+                    HOLDS_QUERIES,
                 )),
                 (produce, (
                     q_desc, k_desc, v_desc, blocks_ptr, q_smem, k_smem, v_smem, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, num_row_tiles, num_tokens, num_keys,
+                    k_full, v_full, num_row_tiles, num_tokens, num_keys,
                     start, split, resume, heads_at_once, NUM_HEADS, GROUP, BLOCK_M, BLOCK_N,
                     CONSUMERS, STAGES,
                     BLOCK_TOKENS, PAGE_BLOCKS, CAUSAL,
@@ -109,26 +110,29 @@ def prefill_kernel(
         gl.warp_specialize(
             [
                 (consume, (
-                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
                     out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr, num_row_tiles, num_tokens,
                     num_keys, start, split, resume, heads_at_once, scale2, _FIRST, NUM_HEADS,
-                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, PING_PONG,
+                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, TAKES_TURNS,
+                    HOLDS_QUERIES,
                 )),
                 (consume, (
-                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
                     out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr, num_row_tiles, num_tokens,
                     num_keys, start, split, resume, heads_at_once, scale2, _SECOND, NUM_HEADS,
-                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, PING_PONG,
+                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, TAKES_TURNS,
+                    HOLDS_QUERIES,
                 )),
                 (consume, (
-                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
                     out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr, num_row_tiles, num_tokens,
                     num_keys, start, split, resume, heads_at_once, scale2, _THIRD, NUM_HEADS,
-                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, PING_PONG,
+                    BLOCK_M, BLOCK_N, DIM, CONSUMERS, STAGES, CAUSAL, CARRIED, TAKES_TURNS,
+                    HOLDS_QUERIES,
                 )),
                 (produce, (
                     q_desc, k_desc, v_desc, blocks_ptr, q_smem, k_smem, v_smem, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, num_row_tiles, num_tokens, num_keys,
+                    k_full, v_full, num_row_tiles, num_tokens, num_keys,
                     start, split, resume, heads_at_once, NUM_HEADS, GROUP, BLOCK_M, BLOCK_N,
                     CONSUMERS, STAGES,
                     BLOCK_TOKENS, PAGE_BLOCKS, CAUSAL,

@@ -9,6 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from kvcluster_kernels.prefill_gluon_signals import V_ROOMS, await_room
+
 # Renamed after Triton 3.6.
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -86,26 +88,39 @@ def _copy_keys(
     num_keys,
     barrier,
     room,
+    empty,
+    phase,
     BLOCK_N: gl.constexpr,
     BLOCK_TOKENS: gl.constexpr,
     PAGE_BLOCKS: gl.constexpr,
 ):
-    """Ask for keys first .. first + BLOCK_N; what lies behind the last one is zero or unread."""
-    mbarrier.expect(barrier, BLOCK_N * desc.block_type.shape[3] * 2)
+    """Ask for keys first .. first + BLOCK_N as soon as the room is empty; what lies behind the last
+    one is zero or unread."""
+    NUM_BYTES: gl.constexpr = BLOCK_N * desc.block_type.shape[3] * 2
+    # Where blocks lie is looked up while the room is waited for.
     if BLOCK_TOKENS == 0:
+        await_room(empty, phase)
+        mbarrier.expect(barrier, NUM_BYTES)
         _copy(desc, [0, head, first, 0], barrier, room)
     elif BLOCK_TOKENS >= BLOCK_N:
         block = gl.load(blocks_ptr + first // BLOCK_TOKENS)
+        await_room(empty, phase)
+        mbarrier.expect(barrier, NUM_BYTES)
         slot = block % PAGE_BLOCKS * BLOCK_TOKENS + first % BLOCK_TOKENS
         _copy(desc, [block // PAGE_BLOCKS, head, slot, 0], barrier, room)
     else:
+        blocks = ()
         for i in gl.static_range(BLOCK_N // BLOCK_TOKENS):
             key = first + i * BLOCK_TOKENS
             # A block that is not there is read from behind the last page: as zeros.
             block = gl.load(blocks_ptr + key // BLOCK_TOKENS, mask=key < num_keys, other=1 << 30)
-            slot = block % PAGE_BLOCKS * BLOCK_TOKENS
+            blocks = blocks + (block,)  # noqa: RUF005
+        await_room(empty, phase)
+        mbarrier.expect(barrier, NUM_BYTES)
+        for i in gl.static_range(BLOCK_N // BLOCK_TOKENS):
+            slot = blocks[i] % PAGE_BLOCKS * BLOCK_TOKENS
             part = room.slice(i * BLOCK_TOKENS, BLOCK_TOKENS)
-            _copy(desc, [block // PAGE_BLOCKS, head, slot, 0], barrier, part)
+            _copy(desc, [blocks[i] // PAGE_BLOCKS, head, slot, 0], barrier, part)
 
 
 @gluon.jit
@@ -120,9 +135,7 @@ def produce(
     q_full,
     q_empty,
     k_full,
-    k_empty,
     v_full,
-    v_empty,
     num_row_tiles,
     num_tokens,
     num_keys,
@@ -162,7 +175,6 @@ def produce(
             if i < num_steps:
                 k_step = step + i
                 k_slot = k_step % STAGES
-                mbarrier.wait(k_empty.index(k_slot), ((k_step // STAGES) & 1) ^ 1)
                 _copy_keys(
                     k_desc,
                     blocks_ptr,
@@ -171,6 +183,8 @@ def produce(
                     num_keys,
                     k_full.index(k_slot),
                     k_smem.index(k_slot),
+                    k_slot * 8,
+                    ((k_step // STAGES) & 1) ^ 1,
                     BLOCK_N,
                     BLOCK_TOKENS,
                     PAGE_BLOCKS,
@@ -178,7 +192,6 @@ def produce(
             if i > 0:
                 v_step = step + i - 1
                 v_slot = v_step % STAGES
-                mbarrier.wait(v_empty.index(v_slot), ((v_step // STAGES) & 1) ^ 1)
                 _copy_keys(
                     v_desc,
                     blocks_ptr,
@@ -187,6 +200,8 @@ def produce(
                     num_keys,
                     v_full.index(v_slot),
                     v_smem.index(v_slot),
+                    V_ROOMS + v_slot * 8,
+                    ((v_step // STAGES) & 1) ^ 1,
                     BLOCK_N,
                     BLOCK_TOKENS,
                     PAGE_BLOCKS,

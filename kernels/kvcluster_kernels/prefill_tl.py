@@ -26,17 +26,19 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     """Steps whose keys are in shared memory at a time."""
+    is_ahead: bool = True
+    """Products of the next keys are asked for before the softmax of the present ones."""
 
 
 _TILES = {
     # The wider head size of keys and values, and all sizes below it.
-    64: Tiles(128, 128, 8, 3),
-    127: Tiles(128, 64, 8, 3),
-    128: Tiles(128, 128, 8, 2),
-    256: Tiles(128, 64, 8, 2),
+    64: Tiles(128, 64, 8, 3),
+    128: Tiles(128, 64, 8, 3),
+    # Logits of two steps beside outputs of this size are more than there are registers.
+    256: Tiles(128, 64, 8, 2, is_ahead=False),
 }
 """For 16-bit numbers on Hopper; chosen with `kvcluster bench kernels`."""
-_FLOAT32_TILES = Tiles(64, 32, 4, 1)
+_FLOAT32_TILES = Tiles(64, 32, 4, 1, is_ahead=False)
 """The matrix unit does not multiply these."""
 _MIN_SPLIT_KEYS = 1024
 _MAX_SPLITS = 32
@@ -157,6 +159,7 @@ def _launch(
         PADDED_VALUE_DIM=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_TOKENS=0 if keys.block_ids_N is None else keys.block_tokens,
         PAGE_BLOCKS=keys.blocks_per_page,
+        AHEAD=tiles.is_ahead,
         CAUSAL=rules.causal is not None,
         WINDOWED=rule.window is not None,
         BOUND_TOKENS=bound.block_tokens if bound else 0,

@@ -11,6 +11,8 @@ Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimensi
 import triton
 import triton.language as tl
 
+from kvcluster_kernels.prefill_tl_keys import fold_keys, load_rows
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A compilation takes seconds: none because of a length.
 _NUMBERS = ("num_tokens", "num_keys", "start", "split", "resume", "window", "lag")
@@ -44,145 +46,6 @@ def _seen(
         else:
             first = tl.maximum(first, place)
     return first, last
-
-
-@triton.jit
-def _key_rows(
-    ptr,
-    first,
-    offs_N,
-    blocks_ptr,
-    num_keys,
-    stride_p,
-    stride_s,
-    BLOCK_TOKENS: tl.constexpr,
-    PAGE_BLOCKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Pointers to the rows of keys first .. first + BLOCK_N."""
-    # One way out: what is behind a return is compiled as well, whatever the constants are.
-    if BLOCK_TOKENS == 0:
-        rows_N = ptr + tl.cast(first, tl.int64) * stride_s + offs_N * stride_s
-    elif BLOCK_TOKENS % BLOCK_N == 0:
-        block = tl.load(blocks_ptr + first // BLOCK_TOKENS).to(tl.int64)
-        slot = (block % PAGE_BLOCKS) * BLOCK_TOKENS + first % BLOCK_TOKENS
-        rows_N = ptr + (block // PAGE_BLOCKS) * stride_p + slot * stride_s + offs_N * stride_s
-    else:
-        keys_N = first + offs_N
-        blocks_N = tl.load(blocks_ptr + keys_N // BLOCK_TOKENS, mask=keys_N < num_keys, other=0)
-        slots_N = (blocks_N % PAGE_BLOCKS) * BLOCK_TOKENS + keys_N % BLOCK_TOKENS
-        rows_N = ptr + (blocks_N // PAGE_BLOCKS).to(tl.int64) * stride_p + slots_N * stride_s
-    return rows_N
-
-
-@triton.jit
-def _load_rows(rows_N, offs_D, mask_N, DIM: tl.constexpr, MASKED: tl.constexpr):
-    ptrs_ND = rows_N[:, None] + offs_D[None, :]
-    if MASKED:
-        x_ND = tl.load(ptrs_ND, mask=mask_N[:, None] & (offs_D < DIM)[None, :], other=0.0)
-    elif offs_D.shape[0] != DIM:
-        x_ND = tl.load(ptrs_ND, mask=(offs_D < DIM)[None, :], other=0.0)
-    else:
-        x_ND = tl.load(ptrs_ND)
-    return x_ND
-
-
-@triton.jit
-def _fold_keys(
-    acc_MD,
-    max2_M,
-    sum_M,
-    q_MD,
-    k_ptr,
-    v_ptr,
-    blocks_ptr,
-    stride_k_p,
-    stride_k_s,
-    stride_v_p,
-    stride_v_s,
-    seen_first_M,
-    seen_last_M,
-    first,
-    last,
-    num_keys,
-    scale2,
-    softcap2,
-    BLOCK_N: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_KEY_DIM: tl.constexpr,
-    PADDED_VALUE_DIM: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PAGE_BLOCKS: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    SOFTCAPPED: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The online softmax of these rows over keys first .. last, a multiple of BLOCK_N on."""
-    offs_N = tl.arange(0, BLOCK_N)
-    offs_k_D = tl.arange(0, PADDED_KEY_DIM)
-    offs_v_D = tl.arange(0, PADDED_VALUE_DIM)
-    for tile in tl.range(first, last, BLOCK_N):
-        keys_N = tile + offs_N
-        k_rows_N = _key_rows(
-            k_ptr,
-            tile,
-            offs_N,
-            blocks_ptr,
-            num_keys,
-            stride_k_p,
-            stride_k_s,
-            BLOCK_TOKENS,
-            PAGE_BLOCKS,
-            BLOCK_N,
-        )
-        k_ND = _load_rows(k_rows_N, offs_k_D, keys_N < num_keys, KEY_DIM, MASKED)
-        if UPCAST:
-            k_ND = k_ND.to(tl.float32)
-        logits_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
-        factor = scale2
-        if SOFTCAPPED:
-            # tanh by exp2, which is there on every target.
-            capped_MN = 1.0 - 2.0 / (1.0 + tl.exp2(logits_MN * scale2))
-            logits_MN = capped_MN
-            factor = softcap2
-        if MASKED:
-            mask_MN = (keys_N < num_keys)[None, :]
-            if CAUSAL:
-                mask_MN = mask_MN & (keys_N[None, :] <= seen_last_M[:, None])
-            if HAS_FIRST:
-                mask_MN = mask_MN & (keys_N[None, :] >= seen_first_M[:, None])
-            logits_MN = tl.where(mask_MN, logits_MN, float("-inf"))
-        new_max2_M = tl.maximum(max2_M, tl.max(logits_MN, 1) * factor)
-        shift_M = new_max2_M
-        if MASKED:
-            # A row that has seen no key: -inf minus -inf is NaN.
-            shift_M = tl.where(new_max2_M == float("-inf"), 0.0, new_max2_M)
-        weights_MN = tl.exp2(logits_MN * factor - shift_M[:, None])
-        decay_M = tl.exp2(max2_M - shift_M)
-        sum_M = sum_M * decay_M + tl.sum(weights_MN, 1)
-        max2_M = new_max2_M
-        v_rows_N = _key_rows(
-            v_ptr,
-            tile,
-            offs_N,
-            blocks_ptr,
-            num_keys,
-            stride_v_p,
-            stride_v_s,
-            BLOCK_TOKENS,
-            PAGE_BLOCKS,
-            BLOCK_N,
-        )
-        v_ND = _load_rows(v_rows_N, offs_v_D, keys_N < num_keys, VALUE_DIM, MASKED)
-        if UPCAST:
-            v_ND = v_ND.to(tl.float32)
-        acc_MD = acc_MD * decay_M[:, None]
-        acc_MD = tl.dot(weights_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision=PRECISION)
-    return acc_MD, max2_M, sum_M
 
 
 @triton.jit
@@ -232,6 +95,7 @@ def prefill_kernel(
     PADDED_VALUE_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PAGE_BLOCKS: tl.constexpr,
+    AHEAD: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     BOUND_TOKENS: tl.constexpr,
@@ -259,7 +123,7 @@ def prefill_kernel(
     offs_k_D = tl.arange(0, PADDED_KEY_DIM)
     offs_v_D = tl.arange(0, PADDED_VALUE_DIM)
     q_rows_M = q_ptr + tokens_M.to(tl.int64) * stride_q_t + heads_M * stride_q_h
-    q_MD = _load_rows(q_rows_M, offs_k_D, row_mask_M, KEY_DIM, MASKED=True)
+    q_MD = load_rows(q_rows_M, offs_k_D, row_mask_M, KEY_DIM, MASKED=True)
     if UPCAST:
         q_MD = q_MD.to(tl.float32)
 
@@ -293,40 +157,40 @@ def prefill_kernel(
     head = head.to(tl.int64)
     k_ptr += head * stride_k_h
     v_ptr += head * stride_v_h
-    for masked in tl.static_range(2):
-        acc_MD, max2_M, sum_M = _fold_keys(
-            acc_MD,
-            max2_M,
-            sum_M,
-            q_MD,
-            k_ptr,
-            v_ptr,
-            blocks_ptr,
-            stride_k_p,
-            stride_k_s,
-            stride_v_p,
-            stride_v_s,
-            seen_first_M,
-            seen_last_M,
-            plain if masked else begin,
-            end if masked else plain,
-            num_keys,
-            scale2,
-            softcap2,
-            BLOCK_N,
-            KEY_DIM,
-            VALUE_DIM,
-            PADDED_KEY_DIM,
-            PADDED_VALUE_DIM,
-            BLOCK_TOKENS,
-            PAGE_BLOCKS,
-            MASKED=masked == 1,
-            CAUSAL=CAUSAL,
-            HAS_FIRST=HAS_FIRST,
-            SOFTCAPPED=SOFTCAPPED,
-            UPCAST=UPCAST,
-            PRECISION=PRECISION,
-        )
+    acc_MD, max2_M, sum_M = fold_keys(
+        acc_MD,
+        max2_M,
+        sum_M,
+        q_MD,
+        k_ptr,
+        v_ptr,
+        blocks_ptr,
+        stride_k_p,
+        stride_k_s,
+        stride_v_p,
+        stride_v_s,
+        seen_first_M,
+        seen_last_M,
+        begin,
+        plain,
+        end,
+        num_keys,
+        scale2,
+        softcap2,
+        BLOCK_N,
+        KEY_DIM,
+        VALUE_DIM,
+        PADDED_KEY_DIM,
+        PADDED_VALUE_DIM,
+        BLOCK_TOKENS,
+        PAGE_BLOCKS,
+        AHEAD=AHEAD,
+        CAUSAL=CAUSAL,
+        HAS_FIRST=HAS_FIRST,
+        SOFTCAPPED=SOFTCAPPED,
+        UPCAST=UPCAST,
+        PRECISION=PRECISION,
+    )
     own_rows_M = tokens_M.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads_M
     factor_M = tl.full([BLOCK_M], 1.0, tl.float32)
     if SINKS:

@@ -41,6 +41,8 @@ PIPELINES = (
     Pipeline(),
     Pipeline(takes_turns=False),
     Pipeline(is_persistent=True),
+    Pipeline(holds_queries=True, takes_turns=False),
+    Pipeline(num_stages=3),
     Pipeline(num_consumers=3, block_n=64, num_stages=4, is_persistent=True),
     Pipeline(block_n=64, num_stages=3),
 )
