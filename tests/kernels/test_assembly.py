@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from kvcluster_kernels import codes, levels
+from kvcluster_kernels import codes, levels, packed_tiles
 
 _ASSEMBLY = re.compile(r'"""\s*(\{ \.reg.*?\})\s*"""', re.DOTALL)
 _REGISTER = 0xFFFFFFFF
@@ -31,7 +31,25 @@ def looked_up(a: int, b: int, c: int, table: int) -> int:
     )
 
 
+def halves(register: int) -> np.ndarray:
+    """The two float16 numbers of a register."""
+    return np.array([register], dtype="<u4").view("<f2")
+
+
+def register_of(pair: np.ndarray) -> int:
+    return int(pair.astype("<f2").view("<u4")[0])
+
+
+def fused(a: int, b: int, c: int) -> int:
+    """PTX `fma.rn.f16x2`; float64 holds products of float16 and sums of them and such numbers."""
+    x, y, z = (halves(register).astype(np.float64) for register in (a, b, c))
+    return register_of(x * y + z)
+
+
 OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "sub.f16x2": lambda a, b: register_of(halves(a) - halves(b)),
+    "fma.rn.f16x2": fused,
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, b: a >> b,
@@ -90,3 +108,13 @@ def test_codes_become_the_levels_of_the_codebook(number: int, bits: int) -> None
     for packed in (generator.getrandbits(32) for _ in range(200)):
         want = [[listed[code] for code in each] for each in fields(packed, bits)]
         assert run(assembly, 16 // bits, packed) == want
+
+
+@pytest.mark.parametrize(("number", "bits"), [(0, 8), (1, 4), (2, 2)])
+def test_codes_become_their_numbers(number: int, bits: int) -> None:
+    assembly = assembly_of(packed_tiles, number)
+    generator = random.Random(0)
+
+    for packed in (generator.getrandbits(32) for _ in range(200)):
+        stored = packed ^ 0x80808080 if bits == 8 else packed
+        assert run(assembly, 16 // bits, packed) == fields(stored, bits)

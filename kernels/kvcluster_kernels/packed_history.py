@@ -1,0 +1,89 @@
+"""Prefill attention over a history of encoded blocks, the faster way.
+
+Where many query rows share keys, these are restored once, at the speed of memory, and the kernels
+for 16-bit numbers attend to them; where few do, blocks are read as they are stored.
+
+Shape letters: those of `packed_prefill.py`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvcluster_kernels import prefill_gluon, prefill_tl
+from kvcluster_kernels.packed_prefill import History, check_history, prefill_packed
+from kvcluster_kernels.packed_restore import restore
+from kvcluster_kernels.prefill_arguments import Keys, PartialAttention
+
+MIN_RESTORED_ROWS = 512
+"""Query rows of a KV head (tokens times the query heads that share it) from which on keys are
+restored: moving a key takes as long as some 500 rows take with it on an H100."""
+_WORKSPACE_BYTES = 1 << 30
+
+
+def prefill_history(
+    q_THD: Tensor,
+    history: History,
+    *,
+    scale: float,
+    carry: PartialAttention | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> PartialAttention:
+    """As `packed_prefill.prefill_packed`, by whichever of the two is faster.
+
+    Raises: ValueError when shapes do not fit.
+    """
+    check_history(q_THD, history, scale, carry)
+    rows = q_THD.shape[0] * (q_THD.shape[1] // history.num_kv_heads)
+    attend = prefill_restored if rows >= MIN_RESTORED_ROWS else prefill_packed
+    return attend(q_THD, history, scale=scale, carry=carry, out_dtype=out_dtype)
+
+
+def prefill_restored(
+    q_THD: Tensor,
+    history: History,
+    *,
+    scale: float,
+    carry: PartialAttention | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    workspace_bytes: int = _WORKSPACE_BYTES,
+) -> PartialAttention:
+    """The same over keys and values restored to the dtype of the queries, as many at a time as
+    `workspace_bytes` hold, and a block at least.
+
+    Raises: ValueError when shapes do not fit.
+    """
+    check_history(q_THD, history, scale, carry)
+    dim = q_THD.shape[2]
+    bytes_per_token = history.num_kv_heads * (dim + history.value_dim) * q_THD.element_size()
+    pieces = list(_pieces(history, max(1, workspace_bytes // bytes_per_token)))
+    for index, piece in enumerate(pieces):
+        is_last = index == len(pieces) - 1
+        keys = restore(piece, dim, q_THD.dtype)
+        carry = _attend(q_THD, keys, scale, carry, out_dtype if is_last else torch.float32)
+    assert carry is not None
+    return carry
+
+
+def _pieces(history: History, num_tokens: int) -> Iterator[History]:
+    """Histories of at most so many tokens, or of one block; one of nothing where there is none."""
+    blocks = max(1, num_tokens // history.block_tokens)
+    for first in range(0, max(1, history.num_keys), blocks * history.block_tokens):
+        first_block = first // history.block_tokens
+        yield history._replace(
+            blocks_N=history.blocks_N[first_block : first_block + blocks],
+            num_keys=min(history.num_keys - first, blocks * history.block_tokens),
+        )
+
+
+def _attend(
+    q_THD: Tensor,
+    keys: Keys,
+    scale: float,
+    carry: PartialAttention | None,
+    out_dtype: torch.dtype,
+) -> PartialAttention:
+    if prefill_gluon.is_available(q_THD.device) and not prefill_gluon.reason_against(q_THD, keys):
+        return prefill_gluon.prefill(q_THD, keys, scale=scale, carry=carry, out_dtype=out_dtype)
+    return prefill_tl.prefill(q_THD, keys, scale=scale, carry=carry, out_dtype=out_dtype)

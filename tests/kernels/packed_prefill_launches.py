@@ -1,0 +1,53 @@
+"""Calls over histories in packed formats whose code is looked at on machines without a GPU
+(`launches`): of the sizes that are served, and all that the tests on a GPU make."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from kvcluster_kernels.packed_prefill import prefill_packed
+from kvcluster_kernels.packed_restore import restore
+
+from tests.kernels.packed_prefill_cases import (
+    GPU_CASES,
+    SCALE,
+    PackedCase,
+    packed_arguments,
+)
+
+_CPU = torch.device("cpu")
+
+
+def _served(bits: int, dim: int = 128, **changes: int) -> PackedCase:
+    given = {"num_tokens": 64, "num_heads": 32, "num_kv_heads": 8, "group": 64, **changes}
+    return PackedCase(bits=bits, dim=dim, value_dim=dim, dtype=torch.bfloat16, **given)
+
+
+SERVED = {
+    "fp8": _served(0),
+    "fp8 D64": _served(0, 64),
+    "int8": _served(8),
+    "int8 D64": _served(8, 64),
+    "int4": _served(4),
+    "int4 D64": _served(4, 64),
+    "int4 scale_bits=8": _served(4, scale_bits=8),
+    "int2": _served(2, group=32, value_group=32),
+    "int4 few rows": _served(4, num_tokens=8),
+}
+
+
+def _packed(case: PackedCase) -> object:
+    given = packed_arguments(case, _CPU)
+    return prefill_packed(given.q_THD, given.history, scale=SCALE, carry=given.carry, num_splits=1)
+
+
+def _restored(case: PackedCase) -> object:
+    return restore(packed_arguments(case, _CPU).history, case.dim, case.dtype)
+
+
+LAUNCHES: dict[str, Callable[[], object]] = {
+    **{f"packed {name}": partial(_packed, case) for name, case in SERVED.items()},
+    **{f"restore {name}": partial(_restored, case) for name, case in SERVED.items()},
+    **{f"test of packed {case}": partial(_packed, case) for case in GPU_CASES},
+    **{f"test of restore {case}": partial(_restored, case) for case in GPU_CASES},
+}

@@ -1,0 +1,72 @@
+"""Prefill over encoded blocks, compiled, against its definition in float64: pytest -m gpu."""
+
+import pytest
+import torch
+from kvcluster_kernels import packed_prefill_reference
+from kvcluster_kernels.packed_history import prefill_history, prefill_restored
+from kvcluster_kernels.packed_prefill import prefill_packed
+from kvcluster_kernels.packed_restore import restore
+
+from tests.kernels.packed_prefill_cases import (
+    GPU_CASES,
+    SCALE,
+    PackedCase,
+    assert_close_to_definition,
+    packed_arguments,
+)
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("num_splits", [None, 1])
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_blocks_as_they_are_stored(
+    case: PackedCase, num_splits: int | None, gpu: torch.device
+) -> None:
+    given = packed_arguments(case, gpu)
+
+    found = prefill_packed(
+        given.q_THD, given.history, scale=SCALE, carry=given.carry, num_splits=num_splits
+    )
+
+    assert_close_to_definition(found, given, torch.float16)
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_restored_numbers_are_those_of_the_codec(case: PackedCase, gpu: torch.device) -> None:
+    history = packed_arguments(case, gpu).history
+
+    found = restore(history, case.dim, torch.float32)
+
+    right = packed_prefill_reference.restored(history, case.dim, torch.float64)
+    for x_1KSD, right_1KSD in zip(found[:2], right[:2], strict=True):
+        # Code times scale and zero are of the size of the largest numbers, and each is rounded.
+        error = float(4 * torch.finfo(torch.float32).eps * right_1KSD.abs().max())
+        whole = x_1KSD[:, :, : case.num_keys].double()
+        torch.testing.assert_close(whole, right_1KSD, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_a_history_restored_in_pieces(case: PackedCase, gpu: torch.device) -> None:
+    given = packed_arguments(case, gpu)
+    bytes_per_token = case.num_kv_heads * (case.dim + case.value_dim) * 2
+
+    found = prefill_restored(
+        given.q_THD,
+        given.history,
+        scale=SCALE,
+        carry=given.carry,
+        workspace_bytes=700 * bytes_per_token,
+    )
+
+    assert_close_to_definition(found, given, case.dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [8, 300])
+def test_whichever_is_faster(num_tokens: int, gpu: torch.device) -> None:
+    case = PackedCase(bits=4, num_tokens=num_tokens, num_keys=2_048, dtype=torch.bfloat16)
+    given = packed_arguments(case, gpu)
+
+    found = prefill_history(given.q_THD, given.history, scale=SCALE)
+
+    assert_close_to_definition(found, given, torch.bfloat16)
