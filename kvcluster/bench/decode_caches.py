@@ -64,51 +64,66 @@ def queries(shape: DecodeShape, device: torch.device) -> Tensor:
 
 def exact_cache(shape: DecodeShape, q_RTHD: Tensor) -> Cache:
     """Bfloat16 in pages as the cache has them, blocks in any order."""
-    num_pages = -(-shape.num_blocks // PAGE_BLOCKS)
-    size = (num_pages, shape.num_kv_heads, PAGE_BLOCKS * BLOCK_SIZE, shape.dim)
-    k_PKND, v_PKND = (
-        torch.randn(size, dtype=torch.bfloat16, device=q_RTHD.device) for _ in range(2)
-    )
-    pages = ExactPages(k_PKND, v_PKND, BLOCK_SIZE)
+    pages = exact_pages(shape, q_RTHD.device)
     run = partial(decode, q_RTHD, pages, *_asked(shape, q_RTHD.device))
     return Cache(run, shape.exact_bytes)
 
 
+def exact_pages(shape: DecodeShape, device: torch.device) -> ExactPages:
+    """Keys and values in bfloat16."""
+    num_pages = -(-shape.num_blocks // PAGE_BLOCKS)
+    size = (num_pages, shape.num_kv_heads, PAGE_BLOCKS * BLOCK_SIZE, shape.dim)
+    k_PKND, v_PKND = (torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return ExactPages(k_PKND, v_PKND, BLOCK_SIZE)
+
+
 def float8_cache(shape: DecodeShape, q_RTHD: Tensor) -> Cache:
     """e4m3 floats, values transposed."""
-
-    def pages(*axes: int) -> Float8Pages:
-        blocks = _block_axes(shape)
-        # Written a page at a time: numbers of float32 would be four times the cache.
-        values = torch.empty((*blocks, *axes), dtype=torch.float8_e4m3fn, device=q_RTHD.device)
-        for page in values:
-            page.copy_(torch.randn(page.shape, device=q_RTHD.device))
-        return Float8Pages(values, torch.ones(blocks, device=q_RTHD.device))
-
-    keys, values = pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
+    keys, values = float8_pages(shape, q_RTHD.device)
     run = partial(decode_float8, q_RTHD, keys, values, *_asked(shape, q_RTHD.device))
     return Cache(run, _num_bytes(*keys, *values))
 
 
+def float8_pages(shape: DecodeShape, device: torch.device) -> tuple[Float8Pages, Float8Pages]:
+    """Keys and values."""
+
+    def pages(*axes: int) -> Float8Pages:
+        blocks = _block_axes(shape)
+        # Written a page at a time: numbers of float32 would be four times the cache.
+        values = torch.empty((*blocks, *axes), dtype=torch.float8_e4m3fn, device=device)
+        for page in values:
+            page.copy_(torch.randn(page.shape, device=device))
+        return Float8Pages(values, torch.ones(blocks, device=device))
+
+    return pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
+
+
 def integer_cache(bits: int, scale_bits: int, shape: DecodeShape, q_RTHD: Tensor) -> Cache:
     """Keys per channel and values per token."""
+    keys, values = integer_pages(bits, scale_bits, shape, q_RTHD.device)
+    run = partial(decode_integers, q_RTHD, keys, values, *_asked(shape, q_RTHD.device))
+    return Cache(run, _num_bytes(*keys, *values))
+
+
+def integer_pages(
+    bits: int, scale_bits: int, shape: DecodeShape, device: torch.device
+) -> tuple[IntegerPages, IntegerPages]:
+    """Keys and values."""
 
     def pages(grouped: int, contiguous: int) -> IntegerPages:
         blocks = _block_axes(shape)
-        codes = _random_bytes(q_RTHD.device, *blocks, grouped, contiguous * bits // 8)
+        codes = _random_bytes(device, *blocks, grouped, contiguous * bits // 8)
+        if bits == 8:
+            codes = codes.view(torch.int8)
         grid = (*blocks, grouped // _GROUP[bits], contiguous)
         if scale_bits == 8:
-            zero = torch.randint(-8, -6, grid, dtype=torch.int8, device=q_RTHD.device)
-            unit = torch.full(blocks, 16.0, device=q_RTHD.device)
-            return IntegerPages(codes, _random_bytes(q_RTHD.device, *grid), zero, unit)
-        scale = torch.rand(grid, dtype=torch.float16, device=q_RTHD.device) * (4 / 2**bits)
+            zero = torch.randint(-8, -6, grid, dtype=torch.int8, device=device)
+            unit = torch.full(blocks, 16.0, device=device)
+            return IntegerPages(codes, _random_bytes(device, *grid), zero, unit)
+        scale = torch.rand(grid, dtype=torch.float16, device=device) * (4 / 2**bits)
         return IntegerPages(codes, scale, scale * -(2.0 ** (bits - 1)))
 
-    keys, values = pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
-    if bits == 8:
-        keys, values = (x._replace(codes=x.codes.view(torch.int8)) for x in (keys, values))
-    run = partial(decode_integers, q_RTHD, keys, values, *_asked(shape, q_RTHD.device))
-    return Cache(run, _num_bytes(*keys, *values))
+    return pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
 
 
 def rotated_cache(bits: int, shape: DecodeShape, q_RTHD: Tensor) -> Cache:

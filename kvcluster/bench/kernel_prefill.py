@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from kvcluster_kernels import prefill_gluon, prefill_tl
@@ -83,45 +83,49 @@ SQUARES: Final = tuple(
 )
 SHAPES: Final = (
     *SQUARES,
-    # Of half of the heads: eight times the work of 32K is enough to be measured.
-    *(
-        _square(_128K, dim, 4, is_causal=is_causal)
-        for dim in (128, 64)
-        for is_causal in (False, True)
-    ),
+    # Of a quarter of the heads: four times the work of 32K is enough to be measured.
+    *(_square(_128K, 128, 2, is_causal=is_causal) for is_causal in (False, True)),
     PrefillShape(num_tokens=4096, num_keys=_128K, dim=128),
     PrefillShape(num_tokens=4096, num_keys=_128K, dim=128, is_causal=True),
     PrefillShape(num_tokens=256, num_keys=_128K, dim=128, num_query_heads=8, num_kv_heads=1),
+    *(_square(_128K, 64, 2, is_causal=is_causal) for is_causal in (False, True)),
 )
+_MAX_PORTABLE_FLOPS: Final = 2e13
+"""Of shapes that the portable kernel is measured with: of longer ones it takes the time of all
+others together."""
 _PORTABLE_AT_LEAST: Final = 0.65
+_WIDE: Final = Pipeline(num_consumers=3, block_n=64, num_stages=4)
 _PIPELINES: Final = {
-    64: (
-        Pipeline(num_stages=3),
-        Pipeline(num_stages=3, is_persistent=True),
-        Pipeline(num_stages=3, takes_turns=False),
-        Pipeline(num_consumers=3, num_stages=3),
-        Pipeline(num_consumers=3, num_stages=3, is_persistent=True),
+    (64, False): (
         Pipeline(num_consumers=3, num_stages=3, takes_turns=False),
-        Pipeline(num_consumers=3, block_n=64, num_stages=4),
-        Pipeline(num_consumers=3, block_n=64, num_stages=4, takes_turns=False),
+        Pipeline(num_consumers=3, num_stages=4),
     ),
-    128: (
-        Pipeline(),
-        Pipeline(is_persistent=True),
+    (64, True): (
+        Pipeline(num_consumers=3, num_stages=3, takes_turns=False),
+        Pipeline(num_consumers=3, num_stages=3, is_persistent=True),
+    ),
+    (128, False): (
         Pipeline(takes_turns=False),
+        Pipeline(takes_turns=False, holds_queries=True),
+        _WIDE,
+        Pipeline(takes_turns=False, num_stages=3),
+        Pipeline(),
+    ),
+    (128, True): (
+        Pipeline(takes_turns=False, is_persistent=True, num_stages=3),
+        _WIDE._replace(is_persistent=True),
         Pipeline(takes_turns=False, is_persistent=True),
-        Pipeline(block_n=64, num_stages=4),
-        Pipeline(block_n=64, num_stages=4, is_persistent=True),
+        Pipeline(takes_turns=False),
     ),
 }
 _TILES: Final = {
-    64: (
-        Tiles(128, 128, 8, 2),
-        Tiles(128, 128, 8, 3),
-        Tiles(128, 64, 8, 3),
-        Tiles(128, 64, 4, 3),
+    64: (Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3, is_ahead=False)),
+    128: (
+        Tiles(64, 64, 4, 3),
+        Tiles(128, 64, 8, 3, is_ahead=False),
+        Tiles(128, 64, 8, 2),
+        Tiles(128, 128, 8, 2, is_ahead=False),
     ),
-    128: (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3)),
 }
 
 
@@ -137,14 +141,17 @@ class Timer(Protocol):
 
 
 def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]:
-    """Speeds in TFLOP/s, ours beside FlashAttention 3, cuDNN and torch's flash attention."""
+    """Speeds in TFLOP/s, ours beside FlashAttention 3; then, if asked, of settings that were not
+    chosen; last those of cuDNN and torch's flash attention."""
     for shape in SHAPES:
-        if timer.is_over:
-            return
-        yield from _compare(timer, shape)
-    if with_variants:
-        for shape in SQUARES:
+        if not timer.is_over:
+            yield from _compare(timer, shape)
+    for shape in SQUARES if with_variants else ():
+        if not timer.is_over:
             yield from _variants(timer, shape)
+    for shape in SHAPES:
+        if not timer.is_over:
+            yield from _others(timer, shape)
 
 
 class _Inputs(NamedTuple):
@@ -183,11 +190,10 @@ def _compare(timer: KernelTimer, shape: PrefillShape) -> Iterator[Measurement]:
     inputs = _Inputs.random(shape)
     peers, ours = (
         {name: call for name, call in calls.items() if runs(f"{shape} {name}", call)}
-        for calls in (_peers(shape, inputs), _ours(shape, inputs))
+        for calls in (_flash3(shape, inputs), _ours(shape, inputs))
     )
     yield from _errors(shape, peers, ours)
-    taken = median_times(timer, shape, {**peers, **ours})
-    speeds = {name: shape.flops / microseconds * 1e-6 for name, microseconds in taken.items()}
+    speeds = _speeds(timer, shape, {**peers, **ours})
     for name, speed in speeds.items():
         yield Measurement(name=f"{shape} {name}", value=speed, unit="TFLOP/s")
     if "FA3" not in speeds:
@@ -202,10 +208,32 @@ def _compare(timer: KernelTimer, shape: PrefillShape) -> Iterator[Measurement]:
         )
 
 
+def _others(timer: KernelTimer, shape: PrefillShape) -> Iterator[Measurement]:
+    inputs = _Inputs.random(shape)
+    calls = {
+        name: call
+        for name, call in _torch_peers(shape, inputs).items()
+        if runs(f"{shape} {name}", call)
+    }
+    for name, speed in _speeds(timer, shape, calls).items():
+        yield Measurement(name=f"{shape} {name}", value=speed, unit="TFLOP/s")
+
+
+def _speeds(timer: Timer, shape: PrefillShape, calls: Mapping[str, Call]) -> dict[str, float]:
+    """TFLOP/s, of what ran in time."""
+    return {
+        name: shape.flops / microseconds * 1e-6
+        for name, microseconds in median_times(timer, shape, calls).items()
+    }
+
+
 def median_times(timer: Timer, shape: PrefillShape, calls: Mapping[str, Call]) -> dict[str, float]:
     """Microseconds of each call that runs each time; of none once the timer's time is over."""
-    # One order and then the other one: what comes later finds a warmer GPU.
+    # One order and then the other one: what comes later finds a warmer GPU. And nothing finds a
+    # cold one, which draws more than it may for a while and is fast.
     taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in list(calls.values())[:1]:
+        timer.microseconds(call, repeats=_repeats(shape))
     for names in (list(calls), list(calls)[::-1]):
         for name in names:
             if timer.is_over:
@@ -223,35 +251,47 @@ def _repeats(shape: PrefillShape) -> int:
 
 
 def _ours(shape: PrefillShape, inputs: _Inputs) -> dict[str, Call]:
-    scale, causal = shape.dim**-0.5, shape.causal
     calls: dict[str, Call] = {}
     q_THD = inputs.q_THD
     has_pipeline = prefill_gluon.is_available(q_THD.device)
     for name, keys in (("", inputs.keys), (", paged", inputs.paged)):
-        rules = {"scale": scale, "causal": causal, "out_dtype": torch.bfloat16}
+        rules = _rules(shape)
         if has_pipeline:
             calls[f"pipelined{name}"] = partial(prefill_gluon.prefill, q_THD, keys, **rules)
-        calls[f"portable{name}"] = partial(prefill_tl.prefill, q_THD, keys, **rules)
+        if shape.flops <= _MAX_PORTABLE_FLOPS:
+            calls[f"portable{name}"] = partial(prefill_tl.prefill, q_THD, keys, **rules)
     return calls
 
 
-def _peers(shape: PrefillShape, inputs: _Inputs) -> dict[str, Call]:
-    """By name, those that are there; not all take every shape."""
+def _rules(shape: PrefillShape) -> dict[str, Any]:
+    return {"scale": shape.dim**-0.5, "causal": shape.causal, "out_dtype": torch.bfloat16}
+
+
+def _flash3(shape: PrefillShape, inputs: _Inputs) -> dict[str, Call]:
+    """FlashAttention 3, where it is installed."""
+    flash = flash3()
+    if flash is None:
+        return {}
+    k_1SKD, v_1SKD = (
+        x.transpose(1, 2).contiguous() for x in (inputs.keys.k_PKSD, inputs.keys.v_PKSD)
+    )
+    q_1THD = inputs.q_THD[None]
+    return {"FA3": partial(flash.attend, q_1THD, k_1SKD, v_1SKD, causal=shape.is_causal)}
+
+
+def _torch_peers(shape: PrefillShape, inputs: _Inputs) -> dict[str, Call]:
+    """By name; they do not take every shape."""
+    if shape.is_causal and shape.num_tokens != shape.num_keys:
+        return {}
     q_1HTD = inputs.q_THD.transpose(0, 1)[None]
-    k_1KSD, v_1KSD = inputs.keys.k_PKSD, inputs.keys.v_PKSD
-    is_square = shape.num_tokens == shape.num_keys
-    peers: dict[str, Call] = {}
-    if is_square or not shape.is_causal:
+    keys = inputs.keys
+    return {
+        name: partial(_sdpa, backend, q_1HTD, keys.k_PKSD, keys.v_PKSD, is_causal=shape.is_causal)
         for name, backend in (
             ("cuDNN", SDPBackend.CUDNN_ATTENTION),
             ("torch flash", SDPBackend.FLASH_ATTENTION),
-        ):
-            peers[name] = partial(_sdpa, backend, q_1HTD, k_1KSD, v_1KSD, is_causal=shape.is_causal)
-    flash = flash3()
-    if flash is not None:
-        q_1THD, k_1SKD, v_1SKD = (x.transpose(1, 2).contiguous() for x in (q_1HTD, k_1KSD, v_1KSD))
-        peers["FA3"] = partial(flash.attend, q_1THD, k_1SKD, v_1SKD, causal=shape.is_causal)
-    return peers
+        )
+    }
 
 
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
@@ -264,45 +304,49 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bo
 def _errors(
     shape: PrefillShape, peers: Mapping[str, Call], ours: Mapping[str, Call]
 ) -> Iterator[Measurement]:
-    """How far our kernels are from a peer that is thought to be right."""
-    reference = next((name for name in ("FA3", "cuDNN", "torch flash") if name in peers), None)
-    if reference is None:
+    """How far our kernels are from FlashAttention 3, which is thought to be right."""
+    if "FA3" not in peers:
         return
-    found = peers[reference]()
+    found = peers["FA3"]()
     right = found[0] if isinstance(found, tuple) else found
     assert isinstance(right, Tensor)
-    right_THD = (right[0] if reference == "FA3" else right[0].transpose(0, 1)).float()
+    right_THD = right[0].float()
     for name, call in ours.items():
         out_THD = call().out_THD.float()  # type: ignore[attr-defined]
         error = float((out_THD - right_THD).norm() / right_THD.norm())
         yield Measurement(
-            name=f"{shape} {name}, error against {reference}",
-            value=error,
-            unit="",
-            at_most=_MAX_ERROR,
+            name=f"{shape} {name}, error against FA3", value=error, unit="", at_most=_MAX_ERROR
         )
 
 
 def _variants(timer: KernelTimer, shape: PrefillShape) -> Iterator[Measurement]:
-    """The settings that were not chosen, for the tables of the kernels."""
+    """The settings that were not chosen, for the tables of the kernels: each beside FlashAttention
+    3 right before it, because the speed of both follows what the GPU draws."""
     inputs = _Inputs.random(shape)
+    beside = _flash3(shape, inputs).get("FA3")
     calls: dict[str, Call] = {}
-    rules = {"scale": shape.dim**-0.5, "causal": shape.causal, "out_dtype": torch.bfloat16}
-    if prefill_gluon.is_available(inputs.q_THD.device):
-        for pipeline in _PIPELINES[shape.dim]:
-            calls[str(pipeline)] = partial(
-                prefill_gluon.prefill, inputs.q_THD, inputs.keys, **rules, pipeline=pipeline
+    rules = _rules(shape)
+    has_pipeline = prefill_gluon.is_available(inputs.q_THD.device)
+    for layout, keys in (("in line", inputs.keys), ("paged", inputs.paged)):
+        for pipeline in _PIPELINES[shape.dim, shape.is_causal] if has_pipeline else ():
+            calls[f"{layout} {pipeline}"] = partial(
+                prefill_gluon.prefill, inputs.q_THD, keys, **rules, pipeline=pipeline
             )
-    for tiles in _TILES[shape.dim]:
-        calls[str(tiles)] = partial(
-            prefill_tl.prefill, inputs.q_THD, inputs.keys, **rules, tiles=tiles
-        )
+    for layout, keys in (("in line", inputs.keys), ("paged", inputs.paged)):
+        for tiles in () if shape.is_causal else _TILES[shape.dim]:
+            if layout == "in line" or tiles.block_n <= _BLOCK_TOKENS:
+                calls[f"{layout} {tiles}"] = partial(
+                    prefill_tl.prefill, inputs.q_THD, keys, **rules, tiles=tiles
+                )
     for name, call in calls.items():
         if timer.is_over:
             return
         try:
-            speed = shape.flops / timer.microseconds(call, repeats=5) * 1e-6
+            peer = timer.microseconds(beside, repeats=2) if beside else None
+            taken = timer.microseconds(call, repeats=3)
         except FAILURES as error:
             report_failure(f"{shape} {name}", error)
             continue
-        yield Measurement(name=f"{shape} {name}", value=speed, unit="TFLOP/s")
+        yield Measurement(name=f"{shape} {name}", value=shape.flops / taken * 1e-6, unit="TFLOP/s")
+        if peer is not None:
+            yield Measurement(name=f"{shape} {name} / FA3", value=peer / taken, unit="")

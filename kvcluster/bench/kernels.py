@@ -24,6 +24,7 @@ SUITES: Final = {
     "decode": "kvcluster.bench.kernel_decode",
     "latent": "kvcluster.bench.kernel_latent",
     "prefill": "kvcluster.bench.kernel_prefill",
+    "history": "kvcluster.bench.kernel_history",
 }
 """Name and module, in the order in which they run."""
 
