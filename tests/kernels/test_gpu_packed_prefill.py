@@ -18,16 +18,11 @@ from tests.kernels.packed_prefill_cases import (
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("num_splits", [None, 1])
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
-def test_blocks_as_they_are_stored(
-    case: PackedCase, num_splits: int | None, gpu: torch.device
-) -> None:
+def test_blocks_as_they_are_stored(case: PackedCase, gpu: torch.device) -> None:
     given = packed_arguments(case, gpu)
 
-    found = prefill_packed(
-        given.q_THD, given.history, scale=SCALE, carry=given.carry, num_splits=num_splits
-    )
+    found = prefill_packed(given.q_THD, given.history, scale=SCALE, carry=given.carry)
 
     assert_close_to_definition(found, given, torch.float16)
 
@@ -46,7 +41,7 @@ def test_restored_numbers_are_those_of_the_codec(case: PackedCase, gpu: torch.de
         torch.testing.assert_close(whole, right_1KSD, rtol=0, atol=error)
 
 
-@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize("case", GPU_CASES[:6:2], ids=str)
 def test_a_history_restored_in_pieces(case: PackedCase, gpu: torch.device) -> None:
     given = packed_arguments(case, gpu)
     bytes_per_token = case.num_kv_heads * (case.dim + case.value_dim) * 2
