@@ -40,21 +40,19 @@ _RECIPE: Final = FORMATS[0]
 _WANTED_RATIO: Final = 1.0
 """Of the recipe of low-rank keys and low-bit values, beside bfloat16."""
 
-_VARIANTS: Final = tuple(
+VARIED_FORMATS: Final = (*FORMATS[:3], FORMATS[6])
+VARIANTS: Final = tuple(
     DecodeSettings(num_warps=warps, num_stages=stages, programs_per_processor=programs)
     for warps, stages, programs in (
         (4, 2, 2),
-        (4, 3, 1),
         (4, 3, 2),
         (4, 4, 1),
-        (4, 4, 2),
-        (4, 4, 3),
         (4, 6, 2),
         (4, 6, 3),
         (8, 4, 1),
     )
 )
-_ABSORBED_VARIANTS: Final = tuple(
+ABSORBED_VARIANTS: Final = tuple(
     DecodeSettings(tile=tile, num_warps=warps, num_stages=stages, programs_per_processor=programs)
     for tile, warps, stages, programs in (
         (32, 4, 4, 1),
@@ -62,11 +60,9 @@ _ABSORBED_VARIANTS: Final = tuple(
         (32, 4, 6, 1),
         (32, 4, 6, 2),
         (32, 8, 4, 1),
-        (32, 8, 6, 1),
         (64, 4, 4, 1),
         (64, 8, 2, 1),
         (64, 8, 4, 1),
-        (16, 4, 6, 2),
     )
 )
 
@@ -78,12 +74,12 @@ def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]
     for shape in ABSORBED_SHAPES:
         yield from _absorbed(timer, shape)
     if with_variants:
-        for form in (*FORMATS[:3], FORMATS[4], FORMATS[6]):
+        for form in VARIED_FORMATS:
             cache = _held(partial(latent_cache, form), SHAPES[0])
-            yield from _variants(timer, f"{SHAPES[0]} {form}", cache, _VARIANTS)
+            yield from _variants(timer, f"{SHAPES[0]} {form}", cache, VARIANTS)
         for shape in ABSORBED_SHAPES[:3]:
             cache = _held(absorbed_cache, shape)
-            yield from _variants(timer, f"{shape} MLA", cache, _ABSORBED_VARIANTS)
+            yield from _variants(timer, f"{shape} MLA", cache, ABSORBED_VARIANTS)
 
 
 def _held(build: Callable[[DecodeShape, torch.Tensor], Cache], shape: DecodeShape) -> Cache:

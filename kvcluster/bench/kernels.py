@@ -23,6 +23,7 @@ from kvcluster.errors import ConfigError
 SUITES: Final = {
     "decode": "kvcluster.bench.kernel_decode",
     "latent": "kvcluster.bench.kernel_latent",
+    "encode": "kvcluster.bench.kernel_encode",
     "prefill": "kvcluster.bench.kernel_prefill",
     "history": "kvcluster.bench.kernel_history",
 }
