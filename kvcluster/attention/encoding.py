@@ -35,6 +35,15 @@ class BlockEncoding:
         self._last_rows: dict[tuple[SequencePart, int], Tensor] = {}
         """q_1HD of this rank's last row, by part and layer, until the layer is encoded."""
 
+    @property
+    def is_due(self) -> bool:
+        """Whether some block becomes encoded in the step, in any layer."""
+        return any(
+            part.codec_in(window) != EXACT and part.full_blocks(group) is not None
+            for part in self._parts
+            for group, window in enumerate(self._spec.windows)
+        )
+
     def encode_full(self, layer: int, q_THD: Tensor) -> None:
         """Encode the full blocks of a layer whose rows are written, and measure what that does to
         the attention of `q_THD`, this rank's rows."""

@@ -4,6 +4,7 @@ Shape letters: T query rows, S keys, H query heads, K KV heads, D head dimension
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from kvcluster.attention.partial import Partial, merge
 from kvcluster.cache.store import KVStore, Piece, keys_and_values
 from kvcluster.codec.base import EncodedKV
 from kvcluster.types import EXACT
+
+_PIECE_BLOCKS: Final = 1024
+"""Encoded blocks of a chunk's history that are restored at a time: with 64 tokens each, keys enough
+that a kernel runs at full speed, and 0.4 GiB at most for 8 heads of 128 while they are restored."""
 
 
 class OwnKeys:
@@ -40,7 +45,8 @@ class OwnKeys:
     def prepare(self, layer: int, part: SequencePart) -> None:
         """Read ahead what `attend` will need of the part."""
         if part.has_chunk:
-            self.keys(layer, part)
+            if not self._is_read_in_pieces(layer, part):
+                self.keys(layer, part)
         elif not self._is_together(layer, part):
             self._exact_pieces(layer, part)
 
@@ -68,9 +74,38 @@ class OwnKeys:
             return self._attend_row(layer, part, q_THD)
         geometry = self._spec.layers[layer]
         history = self.history(layer, part)
-        k_KSD, v_KSD = self.keys(layer, part)
         mask_TS = part.mask(history, geometry.window, asker, self._rank, q_THD.device)
+        if mask_TS is None and self._is_read_in_pieces(layer, part):
+            return self._attend_in_pieces(layer, part, q_THD)
+        k_KSD, v_KSD = self.keys(layer, part)
         return self._local.attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
+
+    def _is_read_in_pieces(self, layer: int, part: SequencePart) -> bool:
+        """Whether a chunk's encoded history is so long that it is never restored as a whole."""
+        is_alone = type(part) is SequencePart and part.is_local
+        return is_alone and self.history(layer, part).ranks[self._rank].num_blocks > _PIECE_BLOCKS
+
+    def _attend_in_pieces(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial:
+        """Rows that see all of their history, over the exact keys and then some blocks at a time,
+        so that only these are there at full size."""
+        geometry = self._spec.layers[layer]
+        history = self.history(layer, part)
+        held = history.ranks[self._rank]
+        exact = keys_and_values(self._store.gather(layer, history.runs).planes, geometry)
+        partial = self._local.attend(q_THD, *exact, geometry)
+        positions_BS = part.encoded_positions(held, ())
+        skipped = held.num_skipped
+        for ids_B, positions in zip(
+            torch.split(history.encoded_ids_B, _PIECE_BLOCKS),
+            torch.split(positions_BS, _PIECE_BLOCKS),
+            strict=True,
+        ):
+            planes = self._store.read_encoded(layer, part.codec, ids_B)
+            arrays = self._store.decode(layer, part.codec, planes, positions)
+            piece = keys_and_values([x_KSD[:, skipped:] for x_KSD in arrays], geometry)
+            partial = self._local.merge(partial, self._local.attend(q_THD, *piece, geometry))
+            skipped = 0
+        return partial
 
     def _attend_row(self, layer: int, part: SequencePart, q_1HD: Tensor) -> Partial:
         """The part's one row over its keys on this rank, which only one rank asks for."""

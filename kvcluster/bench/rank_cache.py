@@ -5,13 +5,13 @@ For benchmarks: what a step costs depends on what lies in the cache by its size 
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvcluster.attention.implementation import Implementation
+from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.attention.ring import LoneRing
 from kvcluster.cache.store import KVStore, Piece
 from kvcluster.cluster.runner import StepRunner
@@ -95,7 +95,7 @@ class LoneRank:
         policy: Policy,
         *,
         capacity: int,
-        implementation: Implementation | None = None,
+        implementation: Callable[[KVStore], Implementation] = implementation_for,
     ) -> None:
         self._model = model
         self._policy = policy
@@ -123,7 +123,7 @@ class LoneRank:
             ring=LoneRing(),
             epoch=1,
             exact_blocks=EXACT_BLOCKS,
-            implementation=implementation,
+            implementation=implementation(self.store),
         )
         self._num_steps = 0
         self._num_appended = 0
@@ -157,29 +157,29 @@ class LoneRank:
         return time.perf_counter() - begin
 
     def fill(self) -> None:
-        """Random numbers in all blocks, encoded where they are of a codec."""
+        """Random numbers in all blocks, encoded where they are of a codec: then the same in all
+        layers, and again after some blocks."""
         for layer in self._model.spec.storing_layers:
             for plane in self.store.planes(layer):
                 plane[: self._num_exact // PAGE_BLOCKS].normal_()
         if self._policy.storage == EXACT:
             return
-        geometry = self._model.spec.layers[0]
+        geometry, codec = self._model.spec.layers[0], self._policy.storage
         shape = (_FILL_BLOCKS, geometry.num_kv_heads, BLOCK_SIZE)
         like = self.store.planes(0).k_PKSD
-        last = self._num_encoded_below()
+        k, v = (
+            torch.randn((*shape, dim), dtype=like.dtype, device=like.device)
+            for dim in (geometry.key_dim, geometry.value_dim)
+        )
+        positions_BS = consecutive(torch.arange(_FILL_BLOCKS) * BLOCK_SIZE, BLOCK_SIZE)
+        first_ids_B = torch.arange(_FILL_BLOCKS) + self._first_encoded
+        self.store.encode(0, codec, first_ids_B, Piece(k, v), positions_BS)
+        held = self.store.read_held(0, codec, first_ids_B)
+        last = self.store.num_blocks(0, codec)
         for layer in self._model.spec.storing_layers:
             for first in range(self._first_encoded, last, _FILL_BLOCKS):
-                ids_B = torch.arange(first, min(first + _FILL_BLOCKS, last))
-                k, v = (
-                    torch.randn((*shape, dim), dtype=like.dtype, device=like.device)[: len(ids_B)]
-                    for dim in (geometry.key_dim, geometry.value_dim)
-                )
-                positions_BS = consecutive(ids_B * BLOCK_SIZE, BLOCK_SIZE)
-                self.store.encode(layer, self._policy.storage, ids_B, Piece(k, v), positions_BS)
-
-    def _num_encoded_below(self) -> int:
-        plane = self.store.encoded_planes(0, self._policy.storage)[0][0]
-        return int(plane.shape[0] * plane.shape[1])
+                ids_B = torch.arange(first, min(first + _FILL_BLOCKS, last), device=like.device)
+                self.store.write_held(layer, codec, ids_B, [x[: len(ids_B)] for x in held])
 
     def _blocks(self, end: int) -> list[NewBlock]:
         """Table entries that are lacking up to this position."""
