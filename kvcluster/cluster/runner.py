@@ -310,7 +310,8 @@ class StepRunner:
         if scored:
             logit_rows_R = torch.cat([logit_rows_R, *(piece.rows_R for piece in scored)])
         device = self._model.device
-        logits_RV = self._model.forward(
+        forward = self._model.forward if self._graphs is None else self._graphs.compiled
+        logits_RV = forward(
             ids_T.to(device),
             torch.cat(own_positions).to(device),
             logit_rows_R.to(device),

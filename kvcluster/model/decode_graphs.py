@@ -3,7 +3,7 @@
 The host of a GPU takes longer to ask for the hundreds of small kernels of such a step than the GPU
 to run them. A recording asks for all of them at once.
 
-Shape letters: R rows, H query heads, D head dimension, V vocabulary.
+Shape letters: T tokens, R rows, H query heads, D head dimension, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from kvcluster.attention.decode_step import DecodeAttention, DecodeInputs, Decod
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.cache.store import KVStore
+from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.model.compiled_layers import CompiledLayers
 from kvcluster.model.loader import LoadedModel
 
@@ -49,10 +50,12 @@ class DecodeGraphs:
         self._rows = rows
         self._inputs = DecodeInputs(store, max_rows=ROW_COUNTS[-1])
         self._recordings: dict[DecodeShape, _Recording] = {}
-        self._layers: CompiledLayers | None = None
-        self._is_warm = False
         self._can_record = model.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._can_record else None
+        self._layers: CompiledLayers | None = None
+        if self._can_record:
+            self._layers = CompiledLayers(model.module)
+            self._layers.warm_up(model.spec, model.device)
         self._logit_rows_R = torch.arange(ROW_COUNTS[-1], device=model.device)
 
     def serves(self, parts: Sequence[SequencePart]) -> bool:
@@ -64,8 +67,6 @@ class DecodeGraphs:
     def forward(self, parts: Sequence[SequencePart], token_ids: Sequence[int]) -> DecodeOutcome:
         """Run the rows of the parts, one token each."""
         num_rows = next(count for count in ROW_COUNTS if count >= len(parts))
-        if self._can_record and not self._is_warm:
-            self._warm_up(parts[0], token_ids[0])
         # Rows that are there twice write the same twice: the shortest, which reads the least.
         shortest = min(range(len(parts)), key=lambda row: parts[row].start)
         rows = [*range(len(parts)), *[shortest] * (num_rows - len(parts))]
@@ -82,30 +83,26 @@ class DecodeGraphs:
             outcome = recording.outcome
         return outcome._replace(logits_RV=outcome.logits_RV[: len(parts)])
 
-    def _warm_up(self, part: SequencePart, token_id: int) -> None:
-        """Compile the layers for one row and for several, which takes a while, now and not when
-        the first two requests meet. A model that cannot be compiled is run as it is."""
-        self._is_warm = True
-        self._layers = CompiledLayers(self._model.module)
-        try:
-            for num_rows in (1, 2):
-                self._run(self._inputs.set_rows([part] * num_rows, [token_id] * num_rows))
-        except RuntimeError:
-            self._layers = None
-
     def _run(self, shape: DecodeShape) -> DecodeOutcome:
-        with self._layers.in_place() if self._layers is not None else nullcontext():
-            return self._run_layers(shape)
-
-    def _run_layers(self, shape: DecodeShape) -> DecodeOutcome:
         attention = DecodeAttention(self._store, self._rows, self._inputs, shape)
-        logits_RV = self._model.forward(
+        logits_RV = self.compiled(
             self._inputs.token_ids(shape.num_rows),
             self._inputs.positions(shape.num_rows),
             self._logit_rows_R[: shape.num_rows],
             attention,
         )
         return DecodeOutcome(logits_RV, attention.queries)
+
+    def compiled(
+        self,
+        token_ids_T: Tensor,
+        positions_T: Tensor,
+        logit_rows_R: Tensor,
+        attention: LayerAttention,
+    ) -> Tensor:
+        """`LoadedModel.forward` of any step, through compiled layers where there are such."""
+        with self._layers.in_place() if self._layers is not None else nullcontext():
+            return self._model.forward(token_ids_T, positions_T, logit_rows_R, attention)
 
     def _record(self, shape: DecodeShape) -> None:
         """Not for a model that waits for the GPU in the middle of a step, as some mixtures of

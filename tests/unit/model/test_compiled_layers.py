@@ -10,6 +10,7 @@ from kvcluster.model.attention_hook import forward
 from kvcluster.model.compiled_layers import CompiledLayers
 from kvcluster.model.probe import probe
 from tests.architectures import tiny_models
+from tests.served_model import served_model
 
 # Norms of a few dozen float32 numbers, rounded in another order.
 ATOL = 1e-5
@@ -58,3 +59,31 @@ def test_layers_are_as_they_were_where_compiled_ones_are_not_asked_for() -> None
 
     logits(module, 2)
     assert backend.frame_count == 0
+
+
+def test_warming_up_compiles_all_that_is_needed_later() -> None:
+    model = served_model("llama")
+    backend = CompileCounterWithBackend("eager")
+    layers = CompiledLayers(model.module, backend)
+
+    layers.warm_up(model.spec, model.device)
+
+    compiled = backend.frame_count
+    for num_rows in (1, 2, 5, 64):
+        with layers.in_place():
+            logits(model.module, num_rows)
+    assert backend.frame_count == compiled > 0
+
+
+def test_a_layer_that_cannot_be_compiled_is_left_as_it_is() -> None:
+    model = served_model("llama")
+
+    def refuse(*_arguments: object) -> None:
+        raise RuntimeError("not this one")
+
+    layers = CompiledLayers(model.module, refuse)
+
+    layers.warm_up(model.spec, model.device)
+
+    with layers.in_place():
+        assert torch.equal(logits(model.module, 2), logits(model.module, 2))
