@@ -78,6 +78,7 @@ def machine_checks() -> list[Check]:
         _python(),
         *(_package(name) for name in _PACKAGES),
         _gpu(),
+        *_attention(),
         *(_packaged_model(name) for name in PACKAGED_MODELS),
         _shared_memory(),
         _open_files(),
@@ -170,6 +171,22 @@ def _gpu() -> Check:
         found="; ".join(listing.stdout.split("\n")).rstrip("; "),
         fix="" if is_cuda_torch else "torch is a CPU build: pip install torch with CUDA",
     )
+
+
+def _attention() -> list[Check]:
+    """What serves attention, where there is a choice."""
+    if shutil.which("nvidia-smi") is None:
+        return [Check(name="attention", is_ok=True, found="torch: kernels are for GPUs")]
+    # torch takes seconds, and kernels want Triton.
+    import torch
+
+    if not torch.cuda.is_available():
+        fix = "without it ranks run on the CPU: repair the driver, or install torch with CUDA"
+        return [Check(name="attention", is_ok=False, found="torch sees no GPU", fix=fix)]
+    from kvcluster.attention.kernel_report import DECODE, prefill_lines
+
+    found = {"decode": DECODE, **prefill_lines(torch.device("cuda"))}
+    return [Check(name=name, is_ok=True, found=line) for name, line in found.items()]
 
 
 def _packaged_model(name: str) -> Check:
