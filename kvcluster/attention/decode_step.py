@@ -46,9 +46,17 @@ class _Lines:
         self._host = torch.zeros(num_lines, max_rows, dtype=dtype, pin_memory=is_pinned)
         self.host: NDArray[Any] = self._host.numpy()
         self.on_device = torch.zeros(num_lines, max_rows, dtype=dtype, device=device)
+        self._copied = torch.cuda.Event() if is_pinned else None  # type: ignore[no-untyped-call]
+
+    def begin(self) -> None:
+        """Wait until what was written before is copied. Comes before new numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def copy(self, num_lines: int) -> None:
         self.on_device[:num_lines].copy_(self._host[:num_lines], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 class _Table:
@@ -89,6 +97,8 @@ class DecodeInputs:
         """What the next step computes: the single rows of these parts, all here."""
         num_rows = len(parts)
         assert num_rows <= self._max_rows, "more rows than there is room for"
+        self._numbers.begin()
+        self._bounds.begin()
         numbers = self._numbers.host
         numbers[0, :num_rows] = token_ids
         numbers[1, :num_rows] = [part.start for part in parts]

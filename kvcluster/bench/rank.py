@@ -9,6 +9,7 @@ tokens behind it.
 """
 
 import argparse
+import gc
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ LENGTHS: Final = (4096, 32_768, 131_072)
 POLICIES: Final = (EXACT, "int8", "int4")
 _CHUNK_TOKENS: Final = 8192
 _WARM_UP_STEPS: Final = 3
-_STEPS: Final = 30
+_STEPS: Final = 64
+"""Tokens of a block, so that one of them leaves a block full."""
 
 
 def run(
@@ -84,26 +86,30 @@ def measure(
             if with_prefill:
                 chunk = min(_CHUNK_TOKENS, length)
                 ids = [7] * chunk
-                # The first one is compiled for.
-                first_s = rank.step(length - chunk, chunk, ids=ids)
-                seconds = min(rank.step(length - chunk, chunk, ids=ids) for _ in range(2))
+                # The first one is compiled for, at the first lengths.
+                repeats = 3 if length <= max(LENGTHS) else 1
+                seconds = min(rank.step(length - chunk, chunk, ids=ids) for _ in range(repeats))
                 flops = matmul_flops(config) * chunk
                 flops += attention_flops(config, length - chunk, chunk)
                 speed = flops / seconds / 1e12
-                yield Measurement(name=f"{name} first chunk", value=first_s * 1e3, unit="ms")
                 yield Measurement(name=f"{name} chunk", value=seconds * 1e3, unit="ms")
                 yield Measurement(name=f"{name} chunk speed", value=speed, unit="TFLOP/s")
             rank.step(length, 1, ids=[7])
             times = [rank.step(length + 1 + step, 1) for step in range(_WARM_UP_STEPS + _STEPS)]
+            times_ms = [seconds * 1e3 for seconds in times[_WARM_UP_STEPS:]]
             yield Measurement(
-                name=f"{name} decoded token",
-                value=statistics.median(times[_WARM_UP_STEPS:]) * 1e3,
+                name=f"{name} decoded token", value=statistics.median(times_ms), unit="ms"
+            )
+            yield Measurement(
+                name=f"{name} decoded token, mean of a block's",
+                value=statistics.fmean(times_ms),
                 unit="ms",
             )
             peak = torch.cuda.max_memory_allocated() / 2**30
             yield Measurement(name=f"{name} peak memory", value=peak, unit="GiB")
             torch.cuda.reset_peak_memory_stats()
             del rank
+            gc.collect()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

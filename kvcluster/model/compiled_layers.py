@@ -44,8 +44,9 @@ class CompiledLayers:
     def __init__(self, module: PreTrainedModel, backend: str | Backend = "inductor") -> None:
         """`backend`: of torch.compile. Takes no time; the first two calls of each do."""
         self._module = module
-        decoder = module.get_decoder()  # type: ignore[no-untyped-call]
-        layers = getattr(decoder, "layers", None)
+        layers = None
+        if isinstance(module, PreTrainedModel):
+            layers = getattr(module.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
         self._layers = list(layers) if isinstance(layers, nn.ModuleList) else []
         self._compiled = [torch.compile(layer.forward, backend=backend) for layer in self._layers]
 
@@ -53,7 +54,7 @@ class CompiledLayers:
         """Compile, now and not when the first requests come: that takes a while. Where a layer
         cannot be compiled, it is left as it is."""
         try:
-            for num_rows in (1, 2):
+            for num_rows in (1, 2) if self._layers else ():
                 rows_T = torch.arange(num_rows, device=device)
                 with self.in_place():
                     forward(self._module, rows_T, rows_T, rows_T, _Nowhere(spec))

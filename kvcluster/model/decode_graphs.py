@@ -6,7 +6,7 @@ to run them. A recording asks for all of them at once.
 Shape letters: T tokens, R rows, H query heads, D head dimension, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Final, NamedTuple
 
@@ -23,8 +23,6 @@ from kvcluster.model.loader import LoadedModel
 
 ROW_COUNTS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 """Rows of recordings. A step has some of its rows twice to have as many."""
-_WARM_UP_RUNS: Final = 2
-"""Before a recording: kernels are compiled and libraries choose theirs."""
 
 
 class DecodeOutcome(NamedTuple):
@@ -106,18 +104,30 @@ class DecodeGraphs:
 
     def _record(self, shape: DecodeShape) -> None:
         """Not for a model that waits for the GPU in the middle of a step, as some mixtures of
-        experts do: its steps are run as they are."""
+        experts do: its steps are run as they are. The runs before compile kernels, and let
+        libraries choose theirs."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
-                self._run(shape)
+            self._run(shape)
+            self._can_record = _never_waits(lambda: self._run(shape))
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
+        if self._can_record:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outcome = self._run(shape)
-        except RuntimeError:
-            self._can_record = False
-            return
-        self._recordings[shape] = _Recording(graph, outcome)
+            self._recordings[shape] = _Recording(graph, outcome)
+
+
+def _never_waits(call: Callable[[], object]) -> bool:
+    """Whether the host asks for all of it without waiting for the GPU. A recording that fails
+    leaves torch's allocator in no good state, so that this is found out before."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return True
