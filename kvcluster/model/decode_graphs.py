@@ -23,6 +23,8 @@ from kvcluster.model.loader import LoadedModel
 
 ROW_COUNTS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 """Rows of recordings. A step has some of its rows twice to have as many."""
+_MAX_RECORDINGS: Final = 64
+"""Requests choose their codecs, so there is no end of combinations."""
 
 
 class DecodeOutcome(NamedTuple):
@@ -116,6 +118,8 @@ class DecodeGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outcome = self._run(shape)
+            while len(self._recordings) >= _MAX_RECORDINGS:
+                del self._recordings[next(iter(self._recordings))]
             self._recordings[shape] = _Recording(graph, outcome)
 
 

@@ -18,6 +18,7 @@ from kvcluster.attention.partial import Partial
 from kvcluster.cache.store import KVStore
 from kvcluster.codec.method import CodecModel
 from kvcluster.codec.model_codecs import ModelCodecs
+from kvcluster.model import decode_graphs
 from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.types import LayerGeometry, Policy, Route
 from tests.codec_models import CPU
@@ -198,3 +199,30 @@ def test_a_step_through_kernels_is_the_step_in_torch(
     atol = EXACT_ATOL if set(policies) == {"exact"} else PACKED_ATOL
     for call, out_THD in plain.items():
         torch.testing.assert_close(by_kernels[call], out_THD, rtol=0, atol=atol)
+
+
+def test_rows_that_fill_up_a_step_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, interpreted: torch.device
+) -> None:
+    policies = ("int4", "exact")
+    found = last_rows(outputs(policies, InterpretedAttention))
+
+    monkeypatch.setattr(decode_graphs, "ROW_COUNTS", (4,))
+    filled_up = outputs(policies, InterpretedAttention)
+
+    assert max(len(call) for call in filled_up if call[0] == len(policies) * 2 + 1) == 2 + 4
+    assert last_rows(filled_up).keys() == found.keys()
+    # With more rows each is split less, and packed kernels round weights to float16.
+    for place, out_HD in last_rows(filled_up).items():
+        torch.testing.assert_close(out_HD, found[place], rtol=0, atol=PACKED_ATOL)
+
+
+def last_rows(calls: dict[tuple[int, ...], Tensor]) -> dict[tuple[int, int], Tensor]:
+    """out_HD of the last step's rows, by layer and position."""
+    last_step = max(step for step, *_ in calls)
+    return {
+        (layer, position): out_HD
+        for (step, layer, *positions), out_THD in calls.items()
+        if step == last_step
+        for position, out_HD in zip(positions, out_THD, strict=True)
+    }
