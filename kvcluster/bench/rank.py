@@ -1,8 +1,8 @@
 """`kvcluster bench rank`: one rank's steps on a GPU, with a random model of Llama 3.2 1B's shape.
 
-Also `python -m kvcluster.bench.rank --length 131072 --policy int4`, for a GPU machine without Ray
-and gRPC. Steps are those that the engine asks for: what a step costs beside them is what `bench
-step` measures.
+Also `python -m kvcluster.bench.rank --shape 8b --length 131072 --policy int4`, with the shape of
+Llama 3.1 8B and on a GPU machine without Ray and gRPC. Steps are those that the engine asks for:
+what a step costs beside them is what `bench step` measures.
 
 Both are over a cache that is full of random numbers: a chunk of prefill at the end of it, and the
 tokens behind it.
@@ -22,6 +22,7 @@ from kvcluster.bench.report import BenchReport, Measurement, bench_report
 from kvcluster.errors import ConfigError
 from kvcluster.types import EXACT, Policy
 
+SHAPES: Final = ("1b", "8b")
 LENGTHS: Final = (4096, 32_768, 131_072)
 POLICIES: Final = (EXACT, "int8", "int4")
 _CHUNK_TOKENS: Final = 8192
@@ -34,6 +35,7 @@ def run(
     lengths: Sequence[int] = LENGTHS,
     policies: Sequence[str] = POLICIES,
     *,
+    shape: str = SHAPES[0],
     with_prefill: bool = True,
     output: Path | None = None,
 ) -> BenchReport:
@@ -49,11 +51,13 @@ def run(
     from kvcluster.bench.kernel_timing import gpu_name
 
     taken: list[Measurement] = []
+    asked = [*(f"--length {length}" for length in lengths), *(f"--policy {p}" for p in policies)]
+    command = " ".join(["python -m kvcluster.bench.rank", f"--shape {shape}", *asked])
 
     def report() -> BenchReport:
-        return bench_report("rank", tuple(taken), gpu=gpu_name())
+        return bench_report("rank", tuple(taken), command=command, gpu=gpu_name())
 
-    for measurement in measure(lengths, policies, with_prefill=with_prefill):
+    for measurement in measure(lengths, policies, shape=shape, with_prefill=with_prefill):
         taken.append(measurement)
         sys.stderr.write(f"{measurement.name} {measurement.value:,.3f} {measurement.unit}\n")
         if output is not None:
@@ -62,7 +66,7 @@ def run(
 
 
 def measure(
-    lengths: Sequence[int], policies: Sequence[str], *, with_prefill: bool
+    lengths: Sequence[int], policies: Sequence[str], *, shape: str, with_prefill: bool
 ) -> Iterator[Measurement]:
     """Milliseconds a decoded token, and TFLOP/s of a chunk, of one sequence."""
     import torch
@@ -71,18 +75,19 @@ def measure(
         LoneRank,
         attention_flops,
         llama_1b,
+        llama_8b,
         matmul_flops,
         random_model,
     )
 
-    config = llama_1b(2 * max(lengths))
+    config = {"1b": llama_1b, "8b": llama_8b}[shape](2 * max(lengths))
     model = random_model(config, torch.device("cuda"), torch.bfloat16)
     for policy in policies:
         for length in lengths:
             torch.cuda.empty_cache()
             rank = LoneRank(model, Policy(codec=policy), capacity=length + 8192)
             rank.fill()
-            name = f"{policy} {length >> 10}K"
+            name = f"{shape} {policy} {length >> 10}K"
             if with_prefill:
                 chunk = min(_CHUNK_TOKENS, length)
                 ids = [7] * chunk
@@ -117,12 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kvcluster.bench.rank")
     parser.add_argument("--length", action="append", type=int, help="repeatable")
     parser.add_argument("--policy", action="append", help="repeatable")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
     parser.add_argument("--no-prefill", action="store_true", help="decode alone")
     parser.add_argument("--output", type=Path, help="write the report there as well")
     options = parser.parse_args(arguments)
     report = run(
         options.length or LENGTHS,
         options.policy or POLICIES,
+        shape=options.shape,
         with_prefill=not options.no_prefill,
         output=options.output,
     )

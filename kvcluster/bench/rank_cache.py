@@ -44,6 +44,21 @@ def llama_1b(max_tokens: int) -> LlamaConfig:
     )
 
 
+def llama_8b(max_tokens: int) -> LlamaConfig:
+    """The shape of Llama 3.1 8B."""
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=max_tokens,
+        tie_word_embeddings=False,
+    )
+
+
 def random_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """A model of this shape, set to our attention."""
     default = torch.get_default_dtype()
