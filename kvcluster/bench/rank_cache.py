@@ -180,20 +180,21 @@ class LoneRank:
         if self._policy.storage == EXACT:
             return
         geometry, codec = self._model.spec.layers[0], self._policy.storage
-        shape = (_FILL_BLOCKS, geometry.num_kv_heads, BLOCK_SIZE)
+        last = self.store.num_blocks(0, codec)
+        num_blocks = min(_FILL_BLOCKS, last - self._first_encoded)
+        shape = (num_blocks, geometry.num_kv_heads, BLOCK_SIZE)
         like = self.store.planes(0).k_PKSD
         k, v = (
             torch.randn((*shape, dim), dtype=like.dtype, device=like.device)
             for dim in (geometry.key_dim, geometry.value_dim)
         )
-        positions_BS = consecutive(torch.arange(_FILL_BLOCKS) * BLOCK_SIZE, BLOCK_SIZE)
-        first_ids_B = torch.arange(_FILL_BLOCKS) + self._first_encoded
+        positions_BS = consecutive(torch.arange(num_blocks) * BLOCK_SIZE, BLOCK_SIZE)
+        first_ids_B = torch.arange(num_blocks) + self._first_encoded
         self.store.encode(0, codec, first_ids_B, Piece(k, v), positions_BS)
         held = self.store.read_held(0, codec, first_ids_B)
-        last = self.store.num_blocks(0, codec)
         for layer in self._model.spec.storing_layers:
-            for first in range(self._first_encoded, last, _FILL_BLOCKS):
-                ids_B = torch.arange(first, min(first + _FILL_BLOCKS, last), device=like.device)
+            for first in range(self._first_encoded, last, num_blocks):
+                ids_B = torch.arange(first, min(first + num_blocks, last), device=like.device)
                 self.store.write_held(layer, codec, ids_B, [x[: len(ids_B)] for x in held])
 
     def _blocks(self, end: int) -> list[NewBlock]:
