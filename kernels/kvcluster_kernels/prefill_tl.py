@@ -82,7 +82,11 @@ def prefill(
     num_tokens, num_heads, key_dim = q_THD.shape
     num_kv_heads, value_dim = keys.k_PKSD.shape[1], keys.v_PKSD.shape[3]
     num_rows = num_tokens * (num_heads // num_kv_heads)
-    tiles = tiles or _tiles(q_THD, keys, num_rows)
+    if tiles is None:
+        tiles = _tiles(q_THD, keys, num_rows)
+        if causal is not None and causal.bound is not None and not causal.bound.is_before:
+            # Its masks take registers, and rows see few keys: those of some blocks.
+            tiles = tiles._replace(block_n=min(tiles.block_n, 64))
     num_programs = triton.cdiv(num_rows, tiles.block_m) * num_kv_heads
     if num_splits is None:
         num_splits = _splits(q_THD.device, num_programs, keys.num_keys)

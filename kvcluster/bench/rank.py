@@ -92,7 +92,7 @@ def measure(
                 chunk = min(_CHUNK_TOKENS, length)
                 ids = [7] * chunk
                 # The first one is compiled for, at the first lengths.
-                repeats = 3 if length <= max(LENGTHS) else 1
+                repeats = 2 if length <= max(LENGTHS) else 1
                 seconds = min(rank.step(length - chunk, chunk, ids=ids) for _ in range(repeats))
                 flops = matmul_flops(config) * chunk
                 flops += attention_flops(config, length - chunk, chunk)

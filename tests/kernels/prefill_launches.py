@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from kvcluster_kernels import prefill_tl
-from kvcluster_kernels.prefill_arguments import Causal, PartialAttention
+from kvcluster_kernels.prefill_arguments import BlockBound, Causal, PartialAttention
 from kvcluster_kernels.prefill_gluon import Pipeline
 
 from tests.kernels.prefill_cases import Case, arguments
@@ -52,6 +52,15 @@ SERVED_PORTABLE = (
         causal=Causal(256, window=100),
         softcap=5.0,
         has_sinks=True,
+    ),
+    _served(
+        "head 64 before a block", 64, causal=Causal(256, bound=BlockBound(64, 4, is_before=True))
+    ),
+    _served(
+        "head 128 from a block on",
+        128,
+        causal=Causal(256, bound=BlockBound(64, 4, is_before=False)),
+        is_carried=True,
     ),
 )
 SERVED_PIPELINED = (
