@@ -120,8 +120,9 @@ class TierLedger:
         return tuple(self._accounts)
 
     def apply(self, shares: Mapping[TenantId, TierShare]) -> None:
-        """These shares hold from now on; a tenant that is not named has none. What is held stays
-        until it is given back or reclaimed. Accounts of unused tenants without a share go."""
+        """These shares hold from now on; a tenant that is not named has none. What is above a
+        limit and idle is evicted; what is in use stays until it is given back or reclaimed.
+        Accounts of unused tenants without a share go."""
         for tenant in {*self._accounts, *shares}:
             account = self._account(tenant)
             self._count_floors(account, -1)
@@ -131,6 +132,8 @@ class TierLedger:
             in_use = any(account.used) or any(account.beside) or account.cache is not None
             if not in_use and tenant not in shares:
                 del self._accounts[tenant]
+        for tenant in tuple(self._accounts):
+            self._evict_above_limit(tenant)
 
     def share(self, tenant: TenantId) -> TierShare:
         account = self._accounts.get(tenant)
@@ -311,6 +314,12 @@ class TierLedger:
             assert sum(map(self._chunks, unfilled)) == group.unfilled_chunks
         for account in self._accounts.values():
             assert min((*account.used, *account.beside)) >= 0
+
+    def _evict_above_limit(self, tenant: TenantId) -> None:
+        for group in range(len(self._groups)):
+            over = -self._below_limit(tenant, group)
+            if over > 0:
+                self.reclaim(tenant, group, over)
 
     def _account(self, tenant: TenantId) -> _Account:
         if tenant not in self._accounts:

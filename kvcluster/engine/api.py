@@ -11,7 +11,8 @@ from typing import Protocol
 import msgspec
 
 from kvcluster.policy import Menu
-from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
+from kvcluster.tenancy.limits import NO_LIMITS, UNLIMITED, TenantLimits
+from kvcluster.tenancy.shares import TenantShares
 from kvcluster.types import (
     DEFAULT_TENANT,
     GenerationId,
@@ -245,6 +246,22 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
     ranks: tuple[ShardSize, ...]
+    gpu_bytes: int = 0
+    """Cache memory of all ranks."""
+
+
+class TierLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tenant has of one tier of cache memory in an engine now."""
+
+    floor_bytes: int = 0
+    """Nobody can take this much from it."""
+    limit_bytes: int = UNLIMITED
+    used_bytes: int = 0
+    """As stored, over all ranks."""
+    borrowed_bytes: int = 0
+    """The part that is above the floor, in each kind of layers for itself."""
+    cached_bytes: int = 0
+    """The part that nobody is using, and that is evicted first."""
 
 
 class TenantLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,6 +275,8 @@ class TenantLoad(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     num_refused: int = 0
     """Requests that a limit of the tenant refused, since the engine started."""
+    tiers: dict[str, TierLoad] = {}
+    """By the names of `Tier`, those that the engine has."""
 
 
 class Backend(Protocol):
@@ -326,6 +345,11 @@ class Backend(Protocol):
 
     async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad:
         """What the tenant uses now; `limits` as they are now."""
+        ...
+
+    async def apply_shares(self, shares: TenantShares) -> None:
+        """Shares of cache memory that hold from now on, for all tenants. Older ones than those that
+        hold change nothing."""
         ...
 
     async def status(self) -> BackendStatus: ...

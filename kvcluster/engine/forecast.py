@@ -7,6 +7,7 @@ from kvcluster.engine.estimator import SpeedEstimator
 from kvcluster.engine.generation import Generation
 from kvcluster.engine.request import Request
 from kvcluster.engine.scheduler import Scheduler
+from kvcluster.types import TenantId
 
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
@@ -24,11 +25,15 @@ class Forecast:
         its length or the speed is not known."""
         if spec.input_tokens is None:
             return None
-        own_s = self._estimator.prefill_s(0, spec.input_tokens)
+        prompt_s = self._estimator.prefill_s(0, spec.input_tokens)
         ahead_s = self._prefill_s(
-            request for request in self._queued() if request.spec.priority >= spec.priority
+            request
+            for request in self._queued()
+            if request.spec.tenant == spec.tenant and request.spec.priority >= spec.priority
         )
-        return None if own_s is None or ahead_s is None else own_s + ahead_s
+        if prompt_s is None or ahead_s is None:
+            return None
+        return self._beside_others_s(spec, prompt_s + ahead_s)
 
     def retry_after_s(self) -> float:
         """When a place in the queue is likely to be free."""
@@ -51,7 +56,26 @@ class Forecast:
         )
 
     def _remaining_s(self, request: Request) -> float | None:
-        return self._prefill_s(other for other in self._queued() if other.order <= request.order)
+        own_s = self._prefill_s(
+            other
+            for other in self._queued()
+            if other.spec.tenant == request.spec.tenant and other.order <= request.order
+        )
+        return None if own_s is None else self._beside_others_s(request.spec, own_s)
+
+    def _beside_others_s(self, spec: GenerationRequest, own_s: float) -> float:
+        """How long so many seconds of the tenant's own work take, while each other tenant gets what
+        its weight says, or all that it wants where that is less."""
+        by_tenant: dict[TenantId, list[Request]] = {}
+        for request in self._queued():
+            if request.spec.tenant != spec.tenant:
+                by_tenant.setdefault(request.spec.tenant, []).append(request)
+        total_s = own_s
+        for requests in by_tenant.values():
+            wanted_s = self._prefill_s(requests) or 0.0
+            weight = requests[-1].spec.limits.weight / spec.limits.weight
+            total_s += min(wanted_s, own_s * weight)
+        return total_s
 
     def _queued(self) -> list[Request]:
         return [

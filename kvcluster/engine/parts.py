@@ -6,12 +6,14 @@ from typing import Protocol
 
 from kvcluster.cache.partition import PartitionStatistics
 from kvcluster.cache.partitions import CachePartitions
+from kvcluster.cache.tier import TierLedger
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.estimator import EstimatorStatistics
 from kvcluster.engine.scheduler import RouteChoice
 from kvcluster.engine.text import Tokenizer
 from kvcluster.policy import Menu
 from kvcluster.policy_bounds import MeasuredRecipe
+from kvcluster.tenancy.limits import Tier
 from kvcluster.types import ModelSpec, Policy, TenantId
 
 
@@ -31,6 +33,8 @@ class EngineParts:
     cache: CacheConfig
     config: EngineConfig
     partitions: CachePartitions
+    other_tiers: Mapping[Tier, TierLedger] = field(default_factory=dict)
+    """What counts the memory of tiers below the GPUs."""
     choose_route: RouteChoice
     menu: Menu
     """What a policy may name."""

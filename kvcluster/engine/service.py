@@ -29,6 +29,7 @@ from kvcluster.engine.generation import Generation
 from kvcluster.engine.intake import FEEDER_SILENCE_S, PromptIntake
 from kvcluster.engine.policies import choose_policy
 from kvcluster.engine.request import TOKEN_BYTES
+from kvcluster.engine.tiers import TenantTiers
 from kvcluster.engine.upload import PromptUpload, check_vocabulary, raw_chunk
 from kvcluster.errors import (
     ErrorRecord,
@@ -40,6 +41,7 @@ from kvcluster.errors import (
     from_record,
 )
 from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
+from kvcluster.tenancy.shares import TenantShares
 from kvcluster.types import GenerationId, Policy, TenantId
 
 
@@ -65,6 +67,7 @@ class EngineService:
             engine, wake=self._driver.wake, feeder_silence_s=feeder_silence_s
         )
         self._keys: dict[tuple[TenantId, str], GenerationId] = {}
+        self._tiers = TenantTiers(self._parts.partitions, self._parts.other_tiers)
 
     def start(self) -> None:
         """Begin to run steps. Requests may be opened from now on."""
@@ -73,6 +76,7 @@ class EngineService:
     def mark_ready(self) -> None:
         """A token has been generated through the whole ring."""
         self._is_marked_ready = True
+        self._tiers.enforce()
 
     async def wait_ring_lost(self) -> None:
         """Return when a rank is lost. Every unfinished generation has ended with RankLost."""
@@ -90,6 +94,7 @@ class EngineService:
     def restart(self, epoch: int) -> None:
         """The ring group was started again, in this epoch. Ready once `mark_ready` is called."""
         self._is_marked_ready = False
+        self._tiers.hold_back()
         self._driver.restart(epoch)
 
     async def drain(self) -> None:
@@ -206,7 +211,12 @@ class EngineService:
         tables = [table for request in own for table in request.tables]
         kv_bytes = held_bytes(tables, self._parts.partitions.of(tenant), block_bytes)
         kv_bytes += sum(_weighted(table.num_beside, block_bytes) for table in tables)
-        return self._engine.tenants.load(tenant, limits, own, kv_bytes)
+        load = self._engine.tenants.load(tenant, limits, own, kv_bytes)
+        return msgspec.structs.replace(load, tiers=self._tiers.loads(tenant))
+
+    async def apply_shares(self, shares: TenantShares) -> None:
+        self._tiers.apply(shares)
+        self._driver.wake()
 
     async def status(self) -> BackendStatus:
         statistics = self._engine.statistics()
@@ -222,6 +232,7 @@ class EngineService:
             default_policy=self._engine.default_policy,
             epoch=statistics.epoch,
             num_ranks=len(statistics.partition.ranks),
+            gpu_bytes=self._tiers.gpu_bytes,
             num_running=statistics.num_running,
             num_waiting=statistics.num_waiting,
             ranks=tuple(

@@ -15,7 +15,7 @@ from kvcluster.errors import InvalidField
 from kvcluster.router import names
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
 from kvcluster.tenancy.audit import ChainReport
-from kvcluster.tenancy.limits import UNLIMITED, Partitions, TenantLimits, TierPartition
+from kvcluster.tenancy.limits import UNLIMITED, Partitions, TenantLimits, Tier, TierPartition
 from kvcluster.tenancy.tenant import (
     ApiKey,
     AuditEvent,
@@ -164,9 +164,24 @@ def usage_to_proto(
         input_tokens_per_minute=sum(load.input_tokens for load in loads),
         output_tokens_per_minute=sum(load.output_tokens for load in loads),
         gpu_bytes=sum(load.kv_bytes for load in loads),
+        gpu=_tier_usage(tenant.partitions.gpu, loads, Tier.GPU),
+        host=_tier_usage(tenant.partitions.host, loads, Tier.HOST),
+        disk=_tier_usage(tenant.partitions.disk, loads, Tier.DISK),
         refused_requests=sum(load.num_refused for load in loads),
         read_time=_timestamp(now),
     )
+
+
+def _tier_usage(share: TierPartition, loads: Sequence[TenantLoad], tier: Tier) -> pb.TierUsage:
+    """The share as it was set, and what the engines count."""
+    found = [load.tiers[tier.value] for load in loads if tier.value in load.tiers]
+    usage = pb.TierUsage(
+        used_bytes=sum(each.used_bytes for each in found),
+        borrowed_bytes=sum(each.borrowed_bytes for each in found),
+        cached_bytes=sum(each.cached_bytes for each in found),
+    )
+    _fill(usage, share)
+    return usage
 
 
 def seconds_in(field: str, message: Duration, *, least: float, most: float) -> float:

@@ -14,9 +14,10 @@ from kvcluster.engine.api import Backend, GenerationState
 from kvcluster.errors import KvClusterError, StoreUnavailable
 from kvcluster.log import get_logger
 from kvcluster.router.open_calls import OpenCalls
+from kvcluster.router.share_pushes import SharePushes
 from kvcluster.tenancy.directory import TenantDirectory
 from kvcluster.tenancy.store import TenantStore
-from kvcluster.tenancy.tenant import Act, TenantState
+from kvcluster.tenancy.tenant import Act, Tenant, TenantState
 from kvcluster.types import TenantId
 
 LOOK_INTERVAL_S = 0.25
@@ -46,6 +47,7 @@ class TenantWatch:
         self._backends = tuple(backends)
         self._calls = tuple(calls)
         self._unix_time = unix_time
+        self._pushes = SharePushes(directory, backends, unix_time)
         self._sweeps: dict[TenantId, int] = {}
         self._drains: dict[TenantId, float] = {}
         self._revision = 0
@@ -65,6 +67,7 @@ class TenantWatch:
         """Once. A store that cannot be read changes nothing of what runs."""
         with suppress(StoreUnavailable):
             self._note_changes()
+        await self._pushes.push()
         for calls in self._calls:
             calls.end_those_not_served()
         for tenant in [name for name, end_s in self._drains.items() if end_s <= self._unix_time()]:
@@ -75,6 +78,11 @@ class TenantWatch:
         self._sweeps = {tenant: left - 1 for tenant, left in due.items() if left > 1}
         for tenant in due:
             await self.cancel_all(tenant)
+
+    async def check_floor(self, tenant: Tenant, before: Tenant | None = None) -> None:
+        """Raises: InvalidField, where the floors of all tenants would not fit in the engines that
+        answer. `before`: the tenant as it was."""
+        await self._pushes.check_floor(tenant, before)
 
     async def cancel_all(self, tenant: TenantId) -> None:
         """Cancel the tenant's unfinished generations in every engine that answers."""

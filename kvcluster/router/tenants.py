@@ -94,8 +94,10 @@ class TenantService:
             Tenant(tenant=TenantId(message.tenant_id), uid=str(uuid.uuid4())), message.tenant
         )
         await self._policies.check(tenant.limits)
+        await self._watch.check_floor(tenant)
         act = _act(call, "CreateTenant", validates_only=message.validate_only)
         made = await _in_thread(lambda: self._store.create(tenant, act))
+        await self._watch.look()
         return self._done(act, made)
 
     async def get_tenant(self, message: pb.GetTenantRequest, call: Call) -> pb.Tenant:
@@ -122,11 +124,15 @@ class TenantService:
                 raise StateConflict("the tenant is deleted: undelete it first")
             return tenant_with(before, masked(tenant_to_proto(before), message.tenant, mask))
 
-        # Also outside the transaction, because the policies' check asks the engines.
-        await self._policies.check(update(await self._get(tenant)).limits)
+        # Also outside the transaction, because the checks of policies and floors ask the engines.
+        before = await self._get(tenant)
+        await self._policies.check(update(before).limits)
+        await self._watch.check_floor(update(before), before)
         act = _act(call, "UpdateTenant", validates_only=message.validate_only)
         etag = message.tenant.etag
         changed = await _in_thread(lambda: self._store.change(tenant, act, update, etag=etag))
+        # When it returns, the engines that answer have the tenant's new share.
+        await self._watch.look()
         return self._done(act, changed)
 
     async def delete_tenant(self, message: pb.DeleteTenantRequest, call: Call) -> pb.Tenant:

@@ -25,6 +25,7 @@ from kvcluster.engine.api import (
 )
 from kvcluster.errors import ErrorRecord, RankLost, from_record
 from kvcluster.tenancy.limits import TenantLimits
+from kvcluster.tenancy.shares import TenantShares
 from kvcluster.types import GenerationId, TenantId
 
 T = TypeVar("T")
@@ -88,6 +89,9 @@ class RemoteBackend:
 
     async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad:
         return await _value(self._handle.tenant_load.remote(tenant, limits))
+
+    async def apply_shares(self, shares: TenantShares) -> None:
+        await _value(self._handle.apply_shares.remote(shares))
 
     async def status(self) -> BackendStatus:
         return await _value(self._handle.status.remote())

@@ -24,6 +24,7 @@ from kvcluster.model.tokenizer import load_tokenizer
 from kvcluster.serve.assembly import engine_service
 from kvcluster.serve.warm_up import warm_up
 from kvcluster.tenancy.limits import TenantLimits
+from kvcluster.tenancy.shares import TenantShares
 from kvcluster.types import GenerationId, ModelSpec, TenantId
 
 T = TypeVar("T")
@@ -128,6 +129,9 @@ class Replica:
 
     async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad | ErrorRecord:
         return await self._answer(lambda engine: engine.tenant_load(tenant, limits))
+
+    async def apply_shares(self, shares: TenantShares) -> ErrorRecord | None:
+        return await self._answer(lambda engine: engine.apply_shares(shares))
 
     async def status(self) -> BackendStatus | ErrorRecord:
         return await self._answer(lambda engine: engine.status())

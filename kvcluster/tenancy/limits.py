@@ -5,6 +5,7 @@ a change holds from the next request on.
 """
 
 import re
+from enum import StrEnum
 
 import msgspec
 
@@ -17,6 +18,14 @@ MAX_PRIORITY = 100
 MAX_POLICIES = 32
 MAX_POLICY_CHARS = 1000
 _METHODS = re.compile(r"[a-z][a-z0-9_]*( \+ [a-z][a-z0-9_]*){0,3}")
+
+
+class Tier(StrEnum):
+    """Where cache is kept. The names are those of the fields of `Partitions`."""
+
+    GPU = "gpu"
+    HOST = "host"
+    DISK = "disk"
 
 
 class TierPartition(msgspec.Struct, frozen=True, kw_only=True):

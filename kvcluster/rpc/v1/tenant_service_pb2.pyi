@@ -356,6 +356,9 @@ class TenantUsage(_message.Message):
     GPU_BYTES_FIELD_NUMBER: _builtins.int
     REFUSED_REQUESTS_FIELD_NUMBER: _builtins.int
     READ_TIME_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Format: tenants/{tenant}/usage"""
     running_generations: _builtins.int
@@ -376,6 +379,18 @@ class TenantUsage(_message.Message):
     def read_time(self) -> _timestamp_pb2.Timestamp:
         """When this was so."""
 
+    @_builtins.property
+    def gpu(self) -> Global___TierUsage:
+        """Memory of the ranks' accelerators."""
+
+    @_builtins.property
+    def host(self) -> Global___TierUsage:
+        """Main memory."""
+
+    @_builtins.property
+    def disk(self) -> Global___TierUsage:
+        """Files."""
+
     def __init__(
         self,
         *,
@@ -388,14 +403,57 @@ class TenantUsage(_message.Message):
         gpu_bytes: _builtins.int = ...,
         refused_requests: _builtins.int = ...,
         read_time: _timestamp_pb2.Timestamp | None = ...,
+        gpu: Global___TierUsage | None = ...,
+        host: Global___TierUsage | None = ...,
+        disk: Global___TierUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["read_time", b"read_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "gpu", b"gpu", "host", b"host", "read_time", b"read_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_bytes", b"gpu_bytes", "input_tokens_per_minute", b"input_tokens_per_minute", "name", b"name", "open_streams", b"open_streams", "output_tokens_per_minute", b"output_tokens_per_minute", "queued_generations", b"queued_generations", "read_time", b"read_time", "refused_requests", b"refused_requests", "running_generations", b"running_generations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "gpu", b"gpu", "gpu_bytes", b"gpu_bytes", "host", b"host", "input_tokens_per_minute", b"input_tokens_per_minute", "name", b"name", "open_streams", b"open_streams", "output_tokens_per_minute", b"output_tokens_per_minute", "queued_generations", b"queued_generations", "read_time", b"read_time", "refused_requests", b"refused_requests", "running_generations", b"running_generations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TenantUsage: _TypeAlias = TenantUsage  # noqa: Y015
+
+@_typing.final
+class TierUsage(_message.Message):
+    """What a tenant has of one tier of cache memory now, over the whole cluster."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FLOOR_BYTES_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    BORROWED_BYTES_FIELD_NUMBER: _builtins.int
+    CACHED_BYTES_FIELD_NUMBER: _builtins.int
+    floor_bytes: _builtins.int
+    """Nobody can take this much from the tenant."""
+    limit_bytes: _builtins.int
+    """Most that it holds. Not set: as much as there is."""
+    used_bytes: _builtins.int
+    """What it holds, as stored: compressed, whole pages, and what is kept beside them."""
+    borrowed_bytes: _builtins.int
+    """The part that its floor does not cover, in layers with and without a window each for itself."""
+    cached_bytes: _builtins.int
+    """The part that no generation is using: evicted where memory is short."""
+    def __init__(
+        self,
+        *,
+        floor_bytes: _builtins.int = ...,
+        limit_bytes: _builtins.int | None = ...,
+        used_bytes: _builtins.int = ...,
+        borrowed_bytes: _builtins.int = ...,
+        cached_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "limit_bytes", b"limit_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "borrowed_bytes", b"borrowed_bytes", "cached_bytes", b"cached_bytes", "floor_bytes", b"floor_bytes", "limit_bytes", b"limit_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__limit_bytes: _TypeAlias = _typing.Literal["limit_bytes"]  # noqa: Y015
+    _WhichOneofArgType__limit_bytes: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit_bytes) -> _WhichOneofReturnType__limit_bytes | None: ...
+
+Global___TierUsage: _TypeAlias = TierUsage  # noqa: Y015
 
 @_typing.final
 class ApiKey(_message.Message):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcluster.config import EngineConfig
-from kvcluster.engine.api import GenerationRequest, PolicySource, TenantLoad
+from kvcluster.engine.api import GenerationRequest, PolicySource, TenantLoad, TierLoad
 from kvcluster.errors import (
     ContextTooLong,
     KvClusterError,
@@ -275,7 +275,7 @@ async def test_the_service_tells_what_a_tenant_uses_and_counts_what_it_was_refus
 
     assert (load.num_running + load.num_waiting, load.num_refused) == (1, 1)
     assert load.input_tokens > 0
-    assert other == TenantLoad()
+    assert other == TenantLoad(tiers={"gpu": TierLoad()})
 
 
 async def test_cache_that_a_tenant_holds_is_in_its_load(served: Served) -> None:

@@ -32,6 +32,7 @@ from kvcluster.engine.api import (
     ShardSize,
     TenantLoad,
     TextChunk,
+    TierLoad,
     Usage,
 )
 from kvcluster.errors import (
@@ -48,6 +49,7 @@ from kvcluster.policy_bounds import AutoBound, MeasuredRecipe, parse_bound, reso
 from kvcluster.router.convert import pack_ids
 from kvcluster.router.status import error_of_kind
 from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
+from kvcluster.tenancy.shares import TenantShares
 from kvcluster.types import GenerationId, LayerGeometry, ModelSpec, Policy, TenantId
 
 VOCAB_SIZE = 1000
@@ -124,6 +126,9 @@ class FakeBackend:
         self.is_ready = True
         self.failure: Exception | None = None  # raised by `open` and `append_prompt`
         self.status_failure: Exception | None = None
+        self.shares = TenantShares()
+        self.gpu_bytes = 0
+        self.tiers: dict[str, TierLoad] = {}
         self.output_text: str | None = None  # of one output token; None: its character
         self.generations: dict[GenerationId, FakeGeneration] = {}
         self.num_received_tokens = 0
@@ -287,7 +292,13 @@ class FakeBackend:
         return TenantLoad(
             num_running=sum(g.finished is None for g in own),
             input_tokens=sum(len(g.ids) for g in own),
+            tiers=self.tiers,
         )
+
+    async def apply_shares(self, shares: TenantShares) -> None:
+        if self.status_failure is not None:
+            raise self.status_failure
+        self.shares = shares
 
     async def status(self) -> BackendStatus:
         if self.status_failure is not None:
@@ -299,6 +310,7 @@ class FakeBackend:
             menu=MENU,
             epoch=1,
             num_ranks=1,
+            gpu_bytes=self.gpu_bytes,
             num_running=sum(g.finished is None for g in self.generations.values()),
             num_waiting=0,
             ranks=(ShardSize(rank=0, node="here", num_blocks=8, num_free_blocks=8),),

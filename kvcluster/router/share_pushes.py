@@ -1,0 +1,65 @@
+"""Tells every engine the tenants' shares of cache memory: at each change, and now and then anew for
+an engine that was started since.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kvcluster.engine.api import Backend, BackendStatus
+from kvcluster.tenancy.directory import TenantDirectory
+from kvcluster.tenancy.shares import TenantShares, check_floor, shares_of
+from kvcluster.tenancy.tenant import Tenant
+
+_REPEAT_S = 2.0
+_TIMEOUT_S = 5.0
+
+
+class SharePushes:
+    """Of one router."""
+
+    def __init__(
+        self,
+        directory: TenantDirectory,
+        backends: Sequence[Backend],
+        unix_time: Callable[[], float],
+    ) -> None:
+        self._directory = directory
+        self._backends = tuple(backends)
+        self._unix_time = unix_time
+        self._revisions = [-1] * len(backends)
+        self._repeat_at = 0.0
+
+    async def push(self) -> None:
+        """Send what an engine may not have yet. One that does not answer is asked the next time."""
+        if self._unix_time() >= self._repeat_at:
+            self._repeat_at = self._unix_time() + _REPEAT_S
+            self._revisions = [-1] * len(self._backends)
+        revision = self._directory.revision
+        if min(self._revisions, default=revision) == revision:
+            return
+        tenants = self._directory.tenants_since(-1)
+        shares = shares_of(tenants, revision=revision, num_engines=len(self._backends))
+        answers = await asyncio.gather(
+            *(_apply(backend, shares) for backend in self._backends), return_exceptions=True
+        )
+        for index, answer in enumerate(answers):
+            if answer is None:
+                self._revisions[index] = revision
+
+    async def check_floor(self, tenant: Tenant, before: Tenant | None) -> None:
+        """Raises: InvalidField. See `shares.check_floor`."""
+        if not tenant.partitions.gpu.floor_bytes:
+            return
+        answers = await asyncio.gather(*map(_status, self._backends), return_exceptions=True)
+        total = sum(answer.gpu_bytes for answer in answers if isinstance(answer, BackendStatus))
+        check_floor(tenant, before, self._directory.tenants_since(-1), total)
+
+
+async def _apply(backend: Backend, shares: TenantShares) -> None:
+    async with asyncio.timeout(_TIMEOUT_S):
+        await backend.apply_shares(shares)
+
+
+async def _status(backend: Backend) -> BackendStatus:
+    async with asyncio.timeout(_TIMEOUT_S):
+        return await backend.status()

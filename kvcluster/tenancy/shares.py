@@ -1,0 +1,78 @@
+"""What every engine has to know of all tenants, whether they send anything or not: their floors."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from kvcluster.errors import InvalidField
+from kvcluster.tenancy.limits import UNLIMITED, Partitions, TierPartition
+from kvcluster.tenancy.tenant import OPERATORS, Tenant, TenantState
+from kvcluster.types import TenantId
+
+
+class TenantShare(msgspec.Struct, frozen=True, kw_only=True):
+    """One tenant's."""
+
+    tenant: TenantId
+    partitions: Partitions
+    weight: int = 1
+
+
+class TenantShares(msgspec.Struct, frozen=True, kw_only=True):
+    """Those of all tenants at one moment."""
+
+    revision: int = -1
+    """Of the store's last change. What is older than what an engine has, it does not take."""
+    shares: tuple[TenantShare, ...] = ()
+
+
+def shares_of(tenants: Iterable[Tenant], *, revision: int, num_engines: int) -> TenantShares:
+    """For each of so many engines alike: what a tenant has of the cluster is divided among them."""
+    return TenantShares(
+        revision=revision,
+        shares=tuple(
+            TenantShare(
+                tenant=tenant.tenant,
+                partitions=Partitions(
+                    gpu=_divided(tenant.partitions.gpu, num_engines),
+                    host=_divided(tenant.partitions.host, num_engines),
+                    disk=_divided(tenant.partitions.disk, num_engines),
+                ),
+                weight=tenant.limits.weight,
+            )
+            for tenant in tenants
+            if tenant.state is not TenantState.DELETED and tenant.tenant != OPERATORS
+        ),
+    )
+
+
+def check_floor(
+    tenant: Tenant, before: Tenant | None, others: Iterable[Tenant], total: int
+) -> None:
+    """Whether floors of the GPU tier can be kept together with this tenant's. `before`: as it was.
+    `total`: bytes of the tier in all engines; 0: not known now, and nothing is checked.
+
+    Raises: InvalidField, with what is left.
+    """
+    floor = tenant.partitions.gpu.floor_bytes
+    if not total or (before is not None and floor <= before.partitions.gpu.floor_bytes):
+        return
+    taken = sum(
+        other.partitions.gpu.floor_bytes
+        for other in others
+        if other.tenant != tenant.tenant and other.state is not TenantState.DELETED
+    )
+    if floor + taken > total:
+        raise InvalidField(
+            "partitions.gpu.floor_bytes",
+            f"want at most {max(0, total - taken)}: the cache has {total} bytes, and floors of "
+            f"other tenants take {taken} of them",
+        )
+
+
+def _divided(share: TierPartition, count: int) -> TierPartition:
+    limit = share.limit_bytes
+    return TierPartition(
+        floor_bytes=share.floor_bytes // count,
+        limit_bytes=limit if limit == UNLIMITED else limit // count,
+    )

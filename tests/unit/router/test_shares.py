@@ -1,0 +1,122 @@
+"""Shares of cache memory, from the admin port to the engines and back as usage."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc import aio
+
+from kvcluster.engine.api import TierLoad
+from kvcluster.errors import RankLost
+from kvcluster.rpc.v1 import tenant_service_pb2 as pb
+from kvcluster.tenancy.limits import Partitions, TierPartition
+from kvcluster.tenancy.shares import TenantShare
+from kvcluster.types import TenantId
+from tests.unit.router.administering import Administered, administered
+from tests.unit.router.fake_backend import FakeBackend
+
+RED = TenantId("red")
+
+
+@pytest.fixture
+async def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+async def admin(tmp_path: Path, backend: FakeBackend) -> AsyncIterator[Administered]:
+    async with administered(tmp_path / "tenants.sqlite", backend) as served:
+        yield served
+
+
+async def set_gpu(admin: Administered, tenant: str, *, floor: int, limit: int) -> pb.Tenant:
+    share = pb.TierPartition(floor_bytes=floor, limit_bytes=limit)
+    changed = pb.Tenant(name=f"tenants/{tenant}", partitions=pb.Partitions(gpu=share))
+    request = pb.UpdateTenantRequest(tenant=changed)
+    return await admin.stub.UpdateTenant(request, metadata=admin.operator)
+
+
+async def test_when_a_share_is_changed_the_engines_have_it_before_the_admin_hears(
+    admin: Administered, backend: FakeBackend
+) -> None:
+    await admin.create("red", weight=5)
+    created = backend.shares
+
+    await set_gpu(admin, "red", floor=100, limit=900)
+
+    assert created.shares == (TenantShare(tenant=RED, partitions=Partitions(), weight=5),)
+    assert backend.shares.revision > created.revision
+    gpu = TierPartition(floor_bytes=100, limit_bytes=900)
+    (share,) = backend.shares.shares
+    assert share == TenantShare(tenant=RED, partitions=Partitions(gpu=gpu), weight=5)
+
+
+async def test_a_deleted_tenant_has_no_share(admin: Administered, backend: FakeBackend) -> None:
+    await admin.create("red")
+    await admin.stub.DeleteTenant(
+        pb.DeleteTenantRequest(name="tenants/red"), metadata=admin.operator
+    )
+
+    assert backend.shares.shares == ()
+
+
+async def test_floors_that_do_not_fit_together_are_refused_with_what_is_left(
+    admin: Administered, backend: FakeBackend
+) -> None:
+    backend.gpu_bytes = 1000
+    await admin.create("red")
+    await admin.create("blue")
+    await set_gpu(admin, "red", floor=700, limit=1000)
+
+    with pytest.raises(aio.AioRpcError) as refused:
+        await set_gpu(admin, "blue", floor=301, limit=1000)
+
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 300" in (refused.value.details() or "")
+    assert (await set_gpu(admin, "blue", floor=300, limit=1000)).partitions.gpu.floor_bytes == 300
+
+
+async def test_a_floor_is_lowered_though_the_floors_do_not_fit_any_more(
+    admin: Administered, backend: FakeBackend
+) -> None:
+    await admin.create("red")
+    await set_gpu(admin, "red", floor=700, limit=1000)
+    backend.gpu_bytes = 500
+
+    lowered = await set_gpu(admin, "red", floor=600, limit=1000)
+
+    assert lowered.partitions.gpu.floor_bytes == 600
+
+
+async def test_an_engine_that_does_not_answer_holds_no_admin_up_and_gets_the_shares_later(
+    admin: Administered, backend: FakeBackend
+) -> None:
+    backend.status_failure = RankLost("rank 0 was lost")
+    await admin.create("red")
+    before = backend.shares
+
+    backend.status_failure = None
+    await admin.create("blue")
+
+    assert before.shares == ()
+    assert [share.tenant for share in backend.shares.shares] == [RED, "blue"]
+
+
+async def test_usage_tells_floor_limit_used_and_borrowed_of_every_tier(
+    admin: Administered, backend: FakeBackend
+) -> None:
+    backend.tiers = {"gpu": TierLoad(used_bytes=150, borrowed_bytes=50, cached_bytes=20)}
+    await admin.create("red")
+    await set_gpu(admin, "red", floor=100, limit=900)
+
+    usage = await admin.stub.GetTenantUsage(
+        pb.GetTenantUsageRequest(name="tenants/red/usage"), metadata=admin.operator
+    )
+
+    assert usage.gpu == pb.TierUsage(
+        floor_bytes=100, limit_bytes=900, used_bytes=150, borrowed_bytes=50, cached_bytes=20
+    )
+    # Nothing is kept there, and nothing limits it.
+    assert usage.disk == pb.TierUsage()
+    assert not usage.disk.HasField("limit_bytes")
