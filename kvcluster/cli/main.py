@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvcluster.cli.audit import audit
 from kvcluster.cli.bench import bench
 from kvcluster.cli.calibrate import calibrate
 from kvcluster.cli.connection import with_tls
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (serve, with_tls(generate), with_tls(doctor), calibrate, bench):
+for command in (serve, with_tls(generate), with_tls(doctor), with_tls(audit), calibrate, bench):
     app.command(epilog=EXIT_CODES)(command)
 app.add_typer(tenants)
 
