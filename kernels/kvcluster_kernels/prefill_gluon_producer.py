@@ -114,7 +114,7 @@ def _copy_keys(
             key = first + i * BLOCK_TOKENS
             # A block that is not there is read from behind the last page: as zeros.
             block = gl.load(blocks_ptr + key // BLOCK_TOKENS, mask=key < num_keys, other=1 << 30)
-            blocks = blocks + (block,)  # noqa: RUF005
+            blocks = blocks + (block,)  # type: ignore[assignment]  # noqa: RUF005
         await_room(empty, phase)
         mbarrier.expect(barrier, NUM_BYTES)
         for i in gl.static_range(BLOCK_N // BLOCK_TOKENS):

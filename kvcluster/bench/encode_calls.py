@@ -15,7 +15,7 @@ from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
 from kvcluster.codec.calibration import Basis
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.float8 import Float8
-from kvcluster.codec.latent import LatentValues
+from kvcluster.codec.latent import LatentStorage, LatentValues
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
 from kvcluster.types import PAGE_BLOCKS
 
@@ -94,7 +94,7 @@ def _latents(shape: EncodeShape, device: torch.device) -> tuple[ArrayCodec, _Enc
         spectrum_F=torch.ones(width, dtype=torch.float64),
     )
     projection = LatentProjection.of(basis.down_FC, basis.mean_F)
-    codec = LatentValues(basis, num_heads=shape.num_kv_heads, rank=rank, bits=4)
+    codec = LatentValues(basis, num_heads=shape.num_kv_heads, rank=rank, storage=LatentStorage(bits=4))
     return codec, lambda blocks, planes: encode_latents(blocks, projection, form, planes)
 
 
