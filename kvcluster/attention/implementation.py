@@ -75,6 +75,11 @@ class Implementation(Protocol):
         """`local.attend_earlier`."""
         ...
 
+    def attend_pages(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
+        """Rows of a chunk over all of its history on this rank, where that lies. None: it is to be
+        gathered."""
+        ...
+
     def attend_switching(
         self, q_THD: Tensor, keys: SwitchingKeys, layer: LayerGeometry, first: int
     ) -> Partial | None:
@@ -95,6 +100,14 @@ class PlainAttention:
     attend_causal = staticmethod(local.attend_causal)
     attend_earlier = staticmethod(local.attend_earlier)
     merge = staticmethod(partial.merge)
+
+    def attend_pages(
+        self,
+        layer: int,  # noqa: ARG002
+        part: SequencePart,  # noqa: ARG002
+        q_THD: Tensor,  # noqa: ARG002
+    ) -> Partial | None:
+        return None
 
     def attend_switching(
         self,

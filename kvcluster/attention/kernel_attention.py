@@ -9,7 +9,9 @@ dimension.
 
 from collections.abc import Collection
 from typing import Final
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from kvcluster_kernels import merge as merge_kernel
 from kvcluster_kernels import prefill_gluon, prefill_tl
@@ -26,12 +28,17 @@ from kvcluster.attention import local
 from kvcluster.attention.implementation import SwitchingKeys
 from kvcluster.attention.kernel_choice import Prefill, prefill_choice
 from kvcluster.attention.kernel_rows import KernelRows
+from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
+from kvcluster.attention.row_tables import exact_span
 from kvcluster.cache.store import KVStore, Piece
-from kvcluster.types import LayerGeometry
+from kvcluster.types import EXACT, LayerGeometry
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
 """What matrix units multiply. Float32 is served, but not faster than by torch."""
+_PAGED_ROWS: Final = 4096
+"""Rows of a chunk from which on its history is gathered first: kernels are a fortieth faster over
+keys in one piece, and what gathering costs does not grow with the rows."""
 
 
 class KernelAttention:
@@ -40,7 +47,11 @@ class KernelAttention:
     def __init__(self, store: KVStore, dtypes: Collection[torch.dtype] = DTYPES) -> None:
         """`dtypes`: of the queries that go to kernels. On a CPU these run in Triton's
         interpreter."""
+        self._store = store
+        self._spec = store.spec
         self._dtypes = dtypes
+        self._page_ids: WeakKeyDictionary[SequencePart, dict[int, Tensor]] = WeakKeyDictionary()
+        """Blocks of a chunk's history by KV group, once for all layers."""
         self.rows: KernelRows | None = (
             KernelRows(store, self.merge) if store.planes(0).k_PKSD.dtype in dtypes else None
         )
@@ -54,7 +65,7 @@ class KernelAttention:
         mask_TS: Tensor | None = None,
     ) -> Partial:
         if mask_TS is None and self._serves(q_THD, k_KSD, v_KSD, layer):
-            return _prefill(q_THD, k_KSD, v_KSD, layer, None)
+            return _prefill(q_THD, Keys.in_line(k_KSD, v_KSD), layer, None)
         return local.attend(q_THD, k_KSD, v_KSD, layer, mask_TS)
 
     def attend_causal(
@@ -63,7 +74,8 @@ class KernelAttention:
         last = first + q_THD.shape[0]
         if self._serves(q_THD, k_KSD[:, :last], v_KSD, layer):
             causal = Causal(first, window=layer.window)
-            return _prefill(q_THD, k_KSD[:, :last], v_KSD[:, :last], layer, causal)
+            keys = Keys.in_line(k_KSD[:, :last], v_KSD[:, :last])
+            return _prefill(q_THD, keys, layer, causal)
         return local.attend_causal(q_THD, k_KSD, v_KSD, layer, first)
 
     def attend_earlier(
@@ -73,8 +85,30 @@ class KernelAttention:
             causal = None
             if layer.window is not None:
                 causal = Causal(k_KSD.shape[1] + gap, window=layer.window)
-            return _prefill(q_THD, k_KSD, v_KSD, layer, causal)
+            return _prefill(q_THD, Keys.in_line(k_KSD, v_KSD), layer, causal)
         return local.attend_earlier(q_THD, k_KSD, v_KSD, layer, gap=gap)
+
+    def attend_pages(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
+        geometry = self._spec.layers[layer]
+        k_PKSD, v_PKSD = self._store.planes(layer)
+        is_served = (
+            type(part) is SequencePart
+            and part.codec_in(geometry.window) == EXACT
+            and q_THD.shape[0] < _PAGED_ROWS
+            and self._serves(q_THD, k_PKSD[0], v_PKSD[0], geometry)
+        )
+        if not is_served:
+            return None
+        group = self._spec.group_of(geometry)
+        span = exact_span(part.history(group, geometry.window), self._store.block_size)
+        if span.start or not span.end:
+            return None
+        ids_by_group = self._page_ids.setdefault(part, {})
+        if group not in ids_by_group:
+            ids = torch.from_numpy(span.blocks_B.astype(np.int32))
+            ids_by_group[group] = ids.to(q_THD.device)
+        keys = Keys(k_PKSD, v_PKSD, span.end, ids_by_group[group], self._store.block_size)
+        return _prefill(q_THD, keys, geometry, None)
 
     def attend_switching(
         self, q_THD: Tensor, keys: SwitchingKeys, layer: LayerGeometry, first: int
@@ -85,9 +119,9 @@ class KernelAttention:
             return None
         before = BlockBound(keys.block_size, keys.lag, is_before=True)
         causal = Causal(first, window=layer.window, bound=before)
-        earlier = _prefill(q_THD, *read, layer, causal)
+        earlier = _prefill(q_THD, Keys.in_line(*read), layer, causal)
         causal = causal._replace(bound=before._replace(is_before=False))
-        return _prefill(q_THD, *near, layer, causal, earlier)
+        return _prefill(q_THD, Keys.in_line(*near), layer, causal, earlier)
 
     def merge(self, *partials: Partial) -> Partial:
         if len(partials) == 1:
@@ -106,8 +140,7 @@ class KernelAttention:
 
 def _prefill(
     q_THD: Tensor,
-    k_KSD: Tensor,
-    v_KSD: Tensor,
+    keys: Keys,
     layer: LayerGeometry,
     causal: Causal | None,
     others: Partial | None = None,
@@ -115,7 +148,6 @@ def _prefill(
     """By the kernel that is chosen for the call. `others`: of the same rows over other keys, which
     is merged."""
     carry = None if others is None else PartialAttention(*others)
-    keys = Keys.in_line(k_KSD, v_KSD)
     choice = prefill_choice(q_THD, keys, causal=causal, softcap=layer.softcap)
     if choice is Prefill.PIPELINED:
         found = prefill_gluon.prefill(q_THD, keys, scale=layer.scale, causal=causal, carry=carry)

@@ -75,8 +75,12 @@ class OwnKeys:
         geometry = self._spec.layers[layer]
         history = self.history(layer, part)
         mask_TS = part.mask(history, geometry.window, asker, self._rank, q_THD.device)
-        if mask_TS is None and self._is_read_in_pieces(layer, part):
-            return self._attend_in_pieces(layer, part, q_THD)
+        if mask_TS is None:
+            partial = self._local.attend_pages(layer, part, q_THD)
+            if partial is not None:
+                return partial
+            if self._is_read_in_pieces(layer, part):
+                return self._attend_in_pieces(layer, part, q_THD)
         k_KSD, v_KSD = self.keys(layer, part)
         return self._local.attend(q_THD, k_KSD, v_KSD, geometry, mask_TS)
 

@@ -126,6 +126,10 @@ class InterpretedAttention(KernelAttention):
         with _INTERPRETER:
             return super().attend_earlier(*arguments, gap=gap)
 
+    def attend_pages(self, *arguments: Any) -> Partial | None:
+        with _INTERPRETER:
+            return super().attend_pages(*arguments)
+
     def attend_switching(self, *arguments: Any) -> Partial | None:
         with _INTERPRETER:
             return super().attend_switching(*arguments)
