@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from kvcluster_kernels import merge as merge_kernel
 from kvcluster_kernels import prefill_gluon, prefill_tl
+from kvcluster_kernels.packed_history import prefill_history
 from kvcluster_kernels.prefill_arguments import (
     MAX_HEAD_DIM,
     BlockBound,
@@ -22,16 +23,18 @@ from kvcluster_kernels.prefill_arguments import (
     Keys,
     PartialAttention,
 )
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcluster.attention import local
+from kvcluster.attention.history import History
 from kvcluster.attention.implementation import SwitchingKeys
 from kvcluster.attention.kernel_choice import Prefill, prefill_choice
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
 from kvcluster.attention.row_tables import exact_span
-from kvcluster.cache.store import KVStore, Piece
+from kvcluster.cache.store import KVStore, Piece, keys_and_values
 from kvcluster.types import EXACT, LayerGeometry
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
@@ -51,7 +54,6 @@ class KernelAttention:
         self._spec = store.spec
         self._dtypes = dtypes
         self._page_ids: WeakKeyDictionary[SequencePart, dict[int, Tensor]] = WeakKeyDictionary()
-        """Blocks of a chunk's history by KV group, once for all layers."""
         self.rows: KernelRows | None = (
             KernelRows(store, self.merge) if store.planes(0).k_PKSD.dtype in dtypes else None
         )
@@ -91,24 +93,47 @@ class KernelAttention:
     def attend_pages(self, layer: int, part: SequencePart, q_THD: Tensor) -> Partial | None:
         geometry = self._spec.layers[layer]
         k_PKSD, v_PKSD = self._store.planes(layer)
-        is_served = (
-            type(part) is SequencePart
-            and part.codec_in(geometry.window) == EXACT
-            and q_THD.shape[0] < _PAGED_ROWS
-            and self._serves(q_THD, k_PKSD[0], v_PKSD[0], geometry)
-        )
-        if not is_served:
+        # Survivors are parts of another kind, and have other tables.
+        if type(part) is not SequencePart or not self._serves(
+            q_THD, k_PKSD[0], v_PKSD[0], geometry
+        ):
             return None
-        group = self._spec.group_of(geometry)
-        span = exact_span(part.history(group, geometry.window), self._store.block_size)
-        if span.start or not span.end:
+        history = part.history(self._spec.group_of(geometry), geometry.window)
+        if part.codec_in(geometry.window) != EXACT:
+            return self._attend_packed(layer, part, history, q_THD)
+        span = exact_span(history, self._store.block_size)
+        if span.start or not span.end or q_THD.shape[0] >= _PAGED_ROWS:
             return None
+        ids_N = self._ids(part, layer, span.blocks_B)
+        keys = Keys(k_PKSD, v_PKSD, span.end, ids_N, self._store.block_size)
+        return _prefill(q_THD, keys, geometry, None)
+
+    def _attend_packed(
+        self, layer: int, part: SequencePart, history: History, q_THD: Tensor
+    ) -> Partial | None:
+        """Over the exact blocks and the encoded ones."""
+        geometry, held = self._spec.layers[layer], history.ranks[part.rank]
+        packed = self.rows.packed(layer, part.codec) if self.rows is not None else None
+        if packed is None or geometry.softcap is not None or held.num_skipped:
+            return None
+        ids_N = self._ids(part, layer, history.encoded_ids_B.numpy())
+        blocks = packed.history(ids_N, self._store.block_size)
+        if blocks is None or not held.num_blocks:
+            return None
+        carry = None
+        if history.runs:
+            exact = keys_and_values(self._store.gather(layer, history.runs).planes, geometry)
+            carry = PartialAttention(*_prefill(q_THD, Keys.in_line(*exact), geometry, None))
+        return Partial(*prefill_history(q_THD, blocks, scale=geometry.scale, carry=carry))
+
+    def _ids(self, part: SequencePart, layer: int, blocks_B: NDArray[np.int64]) -> Tensor:
+        """Blocks of a chunk's history, copied once for all layers of a KV group."""
+        group = self._spec.group_of(self._spec.layers[layer])
         ids_by_group = self._page_ids.setdefault(part, {})
         if group not in ids_by_group:
-            ids = torch.from_numpy(span.blocks_B.astype(np.int32))
-            ids_by_group[group] = ids.to(q_THD.device)
-        keys = Keys(k_PKSD, v_PKSD, span.end, ids_by_group[group], self._store.block_size)
-        return _prefill(q_THD, keys, geometry, None)
+            ids_N = torch.from_numpy(blocks_B.astype(np.int32))
+            ids_by_group[group] = ids_N.to(self._store.device)
+        return ids_by_group[group]
 
     def attend_switching(
         self, q_THD: Tensor, keys: SwitchingKeys, layer: LayerGeometry, first: int

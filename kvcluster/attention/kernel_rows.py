@@ -11,7 +11,7 @@ from kvcluster_kernels.paging import Partial as RowPartial
 from kvcluster_kernels.prefill_arguments import MAX_HEAD_DIM
 from torch import Tensor
 
-from kvcluster.attention.packed_keys import ReadPacked, packed_reader
+from kvcluster.attention.packed_keys import PackedPages, packed_pages
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
 from kvcluster.attention.row_tables import RowTables, row_tables
@@ -30,7 +30,7 @@ class KernelRows:
         self._store = store
         self._spec = store.spec
         self._merge = merge
-        self._readers: dict[tuple[int, str], ReadPacked | None] = {}
+        self._pages: dict[tuple[int, str], PackedPages | None] = {}
         self._served: dict[tuple[str, bool], bool] = {}
         self._tables: dict[tuple[int, tuple[SequencePart, ...]], RowTables] = {}
 
@@ -45,7 +45,7 @@ class KernelRows:
         if max(geometry.key_dim, geometry.value_dim) > MAX_HEAD_DIM:
             return False
         codec = part.codec_in(geometry.window)
-        return codec == EXACT or self.reader(layer, codec) is not None
+        return codec == EXACT or self.packed(layer, codec) is not None
 
     def serves_all_layers(self, part: SequencePart) -> bool:
         """Whether `serves` says so of every layer."""
@@ -74,20 +74,20 @@ class KernelRows:
         pages = ExactPages(*self._store.planes(layer), self._store.block_size)
         found = [_in_line(decode(q_R1HD, pages, tables.exact, asked))]
         for codec, rows in tables.encoded.items():
-            read = self.reader(layer, codec)
-            assert read is not None, "asked for what is not served"
-            found.append(_in_line(read(q_R1HD, rows, asked)))
+            packed = self.packed(layer, codec)
+            assert packed is not None, "asked for what is not served"
+            found.append(_in_line(packed.decode(q_R1HD, rows, asked)))
         return found
 
-    def reader(self, layer: int, codec: str) -> ReadPacked | None:
-        """The launch that reads a layer's blocks of this codec; None: there is none."""
+    def packed(self, layer: int, codec: str) -> PackedPages | None:
+        """A layer's blocks of this codec for kernels; None: there is none that reads them."""
         key = (layer, codec)
-        if key not in self._readers:
-            self._readers[key] = self._find_reader(layer, codec)
-        return self._readers[key]
+        if key not in self._pages:
+            self._pages[key] = self._find_packed(layer, codec)
+        return self._pages[key]
 
-    def _find_reader(self, layer: int, codec: str) -> ReadPacked | None:
-        return packed_reader(
+    def _find_packed(self, layer: int, codec: str) -> PackedPages | None:
+        return packed_pages(
             self._store.layer_codec(layer, codec),
             self._store.encoded_planes(layer, codec),
             self._spec.layers[layer],

@@ -4,13 +4,15 @@ Shape letters: R rows, T query tokens of a row, H query heads, D head dimension;
 `kvcluster_kernels.paging` for planes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from kvcluster_kernels.float8_decode import Float8Pages, decode_float8
 from kvcluster_kernels.integer_decode import BITS as INTEGER_BITS
 from kvcluster_kernels.integer_decode import IntegerPages, decode_integers
 from kvcluster_kernels.levels import BITS as LEVEL_BITS
+from kvcluster_kernels.packed_prefill import History
 from kvcluster_kernels.paging import Attention, PagedRows, Partial
 from kvcluster_kernels.rotated_decode import RotatedPages, decode_rotated
 from torch import Tensor
@@ -21,21 +23,49 @@ from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
 from kvcluster.codec.rotated import Rotated, rotate
 from kvcluster.types import LayerGeometry
 
-ReadPacked = Callable[[Tensor, PagedRows, Attention], Partial]
-"""Attention of q_RTHD over the rows' blocks of one layer."""
+Pages = IntegerPages | Float8Pages | RotatedPages
+
+
+class PackedPages(NamedTuple):
+    """The encoded blocks of one layer, as kernels take them."""
+
+    keys: Pages
+    values: Pages
+    """Of the same kind."""
+    rotation_DD: Tensor | None = None
+    """Of rotated vectors."""
+
+    def decode(self, q_RTHD: Tensor, rows: PagedRows, attention: Attention) -> Partial:
+        """Attention of a few query tokens of each row over its blocks."""
+        k, v = self.keys, self.values
+        if isinstance(k, IntegerPages) and isinstance(v, IntegerPages):
+            return decode_integers(q_RTHD, k, v, rows, attention)
+        if isinstance(k, Float8Pages) and isinstance(v, Float8Pages):
+            return decode_float8(q_RTHD, k, v, rows, attention)
+        assert isinstance(k, RotatedPages), "keys of a kind that is not here"
+        assert isinstance(v, RotatedPages), "values of another kind than keys"
+        assert self.rotation_DD is not None, "rotated vectors without their rotation"
+        return decode_rotated(q_RTHD, k, v, self.rotation_DD, rows, attention)
+
+    def history(self, blocks_N: Tensor, block_size: int) -> History | None:
+        """Whole blocks for `prefill_history`; None: it does not read this kind."""
+        if isinstance(self.keys, RotatedPages) or isinstance(self.values, RotatedPages):
+            return None
+        return History(self.keys, self.values, blocks_N, len(blocks_N) * block_size)
+
 
 _LEAST = 16
 """Of what a matrix product sums over, and of the bytes of a row of codes."""
 
 
-def packed_reader(
+def packed_pages(
     codec: LayerCodec,
     planes: tuple[Sequence[Tensor], Sequence[Tensor]],
     geometry: LayerGeometry,
     block_size: int,
-) -> ReadPacked | None:
-    """A launch of the kernel for blocks written so, whose planes of keys and values (those of a
-    whole pool) these are; None: there is no such kernel."""
+) -> PackedPages | None:
+    """Blocks written so, whose planes of keys and values (those of a whole pool) these are; None:
+    there is no kernel for them."""
     if geometry.values_in_keys or block_size < _LEAST:
         return None
     keys, values = codec
@@ -50,11 +80,10 @@ def packed_reader(
 
 def _float8(
     keys: Float8, values: Float8, planes: tuple[Sequence[Tensor], Sequence[Tensor]]
-) -> ReadPacked | None:
+) -> PackedPages | None:
     if keys.transposed or not values.transposed:
         return None
-    k, v = Float8Pages(*planes[0]), Float8Pages(*planes[1])
-    return lambda q_RTHD, rows, attention: decode_float8(q_RTHD, k, v, rows, attention)
+    return PackedPages(Float8Pages(*planes[0]), Float8Pages(*planes[1]))
 
 
 def _integers(
@@ -63,7 +92,7 @@ def _integers(
     planes: tuple[Sequence[Tensor], Sequence[Tensor]],
     geometry: LayerGeometry,
     block_size: int,
-) -> ReadPacked | None:
+) -> PackedPages | None:
     key_bytes = geometry.key_dim * keys.bits // 8
     value_bytes = block_size * values.bits // 8
     is_served = (
@@ -76,8 +105,7 @@ def _integers(
     )
     if not is_served:
         return None
-    k, v = IntegerPages(*planes[0]), IntegerPages(*planes[1])
-    return lambda q_RTHD, rows, attention: decode_integers(q_RTHD, k, v, rows, attention)
+    return PackedPages(IntegerPages(*planes[0]), IntegerPages(*planes[1]))
 
 
 def _rotated(
@@ -86,7 +114,7 @@ def _rotated(
     planes: tuple[Sequence[Tensor], Sequence[Tensor]],
     geometry: LayerGeometry,
     block_size: int,
-) -> ReadPacked | None:
+) -> PackedPages | None:
     dim = geometry.key_dim
     is_served = (
         keys.bits == values.bits
@@ -100,10 +128,7 @@ def _rotated(
     if not is_served:
         return None
     k, v = RotatedPages(*planes[0]), RotatedPages(*planes[1])
-    rotation_DD = rotate(torch.eye(dim, device=k.codes.device)).T.contiguous()
-    return lambda q_RTHD, rows, attention: decode_rotated(
-        q_RTHD, k, v, rotation_DD, rows, attention
-    )
+    return PackedPages(k, v, rotate(torch.eye(dim, device=k.codes.device)).T.contiguous())
 
 
 def _is_power_of_two(number: int) -> bool:
