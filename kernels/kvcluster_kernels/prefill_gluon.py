@@ -50,8 +50,8 @@ class Pipeline(NamedTuple):
 _PIPELINES = {
     (64, False): Pipeline(num_consumers=3, num_stages=3),
     (64, True): Pipeline(num_consumers=3, num_stages=3),
-    (128, False): Pipeline(),
-    (128, True): Pipeline(is_persistent=True),
+    (128, False): Pipeline(takes_turns=False, holds_queries=True),
+    (128, True): Pipeline(takes_turns=False, is_persistent=True),
 }
 """By head size, and whether rows see their past only; chosen with `kvcluster bench kernels`."""
 

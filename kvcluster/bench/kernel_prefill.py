@@ -106,15 +106,15 @@ _PIPELINES: Final = {
     ),
     (128, False): (
         Pipeline(takes_turns=False),
-        Pipeline(takes_turns=False, holds_queries=True),
         _WIDE,
-        Pipeline(takes_turns=False, num_stages=3),
+        Pipeline(takes_turns=False, holds_queries=True, num_stages=3),
         Pipeline(),
+        Pipeline(holds_queries=True, is_persistent=True),
     ),
     (128, True): (
         Pipeline(takes_turns=False, is_persistent=True, num_stages=3),
         _WIDE._replace(is_persistent=True),
-        Pipeline(takes_turns=False, is_persistent=True),
+        Pipeline(is_persistent=True),
         Pipeline(takes_turns=False),
     ),
 }
