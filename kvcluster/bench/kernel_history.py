@@ -41,7 +41,7 @@ def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]
         rules = {"scale": shape.dim**-0.5, "out_dtype": torch.bfloat16}
         kernel = prefill_gluon if prefill_gluon.is_available(q_THD.device) else prefill_tl
         exact = partial(kernel.prefill, q_THD, _exact(shape, q_THD.device), **rules)
-        for name, history in _histories(shape, q_THD.device):
+        for name, history in histories(shape, q_THD.device):
             # Right before them, because speed follows what the GPU draws.
             base = yield from _timed(timer, f"{shape} bf16 before {name}", exact)
             calls: dict[str, Callable[[], object]] = {
@@ -72,7 +72,8 @@ def _exact(shape: DecodeShape, device: torch.device) -> Keys:
     return Keys(pages.k_PKND, pages.v_PKND, shape.num_keys, ids_N, BLOCK_SIZE)
 
 
-def _histories(shape: DecodeShape, device: torch.device) -> Iterator[tuple[str, History]]:
+def histories(shape: DecodeShape, device: torch.device) -> Iterator[tuple[str, History]]:
+    """Of all keys of the shape, in blocks in any order, in each format by its name."""
     ids_N = _block_ids(shape, device)
     yield "fp8", History(*float8_pages(shape, device), ids_N, shape.num_keys)
     for bits in (8, 4):
