@@ -9,6 +9,7 @@ from kvcluster_kernels.encode_blocks import Blocks, store_blocks
 from kvcluster_kernels.encode_floats import encode_float8, encode_halves
 from kvcluster_kernels.encode_integers import IntegerFormat, encode_integers
 from kvcluster_kernels.encode_latents import LatentProjection, encode_latents
+from kvcluster_kernels.encode_rotated import RotatedFormat, encode_rotated
 from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
@@ -17,6 +18,7 @@ from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.latent import LatentStorage, LatentValues
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
+from kvcluster.codec.rotated import Rotated, codebook, signs
 from kvcluster.types import PAGE_BLOCKS
 
 _SPANS: Final = (0.85, 0.7)
@@ -84,6 +86,19 @@ def _integers(
     return codec, lambda blocks, planes: encode_integers(blocks, form, planes)
 
 
+def _rotated(
+    codec: Rotated, shape: EncodeShape, device: torch.device
+) -> tuple[ArrayCodec, _Encode]:
+    form = RotatedFormat(
+        codec.bits,
+        codebook(codec.bits, device),
+        signs(shape.dim, device),
+        codec.centred,
+        codec.transposed,
+    )
+    return codec, lambda blocks, planes: encode_rotated(blocks, form, planes)
+
+
 def _latents(shape: EncodeShape, device: torch.device) -> tuple[ArrayCodec, _Encode]:
     width = shape.num_kv_heads * shape.dim
     rank, form = width // 4, IntegerFormat(4, 64)
@@ -94,7 +109,8 @@ def _latents(shape: EncodeShape, device: torch.device) -> tuple[ArrayCodec, _Enc
         spectrum_F=torch.ones(width, dtype=torch.float64),
     )
     projection = LatentProjection.of(basis.down_FC, basis.mean_F)
-    codec = LatentValues(basis, num_heads=shape.num_kv_heads, rank=rank, storage=LatentStorage(bits=4))
+    storage = LatentStorage(bits=form.bits, group=form.group)
+    codec = LatentValues(basis, num_heads=shape.num_kv_heads, rank=rank, storage=storage)
     return codec, lambda blocks, planes: encode_latents(blocks, projection, form, planes)
 
 
@@ -106,6 +122,9 @@ FORMATS: Final[Mapping[str, Callable[[EncodeShape, torch.device], tuple[ArrayCod
     "int4 values": partial(_integers, IntegerFormat(4, 64, is_transposed=True)),
     "int2 keys": partial(_integers, IntegerFormat(2, 32, spans=_SPANS)),
     "int2 values": partial(_integers, IntegerFormat(2, 32, spans=_SPANS, is_transposed=True)),
+    "rotated4 keys": partial(_rotated, Rotated(4, centred=True)),
+    "rotated4 values": partial(_rotated, Rotated(4, transposed=True)),
+    "rotated2 values": partial(_rotated, Rotated(2, transposed=True)),
     "latent r=0.25 bits=4": _latents,
 }
 """By name: what is encoded with the parameters of the policies."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvcluster.codec.array import ArrayCodec
 from kvcluster.codec.calibration import Basis
 from kvcluster.codec.exact_array import ExactArray
-from kvcluster.codec.latent import LatentKeys, LatentValues
+from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues
 from kvcluster.codec.quantized import TokenQuantizer
 from kvcluster.codec.rotated import Rotated
 from kvcluster.model.rotary import Pairing, Rotary
@@ -93,7 +93,8 @@ def _latents(bits: int | None, rank: int) -> ValueDraw:
     def draw(batch: Batch, rows: PagedRows) -> ValuePages:
         generator = torch.Generator().manual_seed(3)
         basis = draw_basis(batch.num_kv_heads, batch.dim_v, rank, generator)
-        codec = LatentValues(basis, num_heads=batch.num_kv_heads, rank=rank, bits=bits)
+        storage = LatentStorage(bits=bits)
+        codec = LatentValues(basis, num_heads=batch.num_kv_heads, rank=rank, storage=storage)
         return LatentPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
 
     return draw
@@ -150,10 +151,10 @@ def check(
     q_RTHD = draw_queries(batch, generator, device)
     basis = draw_basis(batch.num_kv_heads, batch.dim_k, rank, generator)
     turning = rotary(rotation, batch.dim_k)
+    storage = LatentStorage(bits=bits, group=group, scale_bits=scale_bits)
     codec = LatentKeys(
-        basis, num_heads=batch.num_kv_heads, rank=rank, rotation=turning, bits=bits, group=group,
-        scale_bits=scale_bits,
-    )  # fmt: skip
+        basis, num_heads=batch.num_kv_heads, rank=rank, rotation=turning, storage=storage
+    )
     k = latent_pages(codec, batch, rows, 1)
     expansion = expansion_of(basis, batch.num_kv_heads, turning, device)
     v = VALUES[values](batch, rows)

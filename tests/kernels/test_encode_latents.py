@@ -7,7 +7,7 @@ from kvcluster_kernels.encode_integers import IntegerFormat
 from kvcluster_kernels.encode_latents import LatentProjection, encode_latents
 
 from kvcluster.codec.array import BlockShape
-from kvcluster.codec.latent import LatentValues
+from kvcluster.codec.latent import LatentStorage, LatentValues
 from tests.kernels.encode_cases import assert_bytes_of_codec, drawn_blocks
 from tests.kernels.latent_cases import draw_basis
 
@@ -18,14 +18,10 @@ FORMS = (None, IntegerFormat(8, 32), IntegerFormat(4, 16), IntegerFormat(3, 32, 
 def check(form: IntegerFormat | None, rank: int, shape: BlockShape, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     basis = draw_basis(shape.num_heads, shape.dim, rank, generator).to(device)
-    codec = LatentValues(
-        basis,
-        num_heads=shape.num_heads,
-        rank=rank,
-        bits=form and form.bits,
-        group=form.group if form else 64,
-        scale_bits=form.scale_bits if form else 16,
-    )
+    storage = LatentStorage()
+    if form is not None:
+        storage = LatentStorage(bits=form.bits, group=form.group, scale_bits=form.scale_bits)
+    codec = LatentValues(basis, num_heads=shape.num_heads, rank=rank, storage=storage)
     projection = LatentProjection.of(basis.down_FC, basis.mean_F)
 
     def encode(blocks: Blocks, planes: tuple[torch.Tensor, ...]) -> None:

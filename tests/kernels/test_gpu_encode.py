@@ -5,11 +5,13 @@ import torch
 from kvcluster_kernels.encode_integers import IntegerFormat
 
 from kvcluster.codec.array import BlockShape
+from kvcluster.codec.rotated import Rotated
 from tests.kernels.test_encode_floats import check_float8, check_halves
 from tests.kernels.test_encode_integers import SPANS
 from tests.kernels.test_encode_integers import check as check_integers
 from tests.kernels.test_encode_latents import FORMS
 from tests.kernels.test_encode_latents import check as check_latents
+from tests.kernels.test_encode_rotated import check as check_rotated
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +42,16 @@ def test_float8(dim: int, is_transposed: bool, gpu: torch.device) -> None:
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_numbers_of_16_bits(stored: torch.dtype, gpu: torch.device) -> None:
     check_halves(SHAPES[128], gpu, stored, torch.float32)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("is_centred", [False, True])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rotated_vectors(
+    dim: int, bits: int, is_centred: bool, is_transposed: bool, gpu: torch.device
+) -> None:
+    check_rotated(Rotated(bits, is_centred, is_transposed), SHAPES[dim], gpu, torch.bfloat16)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
