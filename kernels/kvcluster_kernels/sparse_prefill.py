@@ -1,0 +1,244 @@
+"""Prefill attention over chosen blocks: each tile of query tokens has, for each KV head, a list of
+the blocks of the sequence that it reads.
+
+All query heads of a KV head share the list, so that its keys are read once for them. Decode over
+chosen blocks needs no kernel of its own: a list is a block table (`block_lists.py`).
+
+Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimension, U tiles of
+queries, L blocks of a list.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcluster_kernels.paging import is_interpreted
+from kvcluster_kernels.prefill_arguments import Causal, Keys, PartialAttention, check_arguments
+from kvcluster_kernels.softmax import online, to_base_2, visible_at
+
+_LN_2 = tl.constexpr(math.log(2))
+
+
+class TileBlocks(NamedTuple):
+    """The blocks that each tile of queries reads. int32, contiguous, on the device of the keys."""
+
+    blocks_KUL: Tensor
+    """Numbers of blocks in the sequence, each once, in any order; what lies behind a list's end is
+    not read."""
+    counts_KU: Tensor
+    tile_tokens: int
+    """Query tokens of a tile."""
+    block_tokens: int
+    """Keys of a block; of a paged cache, as there. A power of two, 16 or more."""
+
+
+def sparse_prefill(
+    q_THD: Tensor,
+    keys: Keys,
+    chosen: TileBlocks,
+    *,
+    scale: float,
+    causal: Causal | None = None,
+    softcap: float | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> PartialAttention:
+    """As `prefill_tl.prefill` over the keys of a row's list alone. Any list may be empty.
+
+    Raises: ValueError when shapes do not fit.
+    """
+    check_sparse(q_THD, keys, chosen, scale, causal)
+    num_tokens, num_heads, key_dim = q_THD.shape
+    num_kv_heads, value_dim = keys.k_PKSD.shape[1], keys.v_PKSD.shape[3]
+    found = PartialAttention(
+        q_THD.new_empty((num_tokens, num_heads, value_dim), dtype=out_dtype),
+        q_THD.new_empty((num_tokens, num_heads), dtype=torch.float32),
+    )
+    if not num_tokens:
+        return found
+    group = num_heads // num_kv_heads
+    rule = causal or Causal()
+    # A tile's rows are worked on in as many parts as it takes.
+    rows = chosen.tile_tokens * group
+    is_float32 = q_THD.dtype == torch.float32
+    block_m = max(16, min(64 if is_float32 else 128, triton.next_power_of_2(rows)))
+    is_wide = max(key_dim, value_dim) > 128
+    num_tiles = chosen.counts_KU.shape[1]
+    _sparse_kernel[(num_tiles * triton.cdiv(rows, block_m), num_kv_heads)](
+        q_THD,
+        keys.k_PKSD,
+        keys.v_PKSD,
+        *found,
+        keys.block_ids_N,
+        chosen.blocks_KUL,
+        chosen.counts_KU,
+        num_tokens,
+        keys.num_keys,
+        num_tiles,
+        chosen.blocks_KUL.shape[2],
+        rule.start,
+        num_tokens if rule.split is None else rule.split,
+        rule.resume,
+        rule.window or 0,
+        scale,
+        softcap or 0.0,
+        *q_THD.stride()[:2],
+        *keys.k_PKSD.stride()[:3],
+        *keys.v_PKSD.stride()[:3],
+        GROUP=group,
+        TILE_TOKENS=chosen.tile_tokens,
+        BLOCK_M=block_m,
+        BLOCK_TOKENS=chosen.block_tokens,
+        PAGE_BLOCKS=keys.blocks_per_page,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        CAUSAL=causal is not None,
+        WINDOWED=rule.window is not None,
+        SOFTCAPPED=softcap is not None,
+        UPCAST=is_interpreted(_sparse_kernel),
+        num_warps=4 if block_m <= 64 else 8,
+        num_stages=1 if is_float32 else 2 if is_wide else 4,
+    )
+    return found
+
+
+def check_sparse(
+    q_THD: Tensor, keys: Keys, chosen: TileBlocks, scale: float, causal: Causal | None
+) -> None:
+    """Raises: ValueError when shapes do not fit, or for a bound that moves with the rows."""
+    check_arguments(q_THD, keys, scale, causal, None)
+    if causal is not None and causal.bound is not None:
+        raise ValueError("chosen blocks: leave out those that are behind a bound")
+    size = chosen.block_tokens
+    if size < 16 or size & (size - 1) or keys.block_tokens not in (0, size):
+        raise ValueError(f"chosen blocks of {size} keys do not fit a cache of {keys.block_tokens}")
+    num_tiles = -(-q_THD.shape[0] // chosen.tile_tokens)
+    axes = (keys.k_PKSD.shape[1], num_tiles)
+    if chosen.counts_KU.shape != axes or chosen.blocks_KUL.shape[:2] != axes:
+        raise ValueError(f"want lists for {axes[0]} KV heads and {axes[1]} tiles of queries")
+
+
+@triton.jit
+def _load_block(
+    ptr,
+    place,
+    keys_N,
+    num_keys,
+    stride,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_n = tl.arange(0, keys_N.shape[0])
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_ND = (keys_N < num_keys)[:, None] & (offs_d < DIM)[None, :]
+    return tl.load(
+        ptr + place + offs_n[:, None] * stride + offs_d[None, :], mask=mask_ND, other=0.0
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "num_keys", "num_tiles", "max_count", "start", "split", "resume", "window",
+    ]
+)  # fmt: skip
+def _sparse_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    block_ids_ptr,
+    lists_ptr,
+    counts_ptr,
+    num_tokens,
+    num_keys,
+    num_tiles,
+    max_count,
+    start,
+    split,
+    resume,
+    window,
+    scale,
+    softcap,
+    stride_q_t,
+    stride_q_h,
+    stride_k_p,
+    stride_k_h,
+    stride_k_s,
+    stride_v_p,
+    stride_v_h,
+    stride_v_s,
+    GROUP: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    BLOCK_DK: tl.constexpr = max(16, triton.next_power_of_2(KEY_DIM))
+    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(VALUE_DIM))
+    PARTS: tl.constexpr = triton.cdiv(TILE_TOKENS * GROUP, BLOCK_M)
+    tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    places_M = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens_M = tile * TILE_TOKENS + places_M // GROUP
+    heads_M = head * GROUP + places_M % GROUP
+    mask_M = (places_M < TILE_TOKENS * GROUP) & (tokens_M < num_tokens)
+    offs_d = tl.arange(0, BLOCK_DK)
+    q_rows_M = tokens_M.to(tl.int64) * stride_q_t + heads_M * stride_q_h
+    mask_MD = mask_M[:, None] & (offs_d < KEY_DIM)[None, :]
+    q_MD = tl.load(q_ptr + q_rows_M[:, None] + offs_d[None, :], mask=mask_MD, other=0.0)
+    if UPCAST:
+        q_MD = q_MD.to(tl.float32)
+    positions_M = tl.where(tokens_M < split, tokens_M + start, tokens_M + resume - split)
+    k_ptr += head.to(tl.int64) * stride_k_h
+    v_ptr += head.to(tl.int64) * stride_v_h
+    count = tl.load(counts_ptr + head * num_tiles + tile)
+    lists_ptr += (head * num_tiles + tile).to(tl.int64) * max_count
+
+    max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    acc_MD = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for i in tl.range(0, count):
+        number = tl.load(lists_ptr + i)
+        if block_ids_ptr is not None:
+            block = tl.load(block_ids_ptr + number)
+            page, slot = (block // PAGE_BLOCKS).to(tl.int64), block % PAGE_BLOCKS * BLOCK_TOKENS
+            k_place = page * stride_k_p + slot * stride_k_s
+            v_place = page * stride_v_p + slot * stride_v_s
+        else:
+            k_place = number.to(tl.int64) * (BLOCK_TOKENS * stride_k_s)
+            v_place = number.to(tl.int64) * (BLOCK_TOKENS * stride_v_s)
+        keys_N = number * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        k_ND = _load_block(k_ptr, k_place, keys_N, num_keys, stride_k_s, KEY_DIM, BLOCK_DK)
+        v_ND = _load_block(v_ptr, v_place, keys_N, num_keys, stride_v_s, VALUE_DIM, BLOCK_DV)
+        if UPCAST:
+            k_ND = k_ND.to(tl.float32)
+            v_ND = v_ND.to(tl.float32)
+        products_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        scores_MN = to_base_2(products_MN, scale, softcap, SOFTCAPPED)
+        scores_MN += tl.where(keys_N < num_keys, 0.0, -float("inf"))[None, :]
+        if CAUSAL:
+            distance_MN = positions_M[:, None] - keys_N[None, :]
+            scores_MN = visible_at(scores_MN, distance_MN, window, WINDOWED)
+        weights_MN, max_M, sum_M, decay_M = online(scores_MN, max_M, sum_M)
+        weights_MN = weights_MN.to(v_ND.dtype)
+        acc_MD = tl.dot(weights_MN, v_ND, acc_MD * decay_M[:, None], input_precision="ieee")
+    safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
+    own_rows_M = tokens_M.to(tl.int64) * (num_kv_heads * GROUP) + heads_M
+    lse_M = (max_M + tl.log2(safe_sum_M)) * _LN_2
+    tl.store(lse_ptr + own_rows_M, tl.where(sum_M > 0, lse_M, -float("inf")), mask=mask_M)
+    offs_v = tl.arange(0, BLOCK_DV)
+    tl.store(
+        out_ptr + own_rows_M[:, None] * VALUE_DIM + offs_v[None, :],
+        (acc_MD / safe_sum_M[:, None]).to(out_ptr.dtype.element_ty),
+        mask=mask_M[:, None] & (offs_v < VALUE_DIM)[None, :],
+    )
