@@ -24,6 +24,7 @@ SUITES: Final = {
     "decode": "kvcluster.bench.kernel_decode",
     "latent": "kvcluster.bench.kernel_latent",
     "encode": "kvcluster.bench.kernel_encode",
+    "chosen": "kvcluster.bench.kernel_chosen",
     "prefill": "kvcluster.bench.kernel_prefill",
     "history": "kvcluster.bench.kernel_history",
 }
