@@ -122,9 +122,9 @@ FORMATS: Final[Mapping[str, Callable[[EncodeShape, torch.device], tuple[ArrayCod
     "int4 values": partial(_integers, IntegerFormat(4, 64, is_transposed=True)),
     "int2 keys": partial(_integers, IntegerFormat(2, 32, spans=_SPANS)),
     "int2 values": partial(_integers, IntegerFormat(2, 32, spans=_SPANS, is_transposed=True)),
+    "latent r=0.25 bits=4": _latents,
     "rotated4 keys": partial(_rotated, Rotated(4, centred=True)),
     "rotated4 values": partial(_rotated, Rotated(4, transposed=True)),
     "rotated2 values": partial(_rotated, Rotated(2, transposed=True)),
-    "latent r=0.25 bits=4": _latents,
 }
 """By name: what is encoded with the parameters of the policies."""
