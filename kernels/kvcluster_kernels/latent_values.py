@@ -60,7 +60,8 @@ class ValueFormat(NamedTuple):
             planes = (pages.codes, pages.scale, pages.scale, pages.scale)
             return cls(ROTATED.value, heads, pages.codes.shape[3], bits, 1, 16, planes)
         scale_bits = 16 if pages.unit is None else 8
-        filled = tuple(pages.codes if plane is None else plane for plane in pages)
+        stored = (pages.codes, pages.scale, pages.zero, pages.unit)
+        filled = tuple(pages.codes if plane is None else plane for plane in stored)
         if isinstance(pages, IntegerPages):
             bits = code_bits(pages, block_size)
             groups = pages.scale.shape[3]
