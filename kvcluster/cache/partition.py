@@ -239,6 +239,10 @@ class Partition:
         for them."""
         return self._ledger.has_room(self.tenant, blocks)
 
+    def is_below_limit(self, blocks: Sequence[int]) -> bool:
+        """Whether the limit allows so many more blocks (one number per group)."""
+        return self._ledger.is_below_limit(self.tenant, blocks)
+
     def held(self, table: BlockTable) -> tuple[float, ...]:
         """Exact blocks' worth of memory that the table holds, per group."""
         if table.codec == EXACT:

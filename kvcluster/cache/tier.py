@@ -187,8 +187,13 @@ class TierLedger:
     def has_room(self, tenant: TenantId, counts: Sequence[int]) -> bool:
         """Whether the tenant could take so many units of each group, all of them, after eviction
         of all that may be evicted for it."""
-        if any(map(gt, counts, self.obtainable(tenant))):
-            return False
+        return self.is_below_limit(tenant, counts) and not any(
+            map(gt, counts, self.obtainable(tenant))
+        )
+
+    def is_below_limit(self, tenant: TenantId, counts: Sequence[int]) -> bool:
+        """Whether so many more units of each group are within the tenant's limit, once all that is
+        idle of its own is evicted."""
         account = self._accounts.get(tenant)
         if account is None or account.share.limit_bytes == UNLIMITED:
             return True

@@ -30,11 +30,11 @@ class _Account:
 
 
 class FairShares:
-    """Virtual times of the tenants that this engine has served. Work is in any unit."""
+    """Virtual times of the tenants that this engine has served. Work is in any one unit."""
 
-    def __init__(self) -> None:
-        self.head_start = 0.0
-        """Most work by which a tenant that was idle may run ahead. The owner sets it."""
+    def __init__(self, *, head_start: float) -> None:
+        """`head_start`: most work by which a tenant that was idle may run ahead."""
+        self._head_start = head_start
         self._now = 0.0
         self._accounts: dict[TenantId, _Account] = {}
 
@@ -65,7 +65,11 @@ class FairShares:
     def time(self, tenant: TenantId) -> float:
         """The tenant's virtual time, if it began something now."""
         account = self._account(tenant)
-        return max(account.time, self._now - self.head_start / account.weight)
+        return max(account.time, self._now - self._head_start / account.weight)
+
+    def lead(self, tenant: TenantId) -> float:
+        """Work that the tenant may still have before it is no longer ahead of its share."""
+        return max(0.0, self._now - self.time(tenant)) * self.weight(tenant)
 
     def weight(self, tenant: TenantId) -> int:
         return self._account(tenant).weight
@@ -79,5 +83,5 @@ class FairShares:
 
     def _account(self, tenant: TenantId) -> _Account:
         if tenant not in self._accounts:
-            self._accounts[tenant] = _Account(self._now - self.head_start)
+            self._accounts[tenant] = _Account(self._now - self._head_start)
         return self._accounts[tenant]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+from kvcluster.engine.draft import PlannedStep
 from kvcluster.engine.plan import SampledToken, ScoredTokens, SequenceStep, StepResult
 from kvcluster.engine.request import Request
-from kvcluster.engine.scheduler import PlannedStep
 from kvcluster.errors import RankLost
 
 

@@ -53,27 +53,36 @@ class StepBudget:
     """What a step has left. Mutable."""
 
     prompt_tokens: int
-    """For prompts of all tenants together."""
+    """Left for prompts of all tenants together."""
     seconds: float = math.inf
-    """For everything."""
+    """Of the whole step."""
+    spent_s: float = 0.0
     has_prompt: bool = False
 
+    @property
+    def is_spent(self) -> bool:
+        return self.spent_s >= self.seconds
+
     def spend(self, work: Work, pace: Pace) -> None:
-        self.seconds -= pace.seconds(work)
+        self.spent_s += pace.seconds(work)
 
     def spend_prompt(self, num_tokens: int) -> None:
         self.prompt_tokens -= num_tokens
         self.has_prompt |= num_tokens > 0
 
-    def tokens_after(self, history: int, cost: CostModel, pace: Pace, block_size: int) -> int:
+    def tokens_after(
+        self, history: int, cost: CostModel, pace: Pace, *, block_size: int, head_start_s: float
+    ) -> int:
         """Prompt tokens after `history` that the step has room for: whole blocks where seconds are
-        short, and at least one block while it has no prompt."""
+        short, and at least one block while it has no prompt. Who is served on a head start of so
+        many seconds may make the step that long."""
         if self.seconds == math.inf:
             return self.prompt_tokens
+        left_s = max(self.seconds, head_start_s) - self.spent_s
         low, high = 0, self.prompt_tokens // block_size
         while low < high:
             middle = (low + high + 1) // 2
-            if pace.seconds(cost.prefill(history, middle * block_size)) <= self.seconds:
+            if pace.seconds(cost.prefill(history, middle * block_size)) <= left_s:
                 low = middle
             else:
                 high = middle - 1

@@ -10,7 +10,6 @@ Blocks of a sequence that leaves are free for the plan after the one that tells 
 
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple, Protocol
@@ -18,6 +17,7 @@ from typing import NamedTuple, Protocol
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.engine.draft import Draft, PlannedStep, Schedule
 from kvcluster.engine.fair_share import FairShares
 from kvcluster.engine.lanes import Lane, StepBudget, lanes_of
 from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep, StepPlan
@@ -25,12 +25,15 @@ from kvcluster.engine.preemption import is_hopeless, victim
 from kvcluster.engine.releases import BlockReleases
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.sequence_blocks import SequenceBlocks
-from kvcluster.engine.step_cost import NO_WORK, CostModel, Pace, Work
+from kvcluster.engine.step_cost import CostModel, Pace
 from kvcluster.engine.turns import Turns
 from kvcluster.types import LayerGeometry, ModelSpec, Route, SequenceId, TenantId
 
 _MAX_SCORED_LOGITS = 1 << 26
 """Of the rows of a step that score their prompt: 256 MiB of float32."""
+
+_HEAD_START_WAITS = 4
+"""Longest step, in `first_token_wait_s`, of a tenant that is served on its head start."""
 
 _by_order = attrgetter("order")
 
@@ -49,38 +52,6 @@ class RouteChoice(Protocol):
         element_bytes: float,
         stored_share: float,
     ) -> Route: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedStep:
-    """A plan, and whose parts it has."""
-
-    plan: StepPlan
-    requests: tuple[Request, ...]
-    """One for each of `plan.sequences`."""
-    work: Work = NO_WORK
-    """Of all of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """What a look at the queues gave."""
-
-    step: PlannedStep | None
-    """None: nothing to do now."""
-    refused: tuple[Request, ...]
-    """Requests that cannot get a block even alone. The caller ends them."""
-
-
-@dataclass(slots=True)
-class _Draft:
-    budget: StepBudget
-    turns: Turns
-    work: Work = NO_WORK
-    started: list[SequenceStart] = field(default_factory=list)
-    parts: list[SequenceStep] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
-    refused: list[Request] = field(default_factory=list)
 
 
 class _Leaving(NamedTuple):
@@ -120,7 +91,7 @@ class Scheduler:
         self._released: list[Release] = []
         self._cost = CostModel(spec)
         self._pace = Pace()
-        self._shares = FairShares()
+        self._shares = FairShares(head_start=engine.tenant_head_start_s)
 
     def add(self, request: Request, *, now: float) -> None:
         """Queue a request, which came at `now`. Its prompt may still be on the way."""
@@ -160,11 +131,10 @@ class Scheduler:
         """
         lanes = lanes_of(self.running, self.waiting, self._block_size)
         tenants = {each.spec.tenant for each in self._all()} | self._shares.recent(now)
-        draft = _Draft(
+        draft = Draft(
             self._budget(lanes, is_contended=len(tenants) > 1),
             Turns(self.running, max_running=self._config.max_running, tenants=tenants),
         )
-        self._shares.head_start = self._head_start()
         while lanes:
             tenant = self._shares.next(lanes)
             lane = lanes[tenant]
@@ -179,19 +149,19 @@ class Scheduler:
         budget = StepBudget(max(self._chunk_tokens - num_decodes, self._block_size))
         if is_contended and self._pace.is_known:
             # Those who come find so many steps in flight.
-            seconds = self._config.first_token_wait_s / self._config.lookahead_steps
-            budget.seconds = seconds - self._pace.fixed_s
+            budget.seconds = self._config.first_token_wait_s / self._config.lookahead_steps
         return budget
 
-    def _head_start(self) -> float:
-        if not self._pace.is_known:
-            return self._cost.prefill(0, self._chunk_tokens).total
-        return self._pace.work_per_s * self._config.tenant_head_start_s
+    def _head_start_s(self, tenant: TenantId) -> float:
+        """Short requests of a tenant that asks for little are not cut into many steps; but neither
+        may they hold others up for long."""
+        most_s = _HEAD_START_WAITS * self._config.first_token_wait_s
+        return min(self._shares.lead(tenant), most_s)
 
-    def _serve(self, draft: _Draft, lane: Lane, request: Request) -> None:
+    def _serve(self, draft: Draft, lane: Lane, request: Request) -> None:
         budget = draft.budget
         if request.can_decode:
-            if budget.seconds > 0 or not draft.parts:
+            if not budget.is_spent or not draft.parts:
                 self._extend(draft, request, request.num_planned + 1)
             return
         if budget.prompt_tokens < 1:
@@ -208,7 +178,7 @@ class Scheduler:
             else:
                 lane.drop_waiting()
 
-    def _prefill(self, draft: _Draft, request: Request) -> int:
+    def _prefill(self, draft: Draft, request: Request) -> int:
         end = self._chunk_end(request, draft.budget)
         return self._extend(draft, request, end) if end > request.num_planned else 0
 
@@ -217,7 +187,13 @@ class Scheduler:
         region = self._blocks.partition(request).exact_region(request.policy.storage)
         end = region.chunk_end(request.num_planned, end, self._block_size)
         history = self._num_held(request)
-        tokens = budget.tokens_after(history, self._cost, self._pace, self._block_size)
+        tokens = budget.tokens_after(
+            history,
+            self._cost,
+            self._pace,
+            block_size=self._block_size,
+            head_start_s=self._head_start_s(request.spec.tenant),
+        )
         if request.spec.sampling.prompt_logprobs is not None:
             tokens = min(tokens, self._scored_tokens)
         if request.survivors is not None:
@@ -227,7 +203,7 @@ class Scheduler:
             end = within // self._block_size * self._block_size
         return end
 
-    def _extend(self, draft: _Draft, request: Request, end: int) -> int:
+    def _extend(self, draft: Draft, request: Request, end: int) -> int:
         """Plan a running request up to `end`, or as far as its blocks go; returns its tokens."""
         start = request.num_planned
         covered, appended = self._blocks.cover(request, end)
@@ -237,7 +213,7 @@ class Scheduler:
         self._add_step(draft, request, covered, appended)
         return covered - start
 
-    def _make_room(self, draft: _Draft, request: Request) -> None:
+    def _make_room(self, draft: Draft, request: Request) -> None:
         draft.turns.note_short(request.spec.tenant)
         if self._leaving:
             return
@@ -254,13 +230,14 @@ class Scheduler:
         request.preempt()
         self._queue(request)
 
-    def _admit(self, draft: _Draft, request: Request) -> int:
+    def _admit(self, draft: Draft, request: Request) -> int:
         tenant, turns = request.spec.tenant, draft.turns
         if request.num_steps_in_flight or turns.is_short(tenant) or not turns.has_place(tenant):
             return 0
         finish = self._shares.time(tenant) + self._cost_of(request) / self._shares.weight(tenant)
         if self.running and not self._blocks.has_room(request, len(self.running)):
-            turns.note_blocked(finish)
+            if self._blocks.is_below_limit(request):
+                turns.note_blocked(finish)
             if not self._blocks.could_fit(request):
                 draft.refused.append(request)
             return 0
@@ -269,9 +246,10 @@ class Scheduler:
         return self._start(draft, request)
 
     def _cost_of(self, request: Request) -> float:
-        return self._cost.prefill(0, max(request.known_length, len(request.tokens))).total
+        num_tokens = max(request.known_length, len(request.tokens))
+        return self._pace.seconds(self._cost.prefill(0, num_tokens))
 
-    def _start(self, draft: _Draft, request: Request) -> int:
+    def _start(self, draft: Draft, request: Request) -> int:
         self._blocks.open(request)
         end = self._chunk_end(request, draft.budget)
         covered, appended = self._blocks.cover(request, end)
@@ -291,7 +269,7 @@ class Scheduler:
         return covered
 
     def _add_step(
-        self, draft: _Draft, request: Request, end: int, appended: Sequence[NewBlock]
+        self, draft: Draft, request: Request, end: int, appended: Sequence[NewBlock]
     ) -> None:
         start = request.num_planned
         is_decode, survivors = request.has_sampled, request.survivors
@@ -324,7 +302,7 @@ class Scheduler:
             request.has_sampled = True
             request.num_pending += 1
 
-    def _charge(self, draft: _Draft, request: Request, end: int) -> None:
+    def _charge(self, draft: Draft, request: Request, end: int) -> None:
         held = self._num_held(request)
         if request.has_sampled:
             work = self._cost.decode(held)
@@ -332,7 +310,7 @@ class Scheduler:
             work = self._cost.prefill(held, end - request.num_planned)
         draft.work = draft.work.plus(work)
         draft.budget.spend(work, self._pace)
-        self._shares.charge(request.spec.tenant, work.total)
+        self._shares.charge(request.spec.tenant, self._pace.seconds(work))
 
     def _num_held(self, request: Request) -> int:
         """Tokens of history that the request's next rows attend to."""
@@ -355,7 +333,7 @@ class Scheduler:
             stored_share=self._blocks.partition(request).stored_share(request.policy.storage),
         )
 
-    def _seal(self, draft: _Draft, *, epoch: int, step: int, is_idle: bool) -> Schedule:
+    def _seal(self, draft: Draft, *, epoch: int, step: int, is_idle: bool) -> Schedule:
         refused = tuple(draft.refused)
         must_tell = self._leaving or (self._released and is_idle)
         if not draft.parts and not must_tell:

@@ -48,6 +48,10 @@ class SequenceBlocks:
         blocks = [count + num_running for count in self._blocks_to_start(request)]
         return self.partition(request).has_room(blocks)
 
+    def is_below_limit(self, request: Request) -> bool:
+        """Whether its tenant's limit allows the request to start now."""
+        return self.partition(request).is_below_limit(self._blocks_to_start(request))
+
     def is_in_floor(self, request: Request) -> bool:
         """Whether what the request needs to start is its tenant's whatever others do."""
         return self.partition(request).is_in_floor(self._blocks_to_start(request))

@@ -2,7 +2,8 @@
 
 Attention grows with context, so work is not the number of tokens: a part of n tokens after a
 history of p is n times the model's dense operations plus the operations of attention over p keys
-and its own. What tenants share is work (`fair_share`); what a step may take is seconds.
+and its own. How long each kind of operation takes on this machine is learnt from the steps, so that
+what tenants share (`fair_share`) and what a step may take are seconds.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,8 @@ _DECODE_FACTOR = 64
 """A decode reads its whole history for one row, bound by memory: each operation counts as many."""
 _DECAY = 0.97
 """Weight of the past at each new step: the memory is about thirty steps long."""
+_UNKNOWN_PACE = 1e-12
+"""Seconds an operation while nothing is known. Small: so little is not held against anyone."""
 _SWEEPS = 8
 _MIN_STEPS = 4
 """Before this many there is no pace: the first steps pay for warm-up."""
@@ -29,7 +32,6 @@ class Work(NamedTuple):
 
     @property
     def total(self) -> float:
-        """What tenants are charged."""
         return self.dense + self.attention + self.reading
 
     def plus(self, other: "Work") -> "Work":
@@ -37,6 +39,7 @@ class Work(NamedTuple):
 
 
 NO_WORK = Work()
+_KINDS = len(NO_WORK)
 
 
 class CostModel:
@@ -65,50 +68,41 @@ class CostModel:
 
 class Pace:
     """Seconds a step, learnt from the steps that have run: a decayed least-squares fit of
-    fixed + Σ rate x work, no rate below zero."""
+    Σ rate x work over the kinds, no rate below zero.
+
+    There is no term for what a step takes however little it computes: where all steps are cut to
+    take as long, that term would explain them all, and work would seem to be free.
+    """
 
     def __init__(self) -> None:
         self._num_steps = 0
-        self._products = [[0.0] * 4 for _ in range(4)]
-        self._targets = [0.0] * 4
-        self._rates = [0.0] * 4
-        self._work = 0.0
-        self._seconds = 0.0
+        self._products = [[0.0] * _KINDS for _ in range(_KINDS)]
+        self._targets = [0.0] * _KINDS
+        self._rates = [0.0] * _KINDS
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step that took so long. One without work teaches nothing."""
         if seconds <= 0 or work.total <= 0:
             return
         self._num_steps += 1
-        self._work = _DECAY * self._work + work.total
-        self._seconds = _DECAY * self._seconds + seconds
-        terms = (1.0, *work)
-        for i, one in enumerate(terms):
+        for i, one in enumerate(work):
             self._targets[i] = _DECAY * self._targets[i] + one * seconds
-            for j, other in enumerate(terms):
+            for j, other in enumerate(work):
                 self._products[i][j] = _DECAY * self._products[i][j] + one * other
         # From where it was: a few sweeps of coordinate descent follow a slow drift.
         for _ in range(_SWEEPS):
-            for i in range(4):
+            for i in range(_KINDS):
                 self._improve(i)
 
     @property
     def is_known(self) -> bool:
         return self._num_steps >= _MIN_STEPS
 
-    @property
-    def work_per_s(self) -> float:
-        """Average of recent steps; 0 while nothing has run."""
-        return self._work / self._seconds if self._seconds else 0.0
-
-    @property
-    def fixed_s(self) -> float:
-        """What a step takes however little it computes."""
-        return self._rates[0]
-
     def seconds(self, work: Work) -> float:
-        """What the work adds to a step."""
-        return sum(rate * count for rate, count in zip(self._rates[1:], work, strict=True))
+        """What the work adds to a step, and what tenants are charged for it."""
+        if not self.is_known:
+            return work.total * _UNKNOWN_PACE
+        return sum(rate * count for rate, count in zip(self._rates, work, strict=True))
 
     def _improve(self, i: int) -> None:
         own = self._products[i][i]

@@ -51,6 +51,7 @@ def flood(time: SimulatedTime, tenant: TenantId, num_tokens: int, *, weight: int
             time.send(tenant, num_tokens, weight=weight)
         time.at(time.now + 0.2, look)
 
+    time.flooding.add(tenant)
     look()
 
 

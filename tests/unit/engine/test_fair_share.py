@@ -24,8 +24,7 @@ def serve(
 
 
 def weighted(weights: tuple[int, ...], head_start: float = 0.0) -> FairShares:
-    shares = FairShares()
-    shares.head_start = head_start
+    shares = FairShares(head_start=head_start)
     for tenant, weight in zip(TENANTS, weights, strict=True):
         shares.note(tenant, weight, now=0.0)
     return shares
@@ -89,7 +88,7 @@ def test_a_weight_that_is_changed_holds_for_what_comes_after() -> None:
 
 
 def test_who_was_seen_lately_may_send_something_any_moment() -> None:
-    shares = FairShares()
+    shares = FairShares(head_start=0.0)
     shares.note(RED, 1, now=0.0)
     shares.note(BLUE, 1, now=50.0)
 

@@ -1,5 +1,6 @@
 import pytest
 
+from kvcluster.engine.draft import PlannedStep
 from kvcluster.engine.in_flight import StepsInFlight
 from kvcluster.engine.plan import (
     SampledToken,
@@ -10,7 +11,6 @@ from kvcluster.engine.plan import (
     StepResult,
 )
 from kvcluster.engine.request import Request
-from kvcluster.engine.scheduler import PlannedStep
 from kvcluster.errors import RankLost
 from kvcluster.types import GenerationId, Policy
 from tests.fake_engine import request

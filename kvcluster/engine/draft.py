@@ -1,0 +1,43 @@
+"""A step as it is being planned, and as it is planned."""
+
+from dataclasses import dataclass, field
+
+from kvcluster.engine.lanes import StepBudget
+from kvcluster.engine.plan import SequenceStart, SequenceStep, StepPlan
+from kvcluster.engine.request import Request
+from kvcluster.engine.step_cost import NO_WORK, Work
+from kvcluster.engine.turns import Turns
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A plan, and whose parts it has."""
+
+    plan: StepPlan
+    requests: tuple[Request, ...]
+    """One for each of `plan.sequences`."""
+    work: Work = NO_WORK
+    """Of all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What a look at the queues gave."""
+
+    step: PlannedStep | None
+    """None: nothing to do now."""
+    refused: tuple[Request, ...]
+    """Requests that cannot get a block even alone. The caller ends them."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """Mutable: what the step has so far, and what it has room for."""
+
+    budget: StepBudget
+    turns: Turns
+    work: Work = NO_WORK
+    started: list[SequenceStart] = field(default_factory=list)
+    parts: list[SequenceStep] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    refused: list[Request] = field(default_factory=list)
