@@ -265,6 +265,10 @@ class Engine:
         self.epoch = epoch
         self._ring_loss = None
 
+    def note_ready(self) -> None:
+        """The ring has proved that it works; what comes now are requests of tenants."""
+        self._scheduler.forget_tenants()
+
     def drain(self) -> None:
         """Take no more requests; those admitted go on."""
         self._draining = Draining(

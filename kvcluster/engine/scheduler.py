@@ -100,6 +100,11 @@ class Scheduler:
         self._shares.note(spec.tenant, spec.limits.weight, now)
         self._queue(request)
 
+    def forget_tenants(self) -> None:
+        """Nobody has been served yet, and nobody was seen: what proves that the ring works is no
+        tenant. What was learnt of its speed stays."""
+        self._shares = FairShares(head_start=self._config.tenant_head_start_s)
+
     def observe(self, planned: "PlannedStep", seconds: float) -> None:
         """Learn how long a step took."""
         self._pace.observe(planned.work, seconds)

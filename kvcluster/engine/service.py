@@ -76,6 +76,7 @@ class EngineService:
     def mark_ready(self) -> None:
         """A token has been generated through the whole ring."""
         self._is_marked_ready = True
+        self._engine.note_ready()
         self._tiers.enforce()
 
     async def wait_ring_lost(self) -> None:
