@@ -1,5 +1,6 @@
 """A step as it is being planned, and as it is planned."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvcluster.engine.lanes import StepBudget
@@ -7,6 +8,7 @@ from kvcluster.engine.plan import SequenceStart, SequenceStep, StepPlan
 from kvcluster.engine.request import Request
 from kvcluster.engine.step_cost import NO_WORK, Work
 from kvcluster.engine.turns import Turns
+from kvcluster.types import TenantId
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,8 @@ class PlannedStep:
     """One for each of `plan.sequences`."""
     work: Work = NO_WORK
     """Of all of them."""
+    charges: Mapping[TenantId, float] = field(default_factory=dict)
+    """Seconds that tenants were charged for it beforehand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class Draft:
     budget: StepBudget
     turns: Turns
     work: Work = NO_WORK
+    charges: dict[TenantId, float] = field(default_factory=dict)
+    """Seconds of work, by tenant."""
     started: list[SequenceStart] = field(default_factory=list)
     parts: list[SequenceStep] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)

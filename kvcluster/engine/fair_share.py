@@ -58,7 +58,7 @@ class FairShares:
         return first
 
     def charge(self, tenant: TenantId, work: float) -> None:
-        """So much is done for the tenant."""
+        """So much is done for the tenant; less than nothing: so much too much was charged."""
         account = self._account(tenant)
         account.time = self.time(tenant) + work / account.weight
 

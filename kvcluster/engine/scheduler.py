@@ -106,8 +106,13 @@ class Scheduler:
         self._shares = FairShares(head_start=self._config.tenant_head_start_s)
 
     def observe(self, planned: "PlannedStep", seconds: float) -> None:
-        """Learn how long a step took."""
+        """Learn how long a step took. Its tenants are charged for that, in proportion to what was
+        thought of before: no guess is held against anyone."""
         self._pace.observe(planned.work, seconds)
+        guessed = sum(planned.charges.values())
+        for tenant, charged in planned.charges.items():
+            if guessed > 0:
+                self._shares.charge(tenant, seconds * charged / guessed - charged)
 
     def end(self, request: Request) -> None:
         """Take a request out. Its blocks come free with the next plan."""
@@ -154,7 +159,9 @@ class Scheduler:
         budget = StepBudget(max(self._chunk_tokens - num_decodes, self._block_size))
         if is_contended and self._pace.is_known:
             # Those who come find so many steps in flight.
-            budget.seconds = self._config.first_token_wait_s / self._config.lookahead_steps
+            seconds = self._config.first_token_wait_s / self._config.lookahead_steps
+            # At least half of a step is work, however much it takes to have one.
+            budget.seconds = max(seconds - self._pace.fixed_s, self._pace.fixed_s)
         return budget
 
     def _head_start_s(self, tenant: TenantId) -> float:
@@ -315,7 +322,9 @@ class Scheduler:
             work = self._cost.prefill(held, end - request.num_planned)
         draft.work = draft.work.plus(work)
         draft.budget.spend(work, self._pace)
-        self._shares.charge(request.spec.tenant, self._pace.seconds(work))
+        tenant, seconds = request.spec.tenant, self._pace.seconds(work)
+        draft.charges[tenant] = draft.charges.get(tenant, 0.0) + seconds
+        self._shares.charge(tenant, seconds)
 
     def _num_held(self, request: Request) -> int:
         """Tokens of history that the request's next rows attend to."""
@@ -356,7 +365,10 @@ class Scheduler:
         for part, request in zip(draft.parts, draft.requests, strict=True):
             self._released += self._releases.after_step(part, request)
             self._blocks.note_peak(request)
-        return Schedule(step=PlannedStep(plan, tuple(draft.requests), draft.work), refused=refused)
+        return Schedule(
+            step=PlannedStep(plan, tuple(draft.requests), draft.work, draft.charges),
+            refused=refused,
+        )
 
     def _all(self) -> Iterator[Request]:
         return chain(self.running, self.waiting)

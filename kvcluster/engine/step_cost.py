@@ -6,6 +6,7 @@ and its own. How long each kind of operation takes on this machine is learnt fro
 what tenants share (`fair_share`) and what a step may take are seconds.
 """
 
+import math
 from typing import NamedTuple
 
 from kvcluster.types import ModelSpec
@@ -39,7 +40,7 @@ class Work(NamedTuple):
 
 
 NO_WORK = Work()
-_KINDS = len(NO_WORK)
+_KINDS = 1 + len(NO_WORK)
 
 
 class CostModel:
@@ -68,10 +69,10 @@ class CostModel:
 
 class Pace:
     """Seconds a step, learnt from the steps that have run: a decayed least-squares fit of
-    Σ rate x work over the kinds, no rate below zero.
+    fixed + Σ rate x work over the kinds, no rate below zero.
 
-    There is no term for what a step takes however little it computes: where all steps are cut to
-    take as long, that term would explain them all, and work would seem to be free.
+    What is fixed is at most half of the shortest step: where all are cut to take as long, it would
+    explain them all, and work would seem to be free.
     """
 
     def __init__(self) -> None:
@@ -79,15 +80,18 @@ class Pace:
         self._products = [[0.0] * _KINDS for _ in range(_KINDS)]
         self._targets = [0.0] * _KINDS
         self._rates = [0.0] * _KINDS
+        self._shortest_s = math.inf
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step that took so long. One without work teaches nothing."""
         if seconds <= 0 or work.total <= 0:
             return
         self._num_steps += 1
-        for i, one in enumerate(work):
+        self._shortest_s = min(seconds, self._shortest_s / _DECAY)
+        terms = (1.0, *work)
+        for i, one in enumerate(terms):
             self._targets[i] = _DECAY * self._targets[i] + one * seconds
-            for j, other in enumerate(work):
+            for j, other in enumerate(terms):
                 self._products[i][j] = _DECAY * self._products[i][j] + one * other
         # From where it was: a few sweeps of coordinate descent follow a slow drift.
         for _ in range(_SWEEPS):
@@ -98,18 +102,24 @@ class Pace:
     def is_known(self) -> bool:
         return self._num_steps >= _MIN_STEPS
 
+    @property
+    def fixed_s(self) -> float:
+        """What a step takes however little it computes."""
+        return self._rates[0]
+
     def seconds(self, work: Work) -> float:
-        """What the work adds to a step, and what tenants are charged for it."""
+        """What the work adds to a step."""
         if not self.is_known:
             return work.total * _UNKNOWN_PACE
-        return sum(rate * count for rate, count in zip(self._rates, work, strict=True))
+        return sum(rate * count for rate, count in zip(self._rates[1:], work, strict=True))
 
     def _improve(self, i: int) -> None:
         own = self._products[i][i]
         if own > 0:
             row = zip(self._products[i], self._rates, strict=True)
             others = sum(product * rate for product, rate in row) - own * self._rates[i]
-            self._rates[i] = max(0.0, (self._targets[i] - others) / own)
+            most = self._shortest_s / 2 if i == 0 else math.inf
+            self._rates[i] = min(most, max(0.0, (self._targets[i] - others) / own))
 
 
 def _visible(start: int, end: int, window: int | None) -> float:
