@@ -19,6 +19,7 @@ from kvcluster.audit.wire import bearer, stream
 from kvcluster.client import Client
 from kvcluster.engine.api import Admitted
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
+from kvcluster.tenancy.api_key import make_secret
 
 _WARM_UP = 5
 _AGAIN = 4
@@ -26,6 +27,8 @@ _AGAIN = 4
 _VOCABULARY = 100
 """Ids below it are in every vocabulary; 0 is often special."""
 _PROBED_PROMPTS = 8
+_RANDOM_CHARS = 43
+"""Of a secret: what comes after the part that finds its record."""
 
 Probe = Callable[[], Awaitable[float]]
 """Seconds that something takes."""
@@ -156,6 +159,34 @@ async def existence_timing(scene: Scene) -> Outcome:
 
 
 @attack(
+    tries="whether a secret takes longer to refuse when the server knows a key that begins like it",
+    breach="the times differ by more than chance",
+)
+async def credential_timing(scene: Scene) -> Outcome:
+    method = scene.method("InferenceService", "ListModels")
+    known = scene.victim.secret[:-_RANDOM_CHARS]
+
+    def asking(secret: Callable[[], str]) -> Probe:
+        async def probe() -> float:
+            metadata = bearer(secret())
+            start = time.perf_counter()
+            await scene.ask(method, pb.ListModelsRequest(), metadata)
+            return time.perf_counter() - start
+
+        return probe
+
+    def begun() -> str:
+        return known + make_secret().text[-_RANDOM_CHARS:]
+
+    num_samples = 4 * scene.target.num_samples
+    found = await compared(asking(begun), asking(lambda: make_secret().text), num_samples)
+    measured = {"t": found.t, "ks_p": found.ks_p, "median_us": found.median_s * 1e6}
+    if found.is_leak:
+        return breached("refusals tell by their time which keys there are", **measured)
+    return held("guesses are refused as slowly whether or not they begin like a key", **measured)
+
+
+@attack(
     tries="filling the tenant's own cache, and whether the victim's work evicts any of it",
     breach="prompts that stay cached while the victim rests are evicted while it works",
 )
@@ -221,4 +252,10 @@ async def _position(scene: Scene) -> int:
     return found[0].queue_position
 
 
-ATTACKS = (prefix_timing, existence_timing, eviction_probing, queue_position)
+ATTACKS = (
+    prefix_timing,
+    existence_timing,
+    credential_timing,
+    eviction_probing,
+    queue_position,
+)

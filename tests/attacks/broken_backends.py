@@ -83,7 +83,7 @@ class Caches(FakeBackend):
     """With a prefix cache of whole prompts, least recently used first, by tenant: prompts that are
     in it are computed at once, others take `compute_s`."""
 
-    compute_s = 0.03
+    compute_s = 0.02
 
     def __init__(
         self, *, is_shared: bool = False, capacity: int = 10_000, says_cached: bool = True

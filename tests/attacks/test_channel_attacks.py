@@ -1,11 +1,13 @@
 """Attacks on what is not said: paired with what shows within a tenant, and seen where it leaks."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from kvcluster.audit import channels
 from kvcluster.audit.attack import Attack, Verdict
+from kvcluster.tenancy import directory
 from tests.attacks.attacked import outcome_of
 from tests.attacks.broken_backends import Caches, CountsEverybody, TellsByTime
 from tests.unit.router.fake_backend import FakeBackend
@@ -47,6 +49,25 @@ async def test_refusals_that_tell_by_their_time_are_found(tmp_path: Path) -> Non
     assert outcome.measured["median_us"] > 500
 
 
+async def test_refusals_of_keys_that_tell_by_their_time_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = directory.is_secret
+
+    def slow_where_there_is_one(text: str, digest: str | None) -> bool:
+        """As a slow password hash is that is left out where there is nothing to compare."""
+        end = time.perf_counter() + (0.005 if digest else 0.0)
+        while time.perf_counter() < end:
+            pass
+        return compare(text, digest)
+
+    monkeypatch.setattr(directory, "is_secret", slow_where_there_is_one)
+
+    outcome = await outcome_of(channels.credential_timing, tmp_path, FakeBackend())
+
+    assert outcome.verdict is Verdict.BREACH, outcome
+
+
 @pytest.mark.parametrize(("is_shared", "verdict"), [(False, Verdict.HELD), (True, Verdict.BREACH)])
 async def test_evictions_by_another_tenant_are_found(
     is_shared: bool, verdict: Verdict, tmp_path: Path
@@ -65,7 +86,9 @@ async def test_a_place_in_the_queue_that_counts_everybody_is_found(tmp_path: Pat
     assert outcome.verdict is Verdict.BREACH, outcome
 
 
-@pytest.mark.parametrize("attack", [channels.queue_position], ids=lambda attack: attack.name)
+@pytest.mark.parametrize(
+    "attack", [channels.queue_position, channels.credential_timing], ids=lambda attack: attack.name
+)
 async def test_our_server_holds(attack: Attack, tmp_path: Path) -> None:
     outcome = await outcome_of(attack, tmp_path)
 
