@@ -33,6 +33,7 @@ _FLOOD_CALLS = 300
 _FLOOD_CHUNKS = 3000
 _OVERSIZED_BYTES = 32 * 1024 * 1024
 _TRICKLE_PAUSE_S = 0.02
+_STALLED_TOKENS = 4096
 _Stream = aio.StreamStreamCall[Any, Any]
 
 
@@ -121,7 +122,9 @@ async def idle_stream(scene: Scene) -> Outcome:
 )
 async def window_stall(scene: Scene) -> Outcome:
     async def stall(call: _Stream) -> None:
-        await call.write(_setup(max_output_tokens=4096))
+        # As many events as fill the window, if the model has them.
+        num_tokens = min(_STALLED_TOKENS, scene.max_context_tokens // 2)
+        await call.write(_setup(max_output_tokens=num_tokens))
         await call.write(_chunk(0))
         await call.done_writing()
         await asyncio.Event().wait()

@@ -87,6 +87,8 @@ class Scene:
     victim: Party
     victim_generation: str
     """Name of one that the victim has."""
+    max_context_tokens: int
+    """Of the model and the two tenants."""
 
     def method(self, service: str, name: str) -> MethodDescriptor:
         (found,) = [each for each in services() if each.name == service]
@@ -158,7 +160,17 @@ async def staged(target: Target) -> AsyncIterator[Scene]:
             attacker, victim = [await _party(operator, name) for name in names]
             async with Client(target.address, api_key=victim.secret, tls=target.tls) as client:
                 served = await generate_with(client, (1, 2, 3))
-            yield Scene(target, data, admin, operator, attacker, victim, served.name)
+                model_tokens = [model.max_context_tokens for model in await client.models()]
+            yield Scene(
+                target=target,
+                data=data,
+                admin=admin,
+                operator=operator,
+                attacker=attacker,
+                victim=victim,
+                victim_generation=served.name,
+                max_context_tokens=min(*model_tokens, MAX_CONTEXT_TOKENS),
+            )
         finally:
             for name in names:
                 await _forget(operator, name)
