@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from kvcluster.admin_client import AdminClient
-from kvcluster.audit.wire import Answer, Metadata, ask, bearer, services
+from kvcluster.audit.wire import Answer, Metadata, ask, bearer, is_admin, services
 from kvcluster.client import Client
 from kvcluster.client_tls import ClientTls, open_channel
 from kvcluster.engine.api import Finished, Output, Progress
@@ -96,7 +96,7 @@ class Scene:
 
     async def ask(self, method: MethodDescriptor, request: Message, metadata: Metadata) -> Answer:
         """On the port of the method's service."""
-        channel = self.admin if method.containing_service.name == "TenantService" else self.data
+        channel = self.admin if is_admin(method.containing_service) else self.data
         return await ask(channel, method, request.SerializeToString(), metadata)
 
     async def generate(self, party: Party, prompt_ids: Sequence[int] = (1, 2, 3)) -> Served:

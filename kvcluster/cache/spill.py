@@ -11,6 +11,9 @@ engine sends it, and any number of ranks read what they need of all parts (`read
     engine            ticket = tier.open(owner, sealed.spill, keys)
     ranks 0, 1        saved = read_parts(ticket, wanted entries), then `saved.write_held`
 
+Whoever keeps a limit of the tier asks the ranks for `spill_parts.part_bytes` first, which is exact,
+and takes the sum from the tenant's share before `begin`; `used_bytes` is the same sum afterwards.
+
 What is sealed: AES-256-GCM under a key of its own for every spill, wrapped by the tenant's data
 key. So destroying a tenant's data keys makes all its spills unreadable, and deleting one spill
 destroys its own key: ciphertext that the disk may keep (no overwriting reaches what an SSD, a

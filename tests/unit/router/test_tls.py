@@ -209,3 +209,26 @@ def test_a_client_is_told_at_once_which_of_its_files_is_wrong(
     ):
         with pytest.raises(ConfigError, match=message):
             Client("localhost:1", tls=tls)
+
+
+async def test_tls_alone_is_no_authentication(tmp_path: Path, server_pair: Pair) -> None:
+    tls = TlsConfig(certificate=str(server_pair.certificate), key=str(server_pair.key))
+    door = FrontDoor([FakeBackend()], RouterConfig(listen="127.0.0.1:0"), TenancyConfig(), tls=tls)
+
+    with pytest.raises(ConfigError, match="no authentication"):
+        await door.start()
+
+
+async def test_without_authentication_no_port_is_open_to_others_with_tls_either(
+    tmp_path: Path, server_pair: Pair
+) -> None:
+    tls = TlsConfig(certificate=str(server_pair.certificate), key=str(server_pair.key))
+    tenancy = TenancyConfig(database=str(tmp_path / "t.sqlite"), admin_listen="0.0.0.0:0")
+    router = RouterConfig(listen="127.0.0.1:0", insecure_local=True)
+    door = FrontDoor([FakeBackend()], router, tenancy, tls=tls)
+
+    with pytest.raises(ConfigError, match=r"tenancy\.admin_listen: want a loopback"):
+        await door.start()
+    with pytest.raises(ConfigError, match=r"router\.listen: want a loopback"):
+        RouterConfig(listen="0.0.0.0:0", insecure_local=True)
+    await door.stop(grace_s=0)
