@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kvcluster.audit import channels, exhaustion, identity, reach
+from kvcluster.audit import channels, contexts, exhaustion, identity, reach
 from kvcluster.audit.attack import Attack, Outcome, Verdict, breached
 from kvcluster.audit.scene import Scene, Target, staged
 from kvcluster.errors import InvalidField, KvClusterError
@@ -13,6 +13,7 @@ from kvcluster.errors import InvalidField, KvClusterError
 ATTACKS: tuple[Attack, ...] = (
     *identity.ATTACKS,
     *reach.ATTACKS,
+    *contexts.ATTACKS,
     *exhaustion.ATTACKS,
     *channels.ATTACKS,
 )

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
 from pkgutil import iter_modules
@@ -78,9 +78,21 @@ async def ask(
 ) -> Answer:
     """Send one message and take one, whatever kind of RPC it is; then break off. Raises:
     ServerUnavailable when nobody answers."""
+    return await ask_with_all(channel, method, (request,), metadata, timeout_s=timeout_s)
+
+
+async def ask_with_all(
+    channel: aio.Channel,
+    method: MethodDescriptor,
+    requests: Sequence[bytes],
+    metadata: Metadata = (),
+    *,
+    timeout_s: float = TIMEOUT_S,
+) -> Answer:
+    """The same with several messages, where the RPC takes a stream of them."""
     start = time.perf_counter()
     try:
-        reply = await _first(channel, method, request, metadata, timeout_s)
+        reply = await _first(channel, method, requests, metadata, timeout_s)
     except aio.AioRpcError as error:
         return read_status(error, time.perf_counter() - start)
     except asyncio.CancelledError:
@@ -134,7 +146,7 @@ async def status_of(call: "aio.StreamStreamCall[Any, Any]", *, timeout_s: float)
 async def _first(
     channel: aio.Channel,
     method: MethodDescriptor,
-    request: bytes,
+    requests: Sequence[bytes],
     metadata: Metadata,
     timeout_s: float,
 ) -> bytes:
@@ -145,7 +157,7 @@ async def _first(
         (True, True): channel.stream_stream,
     }
     open_call = kinds[method.client_streaming, method.server_streaming](path_of(method))
-    sent = _once(request) if method.client_streaming else request
+    sent = _each(requests) if method.client_streaming else requests[0]
     call = open_call(sent, metadata=metadata, timeout=timeout_s)
     status = SentStatus(call)
     if not method.server_streaming:
@@ -160,8 +172,9 @@ async def _first(
         call.cancel()
 
 
-async def _once(request: bytes) -> AsyncIterator[bytes]:
-    yield request
+async def _each(requests: Sequence[bytes]) -> AsyncIterator[bytes]:
+    for request in requests:
+        yield request
 
 
 def _reason_in(details: bytes) -> str:
