@@ -14,6 +14,7 @@ import msgspec
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
+from kvcluster.client_contexts import ContextCalls, context_name
 from kvcluster.client_tls import ClientTls, open_channel
 from kvcluster.engine.api import (
     Estimate,
@@ -94,11 +95,17 @@ class GenerateOptions(SamplingOptions, total=False):
     """How long the generation goes on without us, so that `resume` can pick it up."""
     progress_interval_s: float
     priority: int
+    context: str
+    """Id or name of a context that comes before the prompt. Left out: none."""
+    cache_mode: str
+    """What is done with blocks of earlier requests: read_write, read_only or bypass."""
+    cache_namespace: str
+    """Blocks are shared within a namespace only."""
     timeout_s: float | None
     """The generation ends this many seconds from now at the latest."""
 
 
-class Client:
+class Client(ContextCalls):
     """A connection to one server. An async context manager; opens at the first call.
 
     Methods raise the error that the server answered with, ServerUnavailable when there is no
@@ -114,6 +121,7 @@ class Client:
         self._stub = InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        super().__init__(self._channel, self._metadata, _typed_errors)
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,6 +151,8 @@ class Client:
         the iteration cancels the call. After a Finished that is an error, that error is raised.
         """
         timeout_s = options.pop("timeout_s", None)
+        if options.get("context"):
+            options["context"] = context_name(options["context"])
         request = _request_of(options, prompt_ids)
         setup = pb.StreamGenerateRequest(setup=convert.request_to_proto(request))
         call = self._stub.StreamGenerate(timeout=timeout_s, metadata=self._metadata)

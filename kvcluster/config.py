@@ -42,6 +42,10 @@ class CacheConfig:
     """Latest tokens that a query reads exact whatever the codec: most of its attention goes there.
     Rounded up to whole blocks."""
 
+    prefix_cache: bool = True
+    """Keep the blocks of ended requests until their memory is wanted, so that a tenant's next
+    request with the same beginning does not compute it again."""
+
     @property
     def exact_recent_blocks(self) -> int:
         """Blocks before its own that a query reads exact."""

@@ -17,6 +17,8 @@
     │   ├── UploadStalled
     │   ├── RequestIdConflict
     │   ├── GenerationNotFound
+    │   ├── ContextNotFound
+    │   ├── ContextNotReady       it is still uploaded or computed, or could not be
     │   ├── ResumeExpired
     │   ├── ResourceNotFound      no such tenant or API key
     │   ├── ResourceExists
@@ -194,6 +196,18 @@ class GenerationNotFound(RequestError):
     """No such generation: never was, or its events are no longer kept."""
 
     reason = "GENERATION_NOT_FOUND"
+
+
+class ContextNotFound(RequestError):
+    """No such context: never was, is not the caller's, has expired or was deleted."""
+
+    reason = "CONTEXT_NOT_FOUND"
+
+
+class ContextNotReady(RequestError):
+    """The context is still being uploaded or computed, or could not be computed."""
+
+    reason = "CONTEXT_NOT_READY"
 
 
 class ResumeExpired(RequestError):

@@ -177,3 +177,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """End-of-sequence and stop token ids are not sampled before this many output tokens."""
     ignore_eos: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a penalty is set, so that the next token depends on which came before."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )

@@ -125,7 +125,7 @@ class FakeCluster:
 
     spec: ModelSpec = field(default_factory=model_spec)
     cache: CacheConfig = field(
-        default_factory=lambda: CacheConfig(block_size=4, exact_recent_tokens=0)
+        default_factory=lambda: CacheConfig(block_size=4, exact_recent_tokens=0, prefix_cache=False)
     )
     config: EngineConfig = field(
         default_factory=lambda: EngineConfig(prefill_chunk_tokens=16, shard_min_tokens=16)
@@ -280,9 +280,17 @@ class FakeCluster:
     def reason(self, generation: GenerationId) -> FinishReason:
         return self.finished(generation).reason
 
+    def evict_all(self) -> None:
+        """Give up whatever is kept and not pinned."""
+        for cache in self.engine._scheduler.prefixes._caches.values():
+            for group in range(len(self.spec.windows)):
+                cache.evict(group, 1 << 30)
+
     @property
     def num_leaked(self) -> int:
-        """Blocks in use, in the engine's books and on the ranks."""
+        """Blocks in use, in the engine's books and on the ranks, without those that are kept for
+        later requests: these are given back first."""
+        self.evict_all()
         return self.partitions.num_used + self.ring.num_used + len(self.ring.sequences)
 
 

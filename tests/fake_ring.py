@@ -13,6 +13,7 @@ from kvcluster.engine.plan import (
     Release,
     SampledToken,
     ScoredTokens,
+    SequenceStart,
     SequenceStep,
     StepPlan,
     StepResult,
@@ -92,8 +93,12 @@ class FakeRing:
         self.encoded_per_page = encoded_per_page
         self.exact_recent = exact_recent
         self.encoded_step = encoded_step
+        self.zeroed: dict[Held, list[int]] = {}
+        """What blocks held that were zeroed."""
         self._known: set[int] = set()
-        self._users: dict[Held, int] = {}
+        self._users: dict[Held, set[int]] = {}
+        self._tokens: dict[Held, list[int]] = {}
+        """What a block holds the end of: all tokens up to its own last one."""
         self._contents: dict[tuple[int, int, int], list[str]] = {}
         """(rank, group, page) -> the codec of each block in it."""
 
@@ -106,14 +111,7 @@ class FakeRing:
         assert plan.step == self.num_steps + 1
         self.num_steps += 1
         self.num_empty_steps += not plan.sequences
-        for start in plan.started:
-            assert start.sequence not in self._known, "a sequence number is never used twice"
-            self._known.add(start.sequence)
-            self.sequences[start.sequence] = FakeSequence(
-                start.sampling, start.policy, released_below=[0] * len(self.spec.windows)
-            )
-        for release in plan.released:
-            self._release(release)
+        self._begin(plan)
         for step in plan.sequences:
             sequence = self.sequences[step.sequence]
             for block in step.appended:
@@ -133,7 +131,35 @@ class FakeRing:
             for groups in (*ended.entries, *ended.survivors):
                 for holding in groups:
                     self._free(number, holding)
+        for zeroed in plan.zeroed:
+            for block_id in zeroed.block_ids:
+                held = Held(zeroed.rank, zeroed.group, zeroed.codec, block_id)
+                assert held not in self._users, "a block that is zeroed has no user"
+                self.zeroed[held] = self._tokens.pop(held, [])
         return StepResult(plan.epoch, plan.step, tuple(sampled), tuple(scored))
+
+    def tokens_on_ranks(self) -> set[int]:
+        """Every token that some block still holds, whether anybody uses it or not."""
+        size = self.block_size
+        return {token for known in self._tokens.values() for token in known[-size:]}
+
+    def _begin(self, plan: StepPlan) -> None:
+        for start in plan.started:
+            assert start.sequence not in self._known, "a sequence number is never used twice"
+            self._known.add(start.sequence)
+            self.sequences[start.sequence] = FakeSequence(
+                start.sampling, start.policy, released_below=[0] * len(self.spec.windows)
+            )
+        # What others have left may be taken by those who begin.
+        begun = {start.sequence for start in plan.started}
+        for release in plan.released:
+            if release.sequence not in begun:
+                self._release(release)
+        for start in plan.started:
+            self._adopt(start)
+        for release in plan.released:
+            if release.sequence in begun:
+                self._release(release)
 
     def _retention(self, sequence: FakeSequence) -> Budgeted | None:
         """How the sequence keeps tokens by score; None: it does not."""
@@ -175,8 +201,70 @@ class FakeRing:
                     holding[group].add(held)
         entries.append(holding)
 
-    def _take(self, number: int, held: Held) -> None:
-        assert held not in self._users, "a block has one user"
+    def _adopt(self, start: SequenceStart) -> None:
+        """A sequence begins with blocks that others wrote: those that one of its length holds, with
+        the same tokens before them. Blocks that were never written are its own."""
+        sequence, num_blocks = self.sequences[start.sequence], len(start.adopted)
+        region, is_exact = self._exact_region(sequence), start.policy.storage == EXACT
+        first_exact = 0 if is_exact else region.first_block(num_blocks)
+        assert not start.adopted or not self._retention(sequence)
+        read = [
+            set(self._read_from(sequence, group, num_blocks))
+            for group in range(len(self.spec.windows))
+        ]
+        for index, block in enumerate(start.adopted):
+            holding: list[set[Held]] = [set() for _ in read]
+            end = (index + 1) * self.block_size
+            for group, entries in enumerate(read):
+                encoded_id = block.encoded_ids[group] if block.encoded_ids else NO_BLOCK
+                shared = Held(block.rank, group, EXACT, block.block_ids[group])
+                if 0 < index < first_exact:
+                    assert shared.block_id == NO_BLOCK
+                    shared = Held(block.rank, group, start.policy.storage, encoded_id)
+                elif encoded_id != NO_BLOCK:
+                    own = Held(block.rank, group, start.policy.storage, encoded_id)
+                    self._take(start.sequence, own)
+                    holding[group].add(own)
+                assert (index in entries) == (shared.block_id != NO_BLOCK)
+                if shared.block_id != NO_BLOCK:
+                    known = self._tokens[shared]
+                    assert len(known) == end
+                    assert known[: len(sequence.tokens)] == sequence.tokens
+                    sequence.tokens += known[len(sequence.tokens) :]
+                    self._take(start.sequence, shared, is_shared=True)
+                    holding[group].add(shared)
+            sequence.owners.append(block.rank)
+            sequence.entries.append(holding)
+        assert len(sequence.tokens) == num_blocks * self.block_size
+        if start.sampling.counts_tokens:
+            ids = array("I")
+            ids.frombytes(start.adopted_ids)
+            assert list(ids) == sequence.tokens
+
+    def _read_from(self, sequence: FakeSequence, group: int, num_blocks: int) -> list[int]:
+        """Entries that the first row after so many blocks reads."""
+        sequence.entries = [[set()]] * num_blocks
+        read = self._read_entries(sequence, group, num_blocks * self.block_size)
+        sequence.entries = []
+        return [entry for entry in read if entry < num_blocks]
+
+    def _write(self, sequence: FakeSequence, first: int) -> None:
+        """Remember what the blocks that are full now hold."""
+        for entry in range(first // self.block_size, len(sequence.tokens) // self.block_size):
+            known = sequence.tokens[: (entry + 1) * self.block_size]
+            for holding in sequence.entries[entry]:
+                for held in holding:
+                    assert len(self._users[held]) == 1, "a block that others read is not written"
+                    if held.codec == EXACT:
+                        self._tokens[held] = known
+
+    def _take(self, number: int, held: Held, *, is_shared: bool = False) -> None:
+        assert is_shared or held not in self._users, "a block has one user that writes it"
+        if not is_shared:
+            self._tokens.pop(held, None)
+        if held in self._users:
+            self._users[held].add(number)
+            return
         per_page = PAGE_BLOCKS
         if held.codec != EXACT:
             per_page = self.encoded_per_page[held.codec][held.group]
@@ -188,11 +276,14 @@ class FakeRing:
         contents = self._contents.setdefault((held.rank, held.group, page), [])
         assert set(contents) <= {held.codec}, "a page holds one kind of blocks"
         contents.append(held.codec)
-        self._users[held] = number
+        self._users[held] = {number}
 
     def _free(self, number: int, holding: set[Held]) -> None:
         for held in holding:
-            assert self._users.pop(held) == number
+            self._users[held].remove(number)
+            if self._users[held]:
+                continue
+            del self._users[held]
             per_page = PAGE_BLOCKS
             if held.codec != EXACT:
                 per_page = self.encoded_per_page[held.codec][held.group]
@@ -226,6 +317,7 @@ class FakeRing:
             assert step.num_tokens == 1
             assert sequence.sampled is not None
             sequence.tokens.append(sequence.sampled)
+        self._write(sequence, step.start)
         if not step.samples:
             return []
         assert 0 < step.num_prompt_tokens <= end
@@ -287,6 +379,11 @@ class FakeRing:
             for group, holding in enumerate(sequence.entries[entry])
             if group not in kept_exact
         ]
+        for entry in range(1, last):
+            known = sequence.tokens[: (entry + 1) * self.block_size]
+            for holding in sequence.entries[entry]:
+                if any(held.codec == EXACT for held in holding):
+                    self._tokens |= {held: known for held in holding if held.codec != EXACT}
         retention = self._retention(sequence)
         if retention is not None and end % retention.epoch_tokens == 0:
             last = retention.counts(end).kept // self.block_size

@@ -106,7 +106,7 @@ async def _generate(client: Client, prompt: list[int]) -> Speeds:
     times: list[float] = []
     token_ids: list[int] = []
     async for event in client.generate(
-        prompt_ids=prompt, max_output_tokens=OUTPUT_TOKENS, ignore_eos=True
+        prompt_ids=prompt, max_output_tokens=OUTPUT_TOKENS, ignore_eos=True, cache_mode="bypass"
     ):
         if isinstance(event.event, Output):
             times.append(time.perf_counter())

@@ -106,7 +106,9 @@ async def _grow(address: str, policy: str, prompt: list[int]) -> Growth:
 
 
 async def _kv_bytes(client: Client, policy: str, prompt: list[int]) -> int:
-    async for event in client.generate(prompt_ids=prompt, max_output_tokens=2, policy=policy):
+    async for event in client.generate(
+        prompt_ids=prompt, max_output_tokens=2, policy=policy, cache_mode="bypass"
+    ):
         if isinstance(event.event, Finished):
             return event.event.usage.kv_bytes
     raise KvClusterError("the generation ended without its usage")

@@ -9,6 +9,14 @@ from typing import NamedTuple
 from kvcluster.types import EXACT, NO_BLOCK, BlockId, Rank
 
 
+class HeldBlock(NamedTuple):
+    """What an entry holds in one group; NO_BLOCK where it holds none."""
+
+    rank: Rank
+    block_id: BlockId
+    encoded_id: BlockId
+
+
 class TableEntry(NamedTuple):
     """One entry: the rank, and one block id per KV group in that rank's pools; NO_BLOCK in groups
     where the entry holds none."""
@@ -19,13 +27,12 @@ class TableEntry(NamedTuple):
     encoded_ids: tuple[BlockId, ...] = ()
     """Blocks of the table's codec. Empty: the entry stays exact."""
 
-
-class HeldBlock(NamedTuple):
-    """What an entry holds in one group; NO_BLOCK where it holds none."""
-
-    rank: Rank
-    block_id: BlockId
-    encoded_id: BlockId
+    def held(self) -> tuple[HeldBlock, ...]:
+        """Per KV group."""
+        encoded = self.encoded_ids or (NO_BLOCK,) * len(self.block_ids)
+        return tuple(
+            HeldBlock(self.rank, *ids) for ids in zip(self.block_ids, encoded, strict=True)
+        )
 
 
 class BlockTable:
@@ -78,6 +85,15 @@ class BlockTable:
     def last_id(self, rank: Rank, group: int) -> BlockId | None:
         """The exact block that this sequence took last on a rank, where the next should follow."""
         return self._last_ids[group].get(rank)
+
+    def entry(self, index: int) -> TableEntry:
+        """What an entry holds now."""
+        encoded = tuple(ids[index] for ids in self.encoded_ids)
+        return TableEntry(
+            self.owners[index],
+            tuple(ids[index] for ids in self.block_ids),
+            encoded if any(block != NO_BLOCK for block in encoded) else (),
+        )
 
     def add(self, entry: TableEntry) -> None:
         none = (NO_BLOCK,) * len(self.block_ids)

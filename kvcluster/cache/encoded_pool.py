@@ -19,6 +19,8 @@ class EncodedPool:
         """By page that is ours: its free blocks."""
         self._partial: dict[int, None] = {}
         """Pages with free blocks, the oldest first: those are filled before others are begun."""
+        self._more_users: dict[BlockId, int] = {}
+        """By block with more than one user: how many more."""
 
     @property
     def num_pages(self) -> int:
@@ -53,11 +55,31 @@ class EncodedPool:
             del self._partial[page]
         return BlockId(block_id)
 
-    def release(self, block_id: BlockId) -> None:
-        """Give a block back. Raises: ValueError when it is free already."""
+    def num_users(self, block_id: BlockId) -> int:
+        """Who counts on a block; 0: it is free."""
         page = block_id // self.blocks_per_page
         if page not in self._free_of or block_id in self._free_of[page]:
+            return 0
+        return 1 + self._more_users.get(block_id, 0)
+
+    def retain(self, block_id: BlockId) -> None:
+        """Add a user to a block that is in use."""
+        if not self.num_users(block_id):
+            raise ValueError(f"encoded block {block_id} is free: allocate it first")
+        self._more_users[block_id] = self.num_users(block_id)
+
+    def release(self, block_id: BlockId) -> None:
+        """Take one user away; the last one's leaving frees the block. Raises: ValueError when it is
+        free already."""
+        num_users = self.num_users(block_id)
+        if not num_users:
             raise ValueError(f"encoded block {block_id} is free already")
+        if num_users > 1:
+            del self._more_users[block_id]
+            if num_users > 2:
+                self._more_users[block_id] = num_users - 2
+            return
+        page = block_id // self.blocks_per_page
         free = self._free_of[page]
         free.add(block_id)
         self._partial[page] = None

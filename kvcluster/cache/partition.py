@@ -159,12 +159,12 @@ class Partition:
         for group in table.groups:
             encoded_id, encodes = NO_BLOCK, is_encoded and table.codec_in(group) != EXACT
             if encodes:
-                encoded_id = self._take_encoded(table.codec, rank, group)
+                encoded_id = self.take_encoded(table.codec, rank, group)
             block_id = self._take_exact(table, rank, group)
             taken[group] = HeldBlock(rank, block_id, encoded_id)
             if block_id == NO_BLOCK or (encodes and encoded_id == NO_BLOCK):
                 for group_taken, held in enumerate(taken):
-                    self._release(table.codec, group_taken, held)
+                    self.release(table.codec, group_taken, held)
                 return None
         entry = TableEntry(
             rank,
@@ -178,14 +178,14 @@ class Partition:
         """Free one group's blocks of the entries from `after` to before `below`. The entries stay
         in the table."""
         for held in table.remove_below(group, below, after=after):
-            self._release(table.codec, group, held)
+            self.release(table.codec, group, held)
 
     def release_exact(self, table: BlockTable, entry: int) -> None:
         """Free the exact blocks of an entry that is encoded now."""
         for group in table.groups:
             if table.codec_in(group) == EXACT:
                 continue
-            self._release(table.codec, group, table.remove_exact(group, entry))
+            self.release(table.codec, group, table.remove_exact(group, entry))
 
     def count_beside(self, table: BlockTable, group: int, num_blocks: int) -> bool:
         """Count memory that the ranks keep for the sequence of `table` beside all pages, so many
@@ -203,7 +203,7 @@ class Partition:
             self._ledger.take_beside(self.tenant, group, -table.num_beside[group])
             table.num_beside[group] = 0
             for held in table.remove_all(group):
-                self._release(table.codec, group, held)
+                self.release(table.codec, group, held)
 
     def exact_region(self, codec: str) -> ExactRegion:
         """What a table with the codec keeps exact."""
@@ -310,7 +310,8 @@ class Partition:
             return pool.allocate(after=last)
         return pool.allocate_lowest()
 
-    def _take_encoded(self, codec: str, rank: Rank, group: int) -> BlockId:
+    def take_encoded(self, codec: str, rank: Rank, group: int) -> BlockId:
+        """Take an encoded block; NO_BLOCK where there is none."""
         encoded = self._encoded_pools(codec)[rank][group]
         needs_page = not encoded.has_partial
         if needs_page and not self._may_take_page(group):
@@ -332,7 +333,19 @@ class Partition:
         spare = self._ledger.spare_chunks(self.tenant, group)
         return spare is None or spare >= count or self.is_below_floor(group)
 
-    def _release(self, codec: str, group: int, held: HeldBlock) -> None:
+    def pool(self, rank: Rank, group: int) -> BlockPool:
+        """Of exact blocks."""
+        return self._pools[rank][group]
+
+    def encoded_pool(self, codec: str, rank: Rank, group: int) -> EncodedPool:
+        return self._encoded_pools(codec)[rank][group]
+
+    def used(self, group: int) -> int:
+        """Blocks of the group that the tenant holds, kept ones included."""
+        return self._ledger.used(self.tenant)[group]
+
+    def release(self, codec: str, group: int, held: HeldBlock) -> None:
+        """Take one user of what an entry holds in a group away."""
         if held.block_id != NO_BLOCK:
             pool = self._pools[held.rank][group]
             pool.release(held.block_id)

@@ -27,11 +27,21 @@ _POLICY_HELP = (
 )
 
 
-class _Prompt(NamedTuple):
+class GivenPrompt(NamedTuple):
     """As text or as token ids: one of them is set."""
 
     text: str | None
     token_ids: list[int] | None
+
+
+def prompt_from(text: str | None, file: Path | None, prompt_ids: Path | None) -> GivenPrompt:
+    """The one prompt that is given. Raises: InvalidField."""
+    if sum(source is not None for source in (text, file, prompt_ids)) != 1:
+        raise InvalidField("prompt", "want one of PROMPT (- is stdin), --file, --prompt-ids")
+    return GivenPrompt(
+        text=None if prompt_ids else _text(text, file),
+        token_ids=_token_ids(prompt_ids) if prompt_ids else None,
+    )
 
 
 def generate(
@@ -46,6 +56,15 @@ def generate(
         Path | None, typer.Option(help="JSON file with the prompt as a list of token ids.")
     ] = None,
     policy: Annotated[str, typer.Option(metavar="POLICY", help=_POLICY_HELP)] = "",
+    context: Annotated[
+        str, typer.Option(help="A stored context that comes before the prompt (`contexts`).")
+    ] = "",
+    cache: Annotated[
+        str, typer.Option(help="Blocks of earlier requests: read-write, read-only or bypass.")
+    ] = "read-write",
+    cache_namespace: Annotated[
+        str, typer.Option(help="Blocks are shared within a namespace only.")
+    ] = "",
     max_output_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
@@ -67,8 +86,7 @@ def generate(
 ) -> None:
     """Generate from a prompt. Ctrl-C cancels the generation."""
     with exiting(as_json=as_json):
-        if sum(source is not None for source in (prompt, file, prompt_ids)) != 1:
-            raise InvalidField("prompt", "want one of PROMPT (- is stdin), --file, --prompt-ids")
+        source = prompt_from(prompt, file, prompt_ids)
         options: GenerateOptions = {
             "model": model,
             "policy": policy,
@@ -81,12 +99,11 @@ def generate(
             "stop": tuple(stop or ()),
             "ignore_eos": ignore_eos,
             "request_id": request_id,
+            "context": context,
+            "cache_mode": cache.replace("-", "_"),
+            "cache_namespace": cache_namespace,
             "timeout_s": timeout,
         }
-        source = _Prompt(
-            text=None if prompt_ids else _text(prompt, file),
-            token_ids=_token_ids(prompt_ids) if prompt_ids else None,
-        )
         key = api_key_from(api_key_file)
         report = asyncio.run(_run(server, key, source, options, writes_text=not as_json))
         if as_json:
@@ -100,7 +117,7 @@ def generate(
 async def _run(
     server: Server,
     api_key: str | None,
-    source: _Prompt,
+    source: GivenPrompt,
     options: "GenerateOptions",
     *,
     writes_text: bool,
@@ -150,6 +167,8 @@ def _token_ids(file: Path) -> list[int]:
 def _summary(report: GenerateReport) -> str:
     usage, timings = report.usage, report.timings
     parts = [f"{report.finish_reason}: {usage.input_tokens:,} + {usage.output_tokens:,} tokens"]
+    if usage.cached_input_tokens:
+        parts.append(f"{usage.cached_input_tokens:,} of them cached")
     if timings.time_to_first_token_s is not None:
         parts.append(f"first token after {timings.time_to_first_token_s:.2f} s")
     if timings.output_tokens_per_s is not None:

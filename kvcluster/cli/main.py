@@ -9,6 +9,7 @@ from kvcluster.cli.audit import audit
 from kvcluster.cli.bench import bench
 from kvcluster.cli.calibrate import calibrate
 from kvcluster.cli.connection import with_tls
+from kvcluster.cli.contexts import contexts
 from kvcluster.cli.doctor import doctor
 from kvcluster.cli.exits import EXIT_CODES
 from kvcluster.cli.generate import generate
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for command in (serve, with_tls(generate), with_tls(doctor), with_tls(audit), calibrate, bench):
     app.command(epilog=EXIT_CODES)(command)
+app.add_typer(contexts)
 app.add_typer(tenants)
 
 

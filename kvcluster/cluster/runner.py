@@ -25,9 +25,11 @@ from kvcluster.attention.survivors import SequenceSurvivors, SurvivorPart
 from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
+from kvcluster.cache.zeroed_blocks import zero_blocks
 from kvcluster.cluster.scoring import ScoredPiece, scored_by, scored_pieces, scores
 from kvcluster.engine.plan import (
     EncodingError,
+    NewBlock,
     RankAnswer,
     SampledToken,
     SequenceStep,
@@ -172,6 +174,9 @@ class StepRunner:
         self._next_step += 1
         self._remember(sampled_before)
         self._apply(plan)
+        for zeroed in plan.zeroed:
+            if zeroed.rank == self._ring.rank:
+                zero_blocks(self._store, zeroed.group, zeroed.codec, zeroed.block_ids)
         rows = self._lay_out(plan)
         answer = self._compute(rows) if rows else RankAnswer()
         for sequence in plan.ended:
@@ -206,19 +211,18 @@ class StepRunner:
                 start.policy,
                 exact=self._exact_region(start.policy),
             )
+            _extend(self._sequences[start.sequence].table, start.adopted)
+            self._sequences[start.sequence].sampling.append(array("I", start.adopted_ids))
         for release in plan.released:
             self._sequences[release.sequence].table.release(
                 release.group, range(release.after, release.below)
             )
         for step in plan.sequences:
-            for block in step.appended:
-                self._sequences[step.sequence].table.append(
-                    block.rank, block.block_ids, block.encoded_ids
-                )
-            survivors = self._sequences[step.sequence].survivors
-            for block in step.survivors:
-                assert survivors is not None, "survivors of a sequence that keeps tokens by score"
-                survivors.table.append(block.rank, block.block_ids, block.encoded_ids)
+            state = self._sequences[step.sequence]
+            _extend(state.table, step.appended)
+            if step.survivors:
+                assert state.survivors is not None, "survivors where tokens are kept by score"
+                _extend(state.survivors.table, step.survivors)
 
     def _empty_table(self) -> SequenceMap:
         return SequenceMap(
@@ -367,6 +371,11 @@ class StepRunner:
             )
             for row, position, choice in zip(here, positions, choices, strict=True)
         ]
+
+
+def _extend(table: SequenceMap, blocks: Sequence[NewBlock]) -> None:
+    for block in blocks:
+        table.append(block.rank, block.block_ids, block.encoded_ids)
 
 
 def _encoding_errors(

@@ -125,6 +125,20 @@ def check_capacity(
     )
 
 
+def no_block(num_tokens: int, partition: Partition) -> QuotaExceeded:
+    """A request that got no block though no other runs."""
+    capacity, used = partition.capacity(), partition.use().used_bytes
+    return QuotaExceeded(
+        f"request of {num_tokens} tokens got no cache block even alone; the tenant "
+        f"uses {used} bytes and may have {capacity} blocks per KV group: shorten the prompt",
+        metadata={
+            "quota": "partitions.gpu",
+            "used_bytes": str(used),
+            "limit_blocks": str(min(capacity)),
+        },
+    )
+
+
 def check_load(request: GenerationRequest, config: EngineConfig, load: Load) -> None:
     """Check what may be different a moment later.
 

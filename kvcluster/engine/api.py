@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from kvcluster.engine.context_api import ContextBackend
 from kvcluster.policy import Menu
 from kvcluster.tenancy.limits import NO_LIMITS, UNLIMITED, TenantLimits
 from kvcluster.tenancy.shares import TenantShares
@@ -21,6 +22,16 @@ from kvcluster.types import (
     SamplingParams,
     TenantId,
 )
+
+
+class CacheMode(StrEnum):
+    """What a request does with the blocks that its tenant keeps of earlier ones."""
+
+    READ_WRITE = "read_write"
+    READ_ONLY = "read_only"
+    """Its own blocks are not kept."""
+    BYPASS = "bypass"
+    """It computes everything, and leaves nothing."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +53,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     disconnect_grace_s: float = 0.0
     """How long the generation goes on with nobody reading its events; 0: ends at once."""
     priority: int = 0
+    context: str = ""
+    """Id of a context of the tenant that comes before the prompt; empty: none."""
+    cache_mode: CacheMode = CacheMode.READ_WRITE
+    cache_namespace: str = ""
+    """Blocks are shared within one namespace of the tenant only."""
     limits: TenantLimits = NO_LIMITS
     """The tenant's, as they are now. Like the tenant, from the credential and from no field."""
 
@@ -228,6 +244,7 @@ class ShardSize(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     num_blocks: int
     num_free_blocks: int
+    """Those included that are kept for later requests and come free when they are wanted."""
 
 
 class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -279,7 +296,7 @@ class TenantLoad(msgspec.Struct, frozen=True, kw_only=True):
     """By the names of `Tier`, those that the engine has."""
 
 
-class Backend(Protocol):
+class Backend(ContextBackend, Protocol):
     """An engine as the router calls it. Every method may raise any `KvClusterError`.
 
     `tenant` comes from the credential, never from a request field. A generation of another

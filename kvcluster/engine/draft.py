@@ -1,14 +1,32 @@
-"""A step as it is being planned, and as it is planned."""
+"""What the scheduler asks and gives: the choice of a route, a step as it is being planned, and one
+that is planned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvcluster.engine.lanes import StepBudget
 from kvcluster.engine.plan import SequenceStart, SequenceStep, StepPlan
 from kvcluster.engine.request import Request
 from kvcluster.engine.step_cost import NO_WORK, Work
 from kvcluster.engine.turns import Turns
-from kvcluster.types import TenantId
+from kvcluster.types import LayerGeometry, Route, TenantId
+
+
+class RouteChoice(Protocol):
+    """The cheapest way for a chunk's queries to meet history on other ranks
+    (`attention.strategy.choose_route`)."""
+
+    def __call__(
+        self,
+        layers: Sequence[LayerGeometry],
+        *,
+        num_new_tokens: int,
+        num_history_tokens: int,
+        num_ranks: int,
+        element_bytes: float,
+        stored_share: float,
+    ) -> Route: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ run can be replayed exactly. `driver.py` connects it to a ring group, `service.p
 """
 
 import math
+from itertools import count
 
 from kvcluster.engine import admission
 from kvcluster.engine.api import (
@@ -14,6 +15,7 @@ from kvcluster.engine.api import (
     GenerationRecord,
     GenerationRequest,
 )
+from kvcluster.engine.contexts import Contexts
 from kvcluster.engine.estimator import SpeedEstimator
 from kvcluster.engine.forecast import MIN_RETRY_S, Forecast
 from kvcluster.engine.generation import Generation
@@ -22,19 +24,17 @@ from kvcluster.engine.in_flight import StepsInFlight
 from kvcluster.engine.parts import EngineParts, EngineStatistics
 from kvcluster.engine.plan import StepPlan, StepResult
 from kvcluster.engine.policies import ChosenPolicy, choose_policy, default_policy
-from kvcluster.engine.request import TOKEN_BYTES, Request
+from kvcluster.engine.prompts import Prompts
+from kvcluster.engine.request import Request
 from kvcluster.engine.scheduler import Scheduler
 from kvcluster.engine.stream import OutputText
 from kvcluster.engine.tenants import TenantUses
 from kvcluster.errors import (
     Draining,
-    InvalidField,
     KvClusterError,
-    PromptCorrupt,
-    QuotaExceeded,
     RankLost,
 )
-from kvcluster.types import GenerationId, Policy, TenantId
+from kvcluster.types import GenerationId, TenantId
 
 
 class Engine:
@@ -59,11 +59,10 @@ class Engine:
         self._generations = Generations(max_retained=parts.config.max_retained)
         self._draining: Draining | None = None
         self._ring_loss: RankLost | None = None
-        self._num_arrivals = 0
+        self._arrivals = count(1)
         self._next_due = math.inf
-        # A client must be able to send more than a block, or prefill could never start.
-        window = parts.config.upload_window_chunks * parts.config.prefill_chunk_tokens
-        self._upload_window = max(window, 2 * parts.cache.block_size)
+        self._prompts = Prompts(parts, self._scheduler.prefixes, self.tenants, self.forecast)
+        self.contexts = Contexts(parts, self._scheduler, self._prompts, self._arrivals)
 
     def submit(self, spec: GenerationRequest) -> GenerationId:
         """Admit a request; its `Admitted` event is in the log when this returns.
@@ -74,8 +73,8 @@ class Engine:
         """
         chosen = self.check(spec)
         generation_id = GenerationId(self.parts.new_id())
-        self._num_arrivals += 1
-        request = Request(generation_id, spec, chosen.policy, self._num_arrivals)
+        request = Request(generation_id, spec, chosen.policy, next(self._arrivals))
+        self.contexts.begin(request)
         tokenizer = self.parts.tokenizer
         generation = Generation(
             request,
@@ -108,8 +107,9 @@ class Engine:
         """The policy that the request would have, if `submit` would take it now. Raises what that
         would raise."""
         admission.check(spec, self.parts.spec)
-        chosen = choose_policy(spec, self.parts)
-        self._check_length(spec, chosen.policy, spec.input_tokens or 1)
+        chosen = self.contexts.policy_of(spec) or choose_policy(spec, self.parts)
+        num_tokens = self.contexts.num_tokens_before(spec) + (spec.input_tokens or 1)
+        self._prompts.check_length(spec, chosen.policy, num_tokens)
         if self.refusal is not None:
             raise self.refusal
         retry_after_s = self.forecast.retry_after_s()
@@ -134,22 +134,11 @@ class Engine:
         """
         generation = self.find(generation_id)
         generation.raise_if_ended()
-        request = generation.request
-        if request.is_prompt_complete:
-            raise PromptCorrupt(f"the prompt of generation {generation_id} is complete already")
-        num_prompt_tokens = request.num_prompt_tokens + len(packed_ids) // TOKEN_BYTES
-        declared = request.spec.input_tokens
-        if declared is not None and num_prompt_tokens > declared:
-            raise InvalidField("input_tokens", f"declared {declared}, but more tokens were sent")
-        self._check_length(request.spec, request.policy, num_prompt_tokens)
-        num_new = num_prompt_tokens - request.num_prompt_tokens
-        self.tenants.take_prompt(request, num_new, retry_after_s=self.forecast.retry_after_s())
-        request.append_prompt(packed_ids)
+        self._prompts.append(generation.request, packed_ids)
 
     def prompt_room(self, generation_id: GenerationId) -> int:
         """Prompt tokens that the client should be allowed to send now; 0: hold it back."""
-        request = self.find(generation_id).request
-        return max(0, self._upload_window - (request.num_prompt_tokens - request.num_planned))
+        return self._prompts.room(self.find(generation_id).request)
 
     def finish_prompt(self, generation_id: GenerationId) -> None:
         """The prompt is complete. Calling it again changes nothing.
@@ -158,15 +147,7 @@ class Engine:
         """
         generation = self.find(generation_id)
         generation.raise_if_ended()
-        request = generation.request
-        declared = request.spec.input_tokens
-        if not request.num_prompt_tokens:
-            raise InvalidField("prompt", "is empty: send at least one token")
-        if declared is not None and request.num_prompt_tokens != declared:
-            raise InvalidField(
-                "input_tokens", f"declared {declared}, but {request.num_prompt_tokens} were sent"
-            )
-        request.is_prompt_complete = True
+        self._prompts.finish(generation.request)
 
     def cancel(self, generation_id: GenerationId) -> None:
         """End a generation at its owner's wish. One that has ended stays as it is."""
@@ -225,7 +206,9 @@ class Engine:
             return self.next_plan() if schedule.refused else None
         self._in_flight.add(schedule.step, now=self.parts.clock.monotonic())
         for request in schedule.step.requests:
-            if not request.is_prompt_complete and not request.is_ended:
+            if request.builds_context:
+                self.contexts.planned(request)
+            elif not request.is_prompt_complete and not request.is_ended:
                 self.find(request.generation).room.notify()
         return schedule.step.plan
 
@@ -234,6 +217,7 @@ class Engine:
         settled = self._in_flight.settle(result, now=self.parts.clock.monotonic())
         self._estimator.observe(settled.planned.plan, settled.seconds)
         self._scheduler.observe(settled.planned, settled.seconds)
+        self._scheduler.zeroing.complete(result.step)
         for part, request, sampled, scored in settled.parts():
             request.num_steps_in_flight -= 1
             request.num_pending -= part.samples
@@ -243,6 +227,7 @@ class Engine:
             if request.sequence == part.sequence:
                 request.num_computed = part.start + part.num_tokens
                 request.count_errors(result.errors)
+                self.contexts.computed(request)
             if scored:
                 self.find(request.generation).deliver_scores(scored)
             if sampled is not None:
@@ -259,6 +244,7 @@ class Engine:
         self._in_flight.reset()
         self._end_all(RankLost(message))
         self._scheduler.reset()
+        self.contexts.lose_ring()
 
     def restart(self, epoch: int) -> None:
         """A ring group with empty caches obeys plans of this epoch from now on."""
@@ -283,6 +269,7 @@ class Engine:
     def tick(self) -> None:
         """Do what is due: progress events, deadlines, abandoned generations, expiry."""
         now = self.parts.clock.monotonic()
+        self.contexts.expire(now)
         if now < self._next_due:
             return
         for generation in tuple(self._generations.active.values()):
@@ -302,7 +289,7 @@ class Engine:
 
     def next_wakeup(self) -> float:
         """When `tick` has something to do next, on the monotonic clock; may be infinite."""
-        return self._next_due
+        return min(self._next_due, self.contexts.next_expiry)
 
     @property
     def refusal(self) -> KvClusterError | None:
@@ -336,6 +323,7 @@ class Engine:
             num_waiting=len(self._scheduler.waiting),
             num_retained=self._generations.num_retained,
             partition=self.parts.partitions.statistics(),
+            idle_on_ranks=self._scheduler.prefixes.idle_on_ranks(),
             speed=self._estimator.statistics(),
         )
 
@@ -375,29 +363,8 @@ class Engine:
 
     def _refuse(self, request: Request) -> None:
         partition = self.parts.partitions.of(request.spec.tenant)
-        capacity, used = partition.capacity(), partition.use().used_bytes
-        error = QuotaExceeded(
-            f"request of {len(request.tokens)} tokens got no cache block even alone; the tenant "
-            f"uses {used} bytes and may have {capacity} blocks per KV group: shorten the prompt",
-            metadata={
-                "quota": "partitions.gpu",
-                "used_bytes": str(used),
-                "limit_blocks": str(min(capacity)),
-            },
-        )
+        error = admission.no_block(len(request.tokens), partition)
+        if request.builds_context:
+            self.contexts.fail(request, error)
+            return
         self._end(self.find(request.generation), FinishReason.ERROR, error=error)
-
-    def _check_length(
-        self, spec: GenerationRequest, policy: Policy, num_prompt_tokens: int
-    ) -> None:
-        admission.check_context(
-            spec, self.parts.spec, num_prompt_tokens=num_prompt_tokens, is_complete=False
-        )
-        admission.check_capacity(
-            spec,
-            self.parts.spec,
-            cache=self.parts.cache,
-            partition=self.parts.partitions.of(spec.tenant),
-            num_prompt_tokens=num_prompt_tokens,
-            policy=policy,
-        )

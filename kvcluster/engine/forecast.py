@@ -49,7 +49,7 @@ class Forecast:
             phase=generation.phase,
             done_tokens=min(request.num_computed, total),
             total_tokens=total if is_known else 0,
-            cached_tokens=0,
+            cached_tokens=min(request.num_cached, total),
             estimated_remaining_s=(
                 self._remaining_s(request) if is_known and not generation.has_first_token else None
             ),

@@ -144,7 +144,7 @@ class Generation:
         request = self.request
         return Usage(
             input_tokens=request.num_prompt_tokens,
-            cached_input_tokens=0,
+            cached_input_tokens=min(request.num_cached, request.num_prompt_tokens),
             output_tokens=request.num_output_tokens,
             kv_bytes=request.peak_kv_bytes,
             kv_bytes_uncompressed=request.peak_tokens * self._model.kv_bytes_per_token,

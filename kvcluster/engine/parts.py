@@ -8,8 +8,9 @@ from kvcluster.cache.partition import PartitionStatistics
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.cache.tier import TierLedger
 from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.engine.draft import RouteChoice
 from kvcluster.engine.estimator import EstimatorStatistics
-from kvcluster.engine.scheduler import RouteChoice
+from kvcluster.engine.prefix_keys import process_secrets
 from kvcluster.engine.text import Tokenizer
 from kvcluster.policy import Menu
 from kvcluster.policy_bounds import MeasuredRecipe
@@ -51,6 +52,8 @@ class EngineParts:
     clock: Clock
     new_id: Callable[[], str]
     """Gives an id that was never used before and cannot be guessed."""
+    secret_of: Callable[[TenantId], bytes] = field(default_factory=process_secrets)
+    """Keys the names of a tenant's blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +68,6 @@ class EngineStatistics:
     num_waiting: int
     num_retained: int
     partition: PartitionStatistics
+    idle_on_ranks: tuple[int, ...]
+    """Per rank, blocks that are kept for later requests and come free when they are wanted."""
     speed: EstimatorStatistics

@@ -12,14 +12,6 @@ import msgspec
 from kvcluster.types import Policy, Route, SamplingParams
 
 
-class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence that the ranks see for the first time."""
-
-    sequence: int
-    sampling: SamplingParams
-    policy: Policy
-
-
 class NewBlock(msgspec.Struct, frozen=True, array_like=True):
     """The next entry of a sequence's block table."""
 
@@ -30,6 +22,19 @@ class NewBlock(msgspec.Struct, frozen=True, array_like=True):
     encoded_ids: tuple[int, ...] = ()
     """Likewise, in its pools of the policy's codec, where the block goes when no row reads it exact
     any more: its exact block is free after that step. Empty: it stays exact."""
+
+
+class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that the ranks see for the first time."""
+
+    sequence: int
+    sampling: SamplingParams
+    policy: Policy
+    adopted: tuple[NewBlock, ...] = ()
+    """The first entries of its block table: blocks that are computed already, in the forms that a
+    sequence of this length holds. Its first step begins after them."""
+    adopted_ids: bytes = b""
+    """Their tokens, little-endian u32, where sampling counts tokens."""
 
 
 class Scoring(msgspec.Struct, frozen=True, array_like=True):
@@ -76,6 +81,16 @@ class Release(msgspec.Struct, frozen=True, array_like=True):
     after: int = 0
 
 
+class Zeroed(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks of one rank and KV group whose bytes are overwritten with zeros."""
+
+    rank: int
+    group: int
+    codec: str
+    """`EXACT` for exact blocks."""
+    block_ids: tuple[int, ...]
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """One forward pass of the ring group. Applied in order: started, released, sequences, ended."""
 
@@ -88,6 +103,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     released: tuple[Release, ...] = ()
     ended: tuple[int, ...] = ()
     """Sequences that the ranks forget after this step."""
+    zeroed: tuple[Zeroed, ...] = ()
+    """Blocks that no sequence holds. They are zero when the step is answered."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

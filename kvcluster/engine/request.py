@@ -17,6 +17,7 @@ from enum import StrEnum
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.engine.api import GenerationRequest
 from kvcluster.engine.plan import EncodingError, Scoring
+from kvcluster.engine.prefix_keys import PrefixKeys
 from kvcluster.engine.survivor_table import SurvivorTable
 from kvcluster.types import GenerationId, Policy, SequenceId
 
@@ -45,7 +46,17 @@ class Request:
         self.tokens = array("I")
         """Known tokens: prompt, then output. 4 bytes each; emptied at the end."""
         self.num_prompt_tokens = 0
-        """Prompt tokens uploaded so far."""
+        """Prompt tokens uploaded so far, those of the context included."""
+        self.num_context_tokens = 0
+        """Prompt tokens that came from a context and not from the upload."""
+        self.checkpoint = 0
+        """Where a context's blocks end: what is held there is kept. 0: nowhere."""
+        self.builds_context = False
+        """It computes whole blocks for a context and never samples."""
+        self.prefix: PrefixKeys | None = None
+        """What its blocks are called where they may be shared; None: they may not."""
+        self.num_cached = 0
+        """Positions below this were there when the request first started."""
         self.is_prompt_complete = False
         self.num_output_tokens = 0
         """Output tokens that the client has, or will have, as events."""
@@ -54,10 +65,9 @@ class Request:
         self.table: BlockTable | None = None
         self.survivors: SurvivorTable | None = None
         """None where the policy keeps no tokens by score."""
-        self.num_planned = 0
-        """Positions below this are in plans made since the last start."""
-        self.num_computed = 0
-        """Positions below this are in steps whose result is in."""
+        self.num_planned = self.num_computed = 0
+        """Positions below the first are in plans made since the last start, those below the second
+        in steps whose result is in."""
         self.num_pending = 0
         """Samples in flight."""
         self.num_scored = 1
@@ -65,10 +75,8 @@ class Request:
         self.num_steps_in_flight = 0
         self.has_sampled = False
         """A plan since the last start samples: from there on every step is a decode."""
-        self.peak_kv_bytes = 0
-        self.peak_tokens = 0
-        self.squared_error = 0.0
-        self.squared_size = 0.0
+        self.peak_kv_bytes = self.peak_tokens = 0
+        self.squared_error = self.squared_size = 0.0
         """Sums of `EncodingError` over all ranks and steps."""
 
     def count_errors(self, errors: Iterable[EncodingError]) -> None:
@@ -93,7 +101,8 @@ class Request:
     @property
     def known_length(self) -> int:
         """Prompt tokens as far as is known: declared, or uploaded so far."""
-        return max(self.num_prompt_tokens, self.spec.input_tokens or 0)
+        declared = self.num_context_tokens + (self.spec.input_tokens or 0)
+        return max(self.num_prompt_tokens, declared)
 
     @property
     def is_ended(self) -> bool:
@@ -116,6 +125,8 @@ class Request:
         """
         if self.has_sampled:
             return self.num_planned
+        if self.builds_context:
+            return len(self.tokens) // block_size * block_size
         if self.is_prompt_complete:
             return len(self.tokens)
         return max(0, len(self.tokens) - 1) // block_size * block_size

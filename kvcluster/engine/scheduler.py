@@ -12,22 +12,24 @@ import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from kvcluster.cache.block_table import BlockTable
+from kvcluster.cache.block_table import BlockTable, TableEntry
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.engine.draft import Draft, PlannedStep, Schedule
+from kvcluster.engine.draft import Draft, PlannedStep, RouteChoice, Schedule
 from kvcluster.engine.fair_share import FairShares
 from kvcluster.engine.lanes import Lane, StepBudget, lanes_of
-from kvcluster.engine.plan import NewBlock, Release, SequenceStart, SequenceStep, StepPlan
+from kvcluster.engine.plan import NewBlock, Release, SequenceStep, StepPlan
 from kvcluster.engine.preemption import is_hopeless, victim
+from kvcluster.engine.prefixes import Prefixes
 from kvcluster.engine.releases import BlockReleases
 from kvcluster.engine.request import Request, RequestState
 from kvcluster.engine.sequence_blocks import SequenceBlocks
 from kvcluster.engine.step_cost import CostModel, Pace
 from kvcluster.engine.turns import Turns
-from kvcluster.types import LayerGeometry, ModelSpec, Route, SequenceId, TenantId
+from kvcluster.engine.zeroing import Zeroing
+from kvcluster.types import ModelSpec, Route, SequenceId, TenantId
 
 _MAX_SCORED_LOGITS = 1 << 26
 """Of the rows of a step that score their prompt: 256 MiB of float32."""
@@ -36,22 +38,6 @@ _HEAD_START_WAITS = 4
 """Longest step, in `first_token_wait_s`, of a tenant that is served on its head start."""
 
 _by_order = attrgetter("order")
-
-
-class RouteChoice(Protocol):
-    """The cheapest way for a chunk's queries to meet history on other ranks
-    (`attention.strategy.choose_route`)."""
-
-    def __call__(
-        self,
-        layers: Sequence[LayerGeometry],
-        *,
-        num_new_tokens: int,
-        num_history_tokens: int,
-        num_ranks: int,
-        element_bytes: float,
-        stored_share: float,
-    ) -> Route: ...
 
 
 class _Leaving(NamedTuple):
@@ -85,6 +71,8 @@ class Scheduler:
         self._partitions = partitions
         self._choose_route = choose_route
         self._num_sequences = 0
+        self.prefixes = Prefixes(spec, cache=cache, partitions=partitions)
+        self.zeroing = Zeroing()
         self._blocks = SequenceBlocks(spec, cache=cache, engine=engine, partitions=partitions)
         self._releases = BlockReleases(partitions, spec.windows, block_size=cache.block_size)
         self._leaving: list[_Leaving] = []
@@ -105,7 +93,7 @@ class Scheduler:
         tenant. What was learnt of its speed stays."""
         self._shares = FairShares(head_start=self._config.tenant_head_start_s)
 
-    def observe(self, planned: "PlannedStep", seconds: float) -> None:
+    def observe(self, planned: PlannedStep, seconds: float) -> None:
         """Learn how long a step took. Its tenants are charged for that, in proportion to what was
         thought of before: no guess is held against anyone."""
         self._pace.observe(planned.work, seconds)
@@ -115,8 +103,9 @@ class Scheduler:
                 self._shares.charge(tenant, seconds * charged / guessed - charged)
 
     def end(self, request: Request) -> None:
-        """Take a request out. Its blocks come free with the next plan."""
+        """Take a request out. Its blocks come free with the next plan, or are kept."""
         if request.state is RequestState.RUNNING:
+            self.prefixes.keep(request)
             self.running.remove(request)
             self._leave(request)
         elif request.state is RequestState.WAITING:
@@ -130,7 +119,9 @@ class Scheduler:
             request.preempt()
             self._queue(request)
         self.running.clear()
+        self.prefixes.clear()
         self._free_leaving()
+        self.zeroing.reset()
         self._released.clear()
 
     def plan(self, *, epoch: int, step: int, is_idle: bool, now: float) -> Schedule:
@@ -180,7 +171,7 @@ class Scheduler:
             lane.prompts.clear()
         elif request.state is RequestState.RUNNING:
             budget.spend_prompt(self._prefill(draft, request))
-        elif request.state is RequestState.WAITING and draft.turns.are_left(request):
+        elif self._may_start(draft, request):
             # No overtaking within a tenant: a large request would wait for ever behind small ones.
             # But a tenant whose own requests fill its limit holds nobody else up.
             used = self._admit(draft, request)
@@ -189,6 +180,12 @@ class Scheduler:
                 draft.turns.take(request)
             else:
                 lane.drop_waiting()
+
+    def _may_start(self, draft: Draft, request: Request) -> bool:
+        if request.state is not RequestState.WAITING or not draft.turns.are_left(request):
+            return False
+        # While all that came of its prompt is there already, there is nothing to compute.
+        return request.prefill_end(self._block_size) > self.prefixes.known_tokens(request)
 
     def _prefill(self, draft: Draft, request: Request) -> int:
         end = self._chunk_end(request, draft.budget)
@@ -210,6 +207,8 @@ class Scheduler:
             tokens = min(tokens, self._scored_tokens)
         if request.survivors is not None:
             end = request.survivors.chunk_end(request.num_planned, end)
+        if request.num_planned < request.checkpoint:
+            end = min(end, request.checkpoint)
         within = request.num_planned + tokens
         if end > within:
             end = within // self._block_size * self._block_size
@@ -237,6 +236,7 @@ class Scheduler:
         # Otherwise it waits for the others: they finish, or preempt it.
 
     def _preempt(self, request: Request) -> None:
+        self.prefixes.keep(request)
         self.running.remove(request)
         self._leave(request)
         request.preempt()
@@ -246,28 +246,34 @@ class Scheduler:
         tenant, turns = request.spec.tenant, draft.turns
         if request.num_steps_in_flight or turns.is_short(tenant) or not turns.has_place(tenant):
             return 0
-        finish = self._shares.time(tenant) + self._cost_of(request) / self._shares.weight(tenant)
-        if self.running and not self._blocks.has_room(request, len(self.running)):
-            if self._blocks.is_below_limit(request):
-                turns.note_blocked(finish)
-            if not self._blocks.could_fit(request):
-                draft.refused.append(request)
-            return 0
-        if not turns.may_borrow(finish) and not self._blocks.is_in_floor(request):
-            return 0
-        return self._start(draft, request)
+        with self.prefixes.present(request) as present:
+            cost = self._cost_of(request, len(present) * self._block_size)
+            finish = self._shares.time(tenant) + cost / self._shares.weight(tenant)
+            saved = self.prefixes.num_exact(present, request.policy)
+            if self.running and not self._blocks.has_room(request, len(self.running), saved):
+                if self._blocks.is_below_limit(request, saved):
+                    turns.note_blocked(finish)
+                if not self._blocks.could_fit(request):
+                    draft.refused.append(request)
+                return 0
+            if not turns.may_borrow(finish) and not self._blocks.is_in_floor(request, saved):
+                return 0
+            return self._start(draft, request, present)
 
-    def _cost_of(self, request: Request) -> float:
+    def _cost_of(self, request: Request, num_present: int) -> float:
         num_tokens = max(request.known_length, len(request.tokens))
-        return self._pace.seconds(self._cost.prefill(0, num_tokens))
+        return self._pace.seconds(self._cost.prefill(num_present, max(1, num_tokens - num_present)))
 
-    def _start(self, draft: Draft, request: Request) -> int:
+    def _start(self, draft: Draft, request: Request, present: list[TableEntry]) -> int:
         self._blocks.open(request)
+        adopted = self.prefixes.adopt(request, present) or ()
+        start = request.num_planned
         end = self._chunk_end(request, draft.budget)
         covered, appended = self._blocks.cover(request, end)
-        if not covered:
+        if covered <= start:
             self._blocks.release(request.spec.tenant, request.tables)
             request.let_go()
+            request.num_planned = request.num_cached = 0
             if end and not self.running and not self._leaving:
                 draft.refused.append(request)
             return 0
@@ -276,16 +282,18 @@ class Scheduler:
         request.start(sequence)
         self.waiting.remove(request)
         bisect.insort(self.running, request, key=_by_order)
-        draft.started.append(SequenceStart(sequence, request.spec.sampling, request.policy))
+        draft.started.append(self.prefixes.told_at_start(request, adopted))
+        self._released += self.prefixes.released_at_start(request)
         self._add_step(draft, request, covered, appended)
-        return covered
+        return covered - start
 
     def _add_step(
         self, draft: Draft, request: Request, end: int, appended: Sequence[NewBlock]
     ) -> None:
         start = request.num_planned
         is_decode, survivors = request.has_sampled, request.survivors
-        samples = is_decode or (request.is_prompt_complete and end == len(request.tokens))
+        is_last = request.is_prompt_complete and end == len(request.tokens)
+        samples = is_decode or (is_last and not request.builds_context)
         scoring = request.scoring(end)
         assert request.sequence is not None, "a running request has a sequence"
         draft.parts.append(
@@ -349,7 +357,8 @@ class Scheduler:
 
     def _seal(self, draft: Draft, *, epoch: int, step: int, is_idle: bool) -> Schedule:
         refused = tuple(draft.refused)
-        must_tell = self._leaving or (self._released and is_idle)
+        zeroed = self.zeroing.take(step)
+        must_tell = self._leaving or zeroed or (self._released and is_idle)
         if not draft.parts and not must_tell:
             return Schedule(step=None, refused=refused)
         plan = StepPlan(
@@ -359,10 +368,12 @@ class Scheduler:
             sequences=tuple(draft.parts),
             released=tuple(self._released),
             ended=tuple(leaving.sequence for leaving in self._leaving),
+            zeroed=zeroed,
         )
         self._released.clear()
         self._free_leaving()
         for part, request in zip(draft.parts, draft.requests, strict=True):
+            self.prefixes.keep_after(request, ends_prompt=part.samples and bool(part.token_ids))
             self._released += self._releases.after_step(part, request)
             self._blocks.note_peak(request)
         return Schedule(

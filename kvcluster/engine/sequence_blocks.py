@@ -42,19 +42,20 @@ class SequenceBlocks:
         self._block_bytes = block_bytes_per_group(spec, cache.block_size)
         self._beside = lru_cache(_MAX_POLICIES)(self._kept_beside)
 
-    def has_room(self, request: Request, num_running: int) -> bool:
-        """Whether a request could start beside so many that run."""
+    def has_room(self, request: Request, num_running: int, saved: Sequence[int]) -> bool:
+        """Whether a request could start beside so many that run. `saved`: blocks per KV group that
+        it finds there."""
         # Each running request will soon want one more; without it the newcomer is preempted.
-        blocks = [count + num_running for count in self._blocks_to_start(request)]
+        blocks = [count + num_running for count in self._blocks_to_start(request, saved)]
         return self.partition(request).has_room(blocks)
 
-    def is_below_limit(self, request: Request) -> bool:
+    def is_below_limit(self, request: Request, saved: Sequence[int]) -> bool:
         """Whether its tenant's limit allows the request to start now."""
-        return self.partition(request).is_below_limit(self._blocks_to_start(request))
+        return self.partition(request).is_below_limit(self._blocks_to_start(request, saved))
 
-    def is_in_floor(self, request: Request) -> bool:
+    def is_in_floor(self, request: Request, saved: Sequence[int]) -> bool:
         """Whether what the request needs to start is its tenant's whatever others do."""
-        return self.partition(request).is_in_floor(self._blocks_to_start(request))
+        return self.partition(request).is_in_floor(self._blocks_to_start(request, saved))
 
     def could_fit(self, request: Request) -> bool:
         """Whether the request could start if its tenant held nothing else, and others no more than
@@ -63,8 +64,9 @@ class SequenceBlocks:
         needed = self._footprint(request, self._known_tokens(request), self._block_size)
         return all(map(le, needed, capacity))
 
-    def _blocks_to_start(self, request: Request) -> tuple[int, ...]:
-        blocks = self._footprint(request, self._known_tokens(request) + 1, self._chunk_tokens)
+    def _blocks_to_start(self, request: Request, saved: Sequence[int]) -> tuple[int, ...]:
+        needed = self._footprint(request, self._known_tokens(request) + 1, self._chunk_tokens)
+        blocks = tuple(max(0, count - there) for count, there in zip(needed, saved, strict=True))
         if request.policy.storage == EXACT:
             return blocks
         # A chunk is exact until its step has run.

@@ -22,6 +22,7 @@ from kvcluster.engine.api import (
     ShardSize,
     TenantLoad,
 )
+from kvcluster.engine.context_service import ContextService
 from kvcluster.engine.driver import EngineDriver, Executor
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.footprint import footprint, held_bytes
@@ -45,7 +46,7 @@ from kvcluster.tenancy.shares import TenantShares
 from kvcluster.types import GenerationId, Policy, TenantId
 
 
-class EngineService:
+class EngineService(ContextService):
     """A `Backend` in the engine's own process and event loop."""
 
     def __init__(
@@ -58,9 +59,9 @@ class EngineService:
     ) -> None:
         """`nodes`: where each rank runs, for `status`. `feeder_silence_s`: how long a retry waits
         for the upload it follows."""
-        self._engine = engine
         self._parts = engine.parts
         self._driver = EngineDriver(engine, executor)
+        super().__init__(engine, wake=self._driver.wake)
         self._nodes = tuple(nodes)
         self._is_marked_ready = False
         self._intake = PromptIntake(
@@ -241,10 +242,15 @@ class EngineService:
                     rank=rank,
                     node=node,
                     num_blocks=sizes.num_blocks,
-                    num_free_blocks=sizes.num_free,
+                    num_free_blocks=sizes.num_free + idle,
                 )
-                for rank, (node, sizes) in enumerate(
-                    zip(self._nodes, statistics.partition.ranks, strict=True)
+                for rank, (node, sizes, idle) in enumerate(
+                    zip(
+                        self._nodes,
+                        statistics.partition.ranks,
+                        statistics.idle_on_ranks,
+                        strict=True,
+                    )
                 )
             ),
         )

@@ -57,12 +57,7 @@ class SequenceSampling:
     @property
     def needs_tokens(self) -> bool:
         """Whether a penalty is set, so that the sequence's tokens must be handed to `append`."""
-        params = self.params
-        return (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
+        return self.params.counts_tokens
 
     @property
     def is_plain_greedy(self) -> bool:

@@ -136,6 +136,25 @@ class CallWrapper:
 
         return grpc.unary_stream_rpc_method_handler(answer, self._parser(kind), _serialize)
 
+    def client_stream(
+        self,
+        kind: type[MessageT],
+        serve: Callable[[AsyncIterator[Parsed[MessageT]], Call], Awaitable[ResponseT]],
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        async def answer(
+            parsed: AsyncIterator[Parsed[MessageT]], context: Context
+        ) -> ResponseT | None:
+            answers: list[ResponseT] = []
+
+            async def serving(call: Call) -> None:
+                answers.append(await serve(aiter(parsed), call))
+
+            async with _answering_errors(context), self._held(context) as call:
+                await call.run(serving(call))
+            return answers[0] if answers else None
+
+        return grpc.stream_unary_rpc_method_handler(answer, self._parser(kind), _serialize)
+
     def two_way_stream(
         self,
         kind: type[MessageT],

@@ -12,8 +12,15 @@ from typing import NamedTuple
 import google_crc32c
 from google.protobuf.duration_pb2 import Duration
 
-from kvcluster.engine.api import GenerationRequest, PromptChunk, TextChunk, TokenChunk
+from kvcluster.engine.api import (
+    CacheMode,
+    GenerationRequest,
+    PromptChunk,
+    TextChunk,
+    TokenChunk,
+)
 from kvcluster.errors import InvalidField
+from kvcluster.router import names
 from kvcluster.router.policy import policy_from_proto
 from kvcluster.rpc.v1 import common_pb2, inference_service_pb2
 from kvcluster.types import SamplingParams, TenantId
@@ -23,6 +30,11 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{0,128}")
 _MAX_PRIORITY = 100
 _DEFAULT_PROGRESS_S = 1.0
 _MAX_DURATION_S = 3600.0
+_MAX_NAMESPACE_CHARS = 128
+_MODES = {
+    mode: inference_service_pb2.PrefixCache.Mode.Value(f"MODE_{mode.name}") for mode in CacheMode
+}
+_MODE_OF = {number: mode for mode, number in _MODES.items()}
 
 
 class PromptPart(NamedTuple):
@@ -48,6 +60,10 @@ def request_from_proto(
     """The request, for `model` as resolved. Raises InvalidField for a field of the wrong form."""
     if not _REQUEST_ID.fullmatch(message.request_id):
         raise InvalidField("request_id", "want at most 128 of the characters A-Z a-z 0-9 . _ : -")
+    if len(message.prefix_cache.namespace) > _MAX_NAMESPACE_CHARS:
+        raise InvalidField(
+            "prefix_cache.namespace", f"want at most {_MAX_NAMESPACE_CHARS} characters"
+        )
     if message.priority > _MAX_PRIORITY:
         raise InvalidField("priority", f"want 0 to {_MAX_PRIORITY}, got {message.priority}")
     progress_s = _seconds("progress_interval", message.progress_interval)
@@ -64,6 +80,11 @@ def request_from_proto(
         progress_interval_s=progress_s or _DEFAULT_PROGRESS_S,
         disconnect_grace_s=grace_s,
         priority=message.priority,
+        context=names.context_of(message.context, tenant, field="context")
+        if message.context
+        else "",
+        cache_mode=_MODE_OF.get(message.prefix_cache.mode, CacheMode.READ_WRITE),
+        cache_namespace=message.prefix_cache.namespace,
     )
 
 
@@ -86,6 +107,10 @@ def request_to_proto(request: GenerationRequest) -> inference_service_pb2.Genera
         )
     except ValueError as error:
         raise InvalidField("options", str(error)) from error
+    message.context = request.context
+    if request.cache_mode is not CacheMode.READ_WRITE or request.cache_namespace:
+        message.prefix_cache.mode = _MODES[request.cache_mode]
+        message.prefix_cache.namespace = request.cache_namespace
     if request.disconnect_grace_s:
         message.disconnect_grace.CopyFrom(duration(request.disconnect_grace_s))
     return message

@@ -2,10 +2,12 @@
 
 import re
 
-from kvcluster.errors import GenerationNotFound, InvalidField
+from kvcluster.errors import ContextNotFound, GenerationNotFound, InvalidField
 from kvcluster.types import GenerationId, TenantId
 
 _GENERATION_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/generations/([A-Za-z0-9_-]{1,128})")
+_CONTEXT_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/contexts/([a-z0-9-]{1,63})")
+_CONTEXT_ID = re.compile(r"[a-z0-9-]{1,63}")
 _TENANT_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})")
 _USAGE_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/usage")
 _KEY_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/apiKeys/([a-z0-9-]{1,63})")
@@ -34,6 +36,35 @@ def generation_of(name: str, tenant: TenantId) -> GenerationId:
     if match[1] != tenant:
         raise generation_not_found()
     return GenerationId(match[2])
+
+
+def context_name(tenant: TenantId, context_id: str) -> str:
+    return f"tenants/{tenant}/contexts/{context_id}"
+
+
+def context_of(name: str, tenant: TenantId, *, field: str = "name") -> str:
+    """The id in `name`, if it is one of `tenant`'s.
+
+    Raises: InvalidField for another form, ContextNotFound for another tenant.
+    """
+    match = _match(_CONTEXT_NAME, name, field, "tenants/{tenant}/contexts/{context}")
+    if match[1] != tenant:
+        raise context_not_found()
+    return match[2]
+
+
+def checked_context_id(context_id: str, field: str) -> str:
+    """Raises: InvalidField."""
+    if not _CONTEXT_ID.fullmatch(context_id):
+        raise InvalidField(field, "want 1 to 63 of the characters a-z 0-9 -")
+    return context_id
+
+
+def context_not_found() -> ContextNotFound:
+    """One text for all cases, as the engine's own."""
+    return ContextNotFound(
+        "no such context: check the name; it never was, is not yours, has expired or was deleted"
+    )
 
 
 def check_parent(name: str, tenant: TenantId) -> None:

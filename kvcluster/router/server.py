@@ -13,13 +13,16 @@ from kvcluster.config import RouterConfig
 from kvcluster.engine.api import Backend
 from kvcluster.router.auth import Authenticator, InsecureLocal
 from kvcluster.router.calls import CallWrapper
+from kvcluster.router.contexts import ContextService
 from kvcluster.router.listener import bind, checked_address, host_and_port, server_options
 from kvcluster.router.open_calls import OpenCalls
 from kvcluster.router.routing import Routes
 from kvcluster.router.service import InferenceService
 from kvcluster.router.tls import ListenerTls
+from kvcluster.rpc.v1 import context_service_pb2 as context_pb
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 
+CONTEXT_SERVICE_NAME = context_pb.DESCRIPTOR.services_by_name["ContextService"].full_name
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
@@ -64,9 +67,17 @@ class RouterServer:
     async def start(self) -> None:
         """Bind and serve. Raises ConfigError when the address cannot be bound."""
         self._server = aio.server(options=server_options(self._config))
-        self._server.add_generic_rpc_handlers((self._inference_handler(),))
+        wrap = CallWrapper(
+            self._authenticator,
+            self._open_calls,
+            max_message_bytes=self._config.max_message_bytes,
+            write_timeout_s=self._config.write_timeout_s,
+        )
+        self._server.add_generic_rpc_handlers(
+            (self._inference_handler(wrap), self._context_handler(wrap))
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE_NAME, CONTEXT_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         await self.publish_health()
         self._port = bind(self._server, "router.listen", self._config.listen, self._tls)
@@ -89,13 +100,25 @@ class RouterServer:
         if self._server is not None:
             await self._server.wait_for_termination()
 
-    def _inference_handler(self) -> grpc.GenericRpcHandler:
-        wrap = CallWrapper(
-            self._authenticator,
-            self._open_calls,
-            max_message_bytes=self._config.max_message_bytes,
-            write_timeout_s=self._config.write_timeout_s,
+    def _context_handler(self, wrap: CallWrapper) -> grpc.GenericRpcHandler:
+        service = ContextService(
+            self._routes, upload_idle_timeout_s=self._config.upload_idle_timeout_s
         )
+        return grpc.method_handlers_generic_handler(
+            CONTEXT_SERVICE_NAME,
+            {
+                "UploadContext": wrap.client_stream(
+                    context_pb.UploadContextRequest, service.upload
+                ),
+                "GetContext": wrap.unary(context_pb.GetContextRequest, service.get),
+                "ListContexts": wrap.unary(context_pb.ListContextsRequest, service.list),
+                "UpdateContext": wrap.unary(context_pb.UpdateContextRequest, service.update),
+                "ForkContext": wrap.unary(context_pb.ForkContextRequest, service.fork),
+                "DeleteContext": wrap.unary(context_pb.DeleteContextRequest, service.delete),
+            },
+        )
+
+    def _inference_handler(self, wrap: CallWrapper) -> grpc.GenericRpcHandler:
         service = InferenceService(
             self._routes, upload_idle_timeout_s=self._config.upload_idle_timeout_s
         )

@@ -18,6 +18,7 @@ from kvcluster.engine.api import (
 from kvcluster.errors import GenerationNotFound, InvalidField
 from kvcluster.router import names, paging
 from kvcluster.router.calls import Call
+from kvcluster.router.contexts import backend_of_context
 from kvcluster.router.convert import part_from_proto, request_from_proto
 from kvcluster.router.generating import Generating, follow, raise_if_failed
 from kvcluster.router.messages import Parsed
@@ -130,9 +131,12 @@ class InferenceService:
         request = request_from_proto(
             message, tenant=call.tenant, model=route.model, deadline_s=call.deadline_s
         )
+        backend = route.backend
+        if request.context:
+            backend = await backend_of_context(self._routes, call.tenant, request.context)
         # Only now: the setup of an upload may have been a long time coming.
         request = msgspec.structs.replace(request, limits=call.limits_for_more())
-        await self._generating.run(call, route.backend, request, prompt)
+        await self._generating.run(call, backend, request, prompt)
 
     async def _find(self, name: str, tenant: TenantId) -> "_Found":
         """The generation called `name`. Raises InvalidField, GenerationNotFound."""

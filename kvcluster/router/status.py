@@ -31,6 +31,8 @@ STATUS_CODES: dict[type[KvClusterError], grpc.StatusCode] = {
     errors.UploadStalled: grpc.StatusCode.ABORTED,
     errors.RequestIdConflict: grpc.StatusCode.ALREADY_EXISTS,
     errors.GenerationNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.ContextNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.ContextNotReady: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ResumeExpired: grpc.StatusCode.OUT_OF_RANGE,
     errors.ResourceNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ResourceExists: grpc.StatusCode.ALREADY_EXISTS,

@@ -14,7 +14,7 @@ from kvcluster.rpc.v1 import inference_service_pb2 as pb
 
 # A client that breaks off looks for a moment like one that has finished: grpc reports the end of
 # the messages first and cancels the call right after. Long enough for the second to arrive.
-_CANCEL_SETTLES_S = 0.01
+CANCEL_SETTLES_S = 0.01
 
 
 class Upload:
@@ -54,7 +54,7 @@ class Upload:
             yield last.chunk
         # The engine refuses a prompt that is shorter than was declared.
         if not self._is_length_declared:
-            await asyncio.sleep(_CANCEL_SETTLES_S)
+            await asyncio.sleep(CANCEL_SETTLES_S)
 
     async def _next(self) -> pb.StreamGenerateRequest | None:
         try:

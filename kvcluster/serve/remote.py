@@ -24,6 +24,7 @@ from kvcluster.engine.api import (
     TenantLoad,
 )
 from kvcluster.errors import ErrorRecord, RankLost, from_record
+from kvcluster.serve.remote_contexts import RemoteContexts
 from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.tenancy.shares import TenantShares
 from kvcluster.types import GenerationId, TenantId
@@ -33,7 +34,7 @@ T = TypeVar("T")
 Events = tuple[GenerationEvent, ...]
 
 
-class RemoteBackend:
+class RemoteBackend(RemoteContexts):
     """A `Backend` whose engine runs in the replica behind `handle`."""
 
     def __init__(self, handle: "DeploymentHandle[Any]") -> None:
@@ -95,6 +96,10 @@ class RemoteBackend:
 
     async def status(self) -> BackendStatus:
         return await _value(self._handle.status.remote())
+
+    async def _ask(self, method: str, *arguments: object) -> Any:
+        call: Any = getattr(self._handle, method)
+        return await _value(call.remote(*arguments))
 
 
 async def _value(call: Awaitable[T | ErrorRecord]) -> T:

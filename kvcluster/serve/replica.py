@@ -22,6 +22,7 @@ from kvcluster.engine.service import EngineService
 from kvcluster.errors import ErrorRecord, KvClusterError, RankLost
 from kvcluster.model.tokenizer import load_tokenizer
 from kvcluster.serve.assembly import engine_service
+from kvcluster.serve.remote_contexts import ReplicaContexts
 from kvcluster.serve.warm_up import warm_up
 from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.tenancy.shares import TenantShares
@@ -34,7 +35,7 @@ _RESTART_PAUSE_S = 1.0
 logger = log.get_logger(__name__)
 
 
-class Replica:
+class Replica(ReplicaContexts):
     """Starts a ring group, serves it, and starts it again when a rank is lost.
 
     The methods of `Backend` answer calls from the routers: see `remote`.

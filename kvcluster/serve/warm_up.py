@@ -5,6 +5,7 @@ from array import array
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.api import (
     Backend,
+    CacheMode,
     Finished,
     FinishReason,
     GenerationRequest,
@@ -31,6 +32,7 @@ async def warm_up(backend: Backend, config: ClusterConfig, spec: ModelSpec) -> N
             model=spec.name,
             max_output_tokens=_OUTPUT_TOKENS,
             sampling=SamplingParams(ignore_eos=True),
+            cache_mode=CacheMode.BYPASS,
         )
     )
     # Ids that every vocabulary has; what they mean does not matter.

@@ -45,7 +45,11 @@ def config(num_ranks: int, exact_recent_tokens: int = 20) -> ClusterConfig:
     return ClusterConfig(
         model="tiny",
         cache=CacheConfig(
-            block_size=BLOCK_SIZE, capacity_tokens=4096, exact_recent_tokens=exact_recent_tokens
+            block_size=BLOCK_SIZE,
+            capacity_tokens=4096,
+            exact_recent_tokens=exact_recent_tokens,
+            # Each request is to compute all of it.
+            prefix_cache=False,
         ),
         engine=EngineConfig(
             prefill_chunk_tokens=64, shard_min_tokens=32, admit_unmeasured_pooling=True

@@ -23,6 +23,7 @@ VALID: dict[str, object] = {
     "cache.block_size": 32,
     "cache.capacity_tokens": 4096,
     "cache.exact_recent_tokens": 0,
+    "cache.prefix_cache": False,
     "engine.prefill_chunk_tokens": 256,
     "engine.shard_min_tokens": 512,
     "engine.max_running": 8,

@@ -85,6 +85,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the tenant's state does not allow the act."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 30
     """UNAVAILABLE with RetryInfo: the tenants' records cannot be read or written now."""
+    ERROR_REASON_CONTEXT_NOT_FOUND: _ErrorReason.ValueType  # 40
+    """NOT_FOUND: no such context, or it is not yours, has expired or was deleted."""
+    ERROR_REASON_CONTEXT_NOT_READY: _ErrorReason.ValueType  # 41
+    """FAILED_PRECONDITION: the context is still uploaded or computed, or could not be."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 25
     """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 
@@ -157,6 +161,10 @@ ERROR_REASON_TENANT_STATE_CONFLICT: ErrorReason.ValueType  # 29
 """FAILED_PRECONDITION: the tenant's state does not allow the act."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 30
 """UNAVAILABLE with RetryInfo: the tenants' records cannot be read or written now."""
+ERROR_REASON_CONTEXT_NOT_FOUND: ErrorReason.ValueType  # 40
+"""NOT_FOUND: no such context, or it is not yours, has expired or was deleted."""
+ERROR_REASON_CONTEXT_NOT_READY: ErrorReason.ValueType  # 41
+"""FAILED_PRECONDITION: the context is still uploaded or computed, or could not be."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 25
 """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

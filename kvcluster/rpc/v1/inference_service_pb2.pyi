@@ -61,6 +61,7 @@ class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
@@ -71,8 +72,13 @@ class GenerateRequest(_message.Message):
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
     CACHE_POLICY_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name as in ListModels, without "models/". Empty: the only model that is served."""
+    context: _builtins.str
+    """A context that comes before the prompt, whose tokens are not computed again. It decides the
+    policy. Empty: none. Format: tenants/{tenant}/contexts/{context}
+    """
     max_output_tokens: _builtins.int
     """Most tokens to generate, at least 1."""
     request_id: _builtins.str
@@ -114,10 +120,15 @@ class GenerateRequest(_message.Message):
     def cache_policy(self) -> Global___CachePolicy:
         """The same as `policy`, for programs that build it. Only one of the two may be set."""
 
+    @_builtins.property
+    def prefix_cache(self) -> Global___PrefixCache:
+        """How blocks of earlier requests are used. Not set: read and written, in the empty namespace."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        context: _builtins.str = ...,
         prompt: _common_pb2.TokenInput | None = ...,
         max_output_tokens: _builtins.int = ...,
         sampling: _common_pb2.SamplingParams | None = ...,
@@ -128,16 +139,74 @@ class GenerateRequest(_message.Message):
         input_tokens: _builtins.int | None = ...,
         disconnect_grace: _duration_pb2.Duration | None = ...,
         cache_policy: Global___CachePolicy | None = ...,
+        prefix_cache: Global___PrefixCache | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens", "cache_policy", b"cache_policy", "disconnect_grace", b"disconnect_grace", "input_tokens", b"input_tokens", "progress_interval", b"progress_interval", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens", "cache_policy", b"cache_policy", "disconnect_grace", b"disconnect_grace", "input_tokens", b"input_tokens", "prefix_cache", b"prefix_cache", "progress_interval", b"progress_interval", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens", "cache_policy", b"cache_policy", "disconnect_grace", b"disconnect_grace", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model", b"model", "policy", b"policy", "priority", b"priority", "progress_interval", b"progress_interval", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens", "cache_policy", b"cache_policy", "context", b"context", "disconnect_grace", b"disconnect_grace", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model", b"model", "policy", b"policy", "prefix_cache", b"prefix_cache", "priority", b"priority", "progress_interval", b"progress_interval", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__input_tokens: _TypeAlias = _typing.Literal["input_tokens"]  # noqa: Y015
     _WhichOneofArgType__input_tokens: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__input_tokens) -> _WhichOneofReturnType__input_tokens | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class PrefixCache(_message.Message):
+    """How a request uses what the tenant's earlier requests left in the cache: blocks of equal tokens
+    at equal places, computed under the same policy.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Mode:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PrefixCache._Mode.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        MODE_UNSPECIFIED: PrefixCache._Mode.ValueType  # 0
+        """As MODE_READ_WRITE."""
+        MODE_READ_WRITE: PrefixCache._Mode.ValueType  # 1
+        """Blocks that are there are not computed again, and its own are kept."""
+        MODE_READ_ONLY: PrefixCache._Mode.ValueType  # 2
+        """Its own are not kept."""
+        MODE_BYPASS: PrefixCache._Mode.ValueType  # 3
+        """It computes everything, and leaves nothing."""
+
+    class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
+        """What it does."""
+
+    MODE_UNSPECIFIED: PrefixCache.Mode.ValueType  # 0
+    """As MODE_READ_WRITE."""
+    MODE_READ_WRITE: PrefixCache.Mode.ValueType  # 1
+    """Blocks that are there are not computed again, and its own are kept."""
+    MODE_READ_ONLY: PrefixCache.Mode.ValueType  # 2
+    """Its own are not kept."""
+    MODE_BYPASS: PrefixCache.Mode.ValueType  # 3
+    """It computes everything, and leaves nothing."""
+
+    MODE_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    mode: Global___PrefixCache.Mode.ValueType
+    """What it does."""
+    namespace: _builtins.str
+    """Blocks are shared within a namespace only: one for each end user keeps them apart. At most 128
+    characters. A generation on a context with a namespace shares the context's blocks alone.
+    """
+    def __init__(
+        self,
+        *,
+        mode: Global___PrefixCache.Mode.ValueType = ...,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixCache: _TypeAlias = PrefixCache  # noqa: Y015
 
 @_typing.final
 class CachePolicy(_message.Message):

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvcluster.cache.tier import TierShare
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.engine.api import Admitted, Finished, FinishReason
+from kvcluster.engine.api import Admitted, CacheMode, Finished, FinishReason
 from kvcluster.errors import AdmissionError, ContextTooLong, InvalidField
 from kvcluster.policy import Menu, Method, PlugPoint
 from kvcluster.retention.offered import RETENTION_METHODS
@@ -37,6 +37,8 @@ MENU = Menu(
 
 TENANTS = (DEFAULT_TENANT, TenantId("blue"), TenantId("red"))
 
+COMMON = tuple(position * position % VOCAB_SIZE for position in range(90))
+"""What prompts begin with, so that requests share blocks."""
 RETENTIONS = (
     "window:recent={1}",
     "window:recent={4}",
@@ -79,6 +81,7 @@ class EngineSimulation(RuleBasedStateMachine):
         lookahead=st.integers(1, 3),
         max_running=st.integers(1, 6),
         exact_recent=st.sampled_from([0, 4, 9]),
+        keeps_blocks=st.sampled_from([True, True, False]),
     )
     def build(
         self,
@@ -91,6 +94,7 @@ class EngineSimulation(RuleBasedStateMachine):
         lookahead: int,
         max_running: int,
         exact_recent: int,
+        keeps_blocks: bool,
     ) -> None:
         self.cluster = FakeCluster(
             spec=model_spec(windows=windows, max_context_tokens=200),
@@ -98,6 +102,7 @@ class EngineSimulation(RuleBasedStateMachine):
                 block_size=block_size,
                 capacity_tokens=1024,
                 exact_recent_tokens=exact_recent,
+                prefix_cache=keeps_blocks,
             ),
             config=EngineConfig(
                 prefill_chunk_tokens=chunk,
@@ -120,7 +125,10 @@ class EngineSimulation(RuleBasedStateMachine):
         self.sent: dict[GenerationId, Sent] = {}
 
     @rule(
-        prompt=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=90),
+        common=st.integers(0, 90),
+        own=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=30),
+        cache_mode=st.sampled_from(CacheMode),
+        namespace=st.sampled_from(["", "", "", "a"]),
         max_output_tokens=st.integers(1, 70),
         seed=st.integers(0, 3),
         stop=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
@@ -137,7 +145,10 @@ class EngineSimulation(RuleBasedStateMachine):
     def submit(
         self,
         *,
-        prompt: list[int],
+        common: int,
+        own: list[int],
+        cache_mode: CacheMode,
+        namespace: str,
         max_output_tokens: int,
         seed: int,
         stop: list[int],
@@ -151,6 +162,7 @@ class EngineSimulation(RuleBasedStateMachine):
         tenant: TenantId,
         weight: int,
     ) -> None:
+        prompt = [*COMMON[:common], *own]
         policy = f"{codec} + {retention.format(*(n * self.block_size for n in range(9)))}"
         params = sampling(
             seed=seed,
@@ -166,6 +178,8 @@ class EngineSimulation(RuleBasedStateMachine):
                     priority=priority,
                     policy=policy,
                     deadline_s=deadline_s,
+                    cache_mode=cache_mode,
+                    cache_namespace=namespace,
                     disconnect_grace_s=3_600.0,
                     tenant=tenant,
                     limits=msgspec.structs.replace(NO_LIMITS, weight=weight),

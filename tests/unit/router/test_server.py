@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvcluster.client import Client
 from kvcluster.config import RouterConfig
 from kvcluster.errors import ConfigError, RankLost, ServerUnavailable
-from kvcluster.router.server import SERVICE_NAME, RouterServer
+from kvcluster.router.server import CONTEXT_SERVICE_NAME, SERVICE_NAME, RouterServer
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 from tests.unit.router.fake_backend import FakeBackend
 from tests.unit.router.serving import PATH, local_config, serving
@@ -101,6 +101,7 @@ async def test_reflection_lists_what_is_served(channel: aio.Channel) -> None:
 
     assert names == {
         SERVICE_NAME,
+        CONTEXT_SERVICE_NAME,
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

@@ -127,7 +127,7 @@ async def test_a_second_upload_goes_on_when_the_first_breaks_off(
 async def test_a_prompt_of_declared_length_does_not_wait_for_a_late_cancel(
     stub: InferenceServiceStub, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upload, "_CANCEL_SETTLES_S", 3600.0)
+    monkeypatch.setattr(upload, "CANCEL_SETTLES_S", 3600.0)
     messages = [setup(input_tokens=5), text_chunk(0, "hello")]
 
     async with asyncio.timeout(10):

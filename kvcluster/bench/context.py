@@ -1,0 +1,123 @@
+"""`kvcluster bench context`: the first and the second use of a stored context, through gRPC.
+
+First use is all that a user waits for: the upload of 8K tokens, their prefill, and the question's
+first token. Second use is another question. Both answers have to be those of the whole prompt
+without a context.
+"""
+
+import asyncio
+import time
+from typing import NamedTuple
+
+from kvcluster.bench.report import BenchReport, Measurement, bench_report
+from kvcluster.bench.text import long_text
+from kvcluster.client import Client
+from kvcluster.config import CacheConfig, ClusterConfig, RingConfig, RouterConfig
+from kvcluster.engine.api import Output
+from kvcluster.errors import KvClusterError
+from kvcluster.model.tokenizer import load_tokenizer
+from kvcluster.serve.app import running
+
+MODEL = "smollm2-135m"
+CONTEXT_TOKENS = 8000
+OUTPUT_TOKENS = 16
+POLICIES = ("exact", "int4")
+NUM_RANKS = 2
+SECOND_USES = 3
+QUESTIONS = tuple(f"\n\nQuestion {number}: what is this text about? Answer:" for number in range(4))
+
+
+class Use(NamedTuple):
+    """One generation."""
+
+    first_token_s: float
+    token_ids: tuple[int, ...]
+
+
+def run() -> BenchReport:
+    """Run the benchmark; takes some minutes."""
+    config = ClusterConfig(
+        model=MODEL,
+        dtype="float32",
+        cache=CacheConfig(capacity_tokens=12_288),
+        ring=RingConfig(num_ranks=NUM_RANKS),
+        router=RouterConfig(listen="127.0.0.1:0", insecure_local=True),
+    )
+    ids = _ids(long_text())[:CONTEXT_TOKENS]
+    questions = [_ids(question) for question in QUESTIONS]
+    with running(config) as app:
+        measured = asyncio.run(_measure(app.address, ids, questions))
+    return bench_report("context", measured)
+
+
+async def _measure(
+    address: str, ids: list[int], questions: list[list[int]]
+) -> tuple[Measurement, ...]:
+    measurements: list[Measurement] = []
+    async with Client(address) as client:
+        for policy in POLICIES:
+            measurements += await _measure_policy(client, policy, ids, questions)
+    return tuple(measurements)
+
+
+async def _measure_policy(
+    client: Client, policy: str, ids: list[int], questions: list[list[int]]
+) -> list[Measurement]:
+    begun = time.perf_counter()
+    record = await client.upload_context(policy, prompt_ids=ids, policy=policy)
+    upload_s = time.perf_counter() - begun
+    first, *others = [
+        await _use(client, question, context=policy) for question in questions[: 1 + SECOND_USES]
+    ]
+    whole = await _use(client, [*ids, *questions[1]], policy=policy)
+    if whole.token_ids != others[0].token_ids:
+        raise KvClusterError(f"{policy}: the tokens on a context are not those of the whole prompt")
+    await client.delete_context(policy)
+    first_s = upload_s + first.first_token_s
+    second_s = sorted(use.first_token_s for use in others)[len(others) // 2]
+
+    def seconds(name: str, value: float) -> Measurement:
+        return Measurement(name=f"{name}_{policy}", value=value, unit="s")
+
+    return [
+        seconds("whole_prompt_to_first_token", whole.first_token_s),
+        seconds("first_use_to_first_token", first_s),
+        seconds("second_use_to_first_token", second_s),
+        Measurement(
+            name=f"first_use_to_second_{policy}",
+            value=first_s / second_s,
+            unit="ratio",
+            at_least=20,
+        ),
+        Measurement(
+            name=f"compression_ratio_{policy}", value=record.compression_ratio, unit="ratio"
+        ),
+        Measurement(
+            name=f"attention_error_{policy}", value=record.attention_error, unit="relative"
+        ),
+    ]
+
+
+async def _use(client: Client, prompt: list[int], *, policy: str = "", context: str = "") -> Use:
+    begun = time.perf_counter()
+    first_token_s, token_ids = 0.0, list[int]()
+    async for event in client.generate(
+        prompt_ids=prompt,
+        policy=policy,
+        context=context,
+        # Of earlier uses nothing is read but the context.
+        cache_mode="bypass",
+        max_output_tokens=OUTPUT_TOKENS,
+        ignore_eos=True,
+    ):
+        if isinstance(event.event, Output):
+            first_token_s = first_token_s or time.perf_counter() - begun
+            token_ids += event.event.token_ids
+    return Use(first_token_s, tuple(token_ids))
+
+
+def _ids(text: str) -> list[int]:
+    tokenizer = load_tokenizer(MODEL)
+    assert tokenizer is not None, "the packaged model has a tokenizer"
+    encoder = tokenizer.prompt_encoder()
+    return encoder.push(text) + encoder.finish()

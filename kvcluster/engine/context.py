@@ -1,0 +1,88 @@
+"""One context inside the engine: its tokens, the names of its blocks, and the upload under way."""
+
+import math
+from array import array
+
+from kvcluster.cache.block_keys import BlockKeys
+from kvcluster.engine.context_api import ContextRequest, ContextState
+from kvcluster.engine.request import Request
+from kvcluster.engine.stream import Signal
+from kvcluster.types import Policy, TenantId
+
+
+class Context:
+    """Mutable record of one context. `Contexts` alone changes it."""
+
+    def __init__(
+        self, request: ContextRequest, *, uid: str, policy: Policy, keys: BlockKeys, unix_s: float
+    ) -> None:
+        self.tenant: TenantId = request.tenant
+        self.id = request.context_id
+        self.uid = uid
+        self.policy = policy
+        self.display_name = request.display_name
+        self.pinned = request.pinned
+        self.limits = request.limits
+        """The tenant's, when it last changed the context."""
+        self.state = ContextState.CREATING
+        """ACTIVE stands for DEGRADED too: which of the two, its blocks say."""
+        self.message = ""
+        self.tokens = array("I")
+        """That generations begin with."""
+        self.keys = keys
+        """Names of their whole blocks."""
+        self.build: Request | None = None
+        """Computes more of it; its tokens begin with the context's."""
+        self.expire_time_s: float | None = None
+        self.expires_at = math.inf
+        """The same on the monotonic clock, or when an upload is given up."""
+        self.create_time_s = self.update_time_s = self.last_access_time_s = unix_s
+        self.version = 1
+        self.squared_error = self.squared_size = 0.0
+        """Sums of `EncodingError` over its own builds."""
+        self.received_bytes = 0
+        """Of text, over all uploads."""
+        self.changed = Signal()
+        """Notified when the state changes, and when more tokens may be taken."""
+
+    @property
+    def key(self) -> tuple[TenantId, str]:
+        return self.tenant, self.id
+
+    @property
+    def etag(self) -> str:
+        return f"{self.uid[:8]}.{self.version}"
+
+    @property
+    def received(self) -> "array[int]":
+        """All tokens so far, those of an upload under way included."""
+        return self.tokens if self.build is None else self.build.tokens
+
+    @property
+    def attention_error(self) -> float:
+        """As `Usage.attention_error`."""
+        if not self.squared_size:
+            return 0.0
+        return math.sqrt(self.squared_error / self.squared_size)
+
+    def is_computed(self, block_size: int) -> bool:
+        """Whether the build has nothing left to do."""
+        build = self.build
+        if build is None or not build.is_prompt_complete:
+            return False
+        return build.num_computed >= len(build.tokens) // block_size * block_size
+
+    def schedule_expiry(self, now: float, unix_s: float, *, upload_grace_s: float) -> None:
+        """Set `expires_at` from the time of now on both clocks. `upload_grace_s`: how long an
+        upload may stand still."""
+        self.expires_at = math.inf
+        if self.expire_time_s is not None:
+            self.expires_at = now + self.expire_time_s - unix_s
+        if self.state is ContextState.CREATING:
+            self.expires_at = min(self.expires_at, now + upload_grace_s)
+
+    def note_change(self, unix_s: float) -> None:
+        """Something that a record shows is different now."""
+        self.version += 1
+        self.update_time_s = unix_s
+        self.changed.notify()

@@ -1,0 +1,68 @@
+"""What can be wrong with a call that names a context."""
+
+from kvcluster.engine.context import Context
+from kvcluster.errors import (
+    ContextNotFound,
+    ContextNotReady,
+    EtagMismatch,
+    InvalidField,
+    QuotaExceeded,
+)
+
+MAX_NAME_CHARS = 200
+MAX_TTL_S = 10 * 365 * 24 * 3600
+
+
+def context_not_found() -> ContextNotFound:
+    """One text for all cases, so that it does not tell whether another tenant has the name."""
+    return ContextNotFound(
+        "no such context: check the name; it never was, is not yours, has expired or was deleted"
+    )
+
+
+def not_ready(context: Context) -> ContextNotReady:
+    """Why a context can be neither read nor continued now."""
+    return ContextNotReady(
+        f"context {context.id} is {context.state}{': ' if context.message else ''}"
+        f"{context.message}; wait until its upload is complete, or upload it again"
+    )
+
+
+def check_etag(context: Context, etag: str) -> None:
+    """Empty: any. Raises: EtagMismatch."""
+    if etag and etag != context.etag:
+        raise EtagMismatch(
+            f"context {context.id} was changed since {etag}: get it again, then decide again",
+            metadata={"etag": context.etag},
+        )
+
+
+def check_name(display_name: str) -> None:
+    """Raises: InvalidField."""
+    if len(display_name) > MAX_NAME_CHARS:
+        raise InvalidField("context.display_name", f"want at most {MAX_NAME_CHARS} characters")
+
+
+def expiry(ttl_s: float | None, expire_time_s: float | None, now_s: float) -> float | None:
+    """When a context ends, in Unix time; None: never. NaN is refused too. Raises: InvalidField."""
+    if ttl_s is not None:
+        if not 0 < ttl_s <= MAX_TTL_S:
+            raise InvalidField("context.ttl", f"want more than 0, at most {MAX_TTL_S} seconds")
+        return now_s + ttl_s
+    if expire_time_s is not None and not now_s < expire_time_s <= now_s + MAX_TTL_S:
+        raise InvalidField("context.expire_time", "want a time to come, within ten years")
+    return expire_time_s
+
+
+def check_pinned(used_bytes: int, more_bytes: int, limit_bytes: int) -> None:
+    """Raises: QuotaExceeded."""
+    if used_bytes + more_bytes > limit_bytes:
+        raise QuotaExceeded(
+            f"max_pinned_bytes: {used_bytes} of the tenant's {limit_bytes}; {more_bytes} more do "
+            "not fit: leave the context unpinned, or unpin another",
+            metadata={
+                "quota": "max_pinned_bytes",
+                "used": str(used_bytes),
+                "limit": str(limit_bytes),
+            },
+        )

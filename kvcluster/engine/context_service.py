@@ -1,0 +1,183 @@
+"""The contexts of an engine as its callers see them: a `ContextBackend`, in the engine process.
+
+Adds to `Contexts` what needs waiting: uploads that are taken over, back-pressure, text that becomes
+tokens, and acts that end on the ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvcluster.engine.api import GenerationRequest, PromptChunk, TextChunk
+from kvcluster.engine.context import Context
+from kvcluster.engine.context_api import (
+    ContextChange,
+    ContextRecord,
+    ContextRequest,
+    ContextState,
+    OpenedContext,
+)
+from kvcluster.engine.context_checks import context_not_found, not_ready
+from kvcluster.engine.engine import Engine
+from kvcluster.engine.request import TOKEN_BYTES
+from kvcluster.engine.upload import PromptUpload, RawChunk, check_vocabulary, raw_chunk
+from kvcluster.errors import InvalidField, PromptCorrupt, UploadStalled
+from kvcluster.tenancy.limits import TenantLimits
+from kvcluster.types import TenantId
+
+
+@dataclass(slots=True)
+class _Upload:
+    """The upload that feeds a context."""
+
+    number: int
+    text: PromptUpload = field(
+        default_factory=lambda: PromptUpload(GenerationRequest(model="", max_output_tokens=1))
+    )
+    """Encodes text, and holds back what the next chunk may change."""
+    is_text: bool | None = None
+
+
+class ContextService:
+    """Everything of `ContextBackend`, on one engine."""
+
+    def __init__(self, engine: Engine, *, wake: Callable[[], None]) -> None:
+        """`wake` tells whoever runs the engine that it has changed."""
+        self._engine = engine
+        self._contexts = engine.contexts
+        self._wake = wake
+        self._uploads: dict[str, _Upload] = {}
+        """By uid of the context."""
+
+    async def open_context(self, request: ContextRequest) -> OpenedContext:
+        if self._engine.refusal is not None:
+            raise self._engine.refusal
+        context = self._contexts.open(request)
+        before = self._uploads.get(context.uid)
+        upload = _Upload(1) if before is None else before
+        if before is not None:
+            # The encoder goes on where the one before has stopped; nobody else may feed it.
+            upload.number += 1
+        self._uploads[context.uid] = upload
+        context.changed.notify()
+        return OpenedContext(upload=upload.number, record=self._contexts.record(context))
+
+    async def append_context(
+        self, tenant: TenantId, context_id: str, upload: int, chunk: PromptChunk
+    ) -> None:
+        context = self._live(tenant, context_id)
+        feeding = self._feeding(context, upload)
+        async with feeding.text.lock:
+            self._feeding(context, upload)
+            await self._take(context, feeding, raw_chunk(chunk))
+        self._wake()
+        while context.build is not None and not self._contexts.room(context):
+            await context.changed.wait()
+            self._feeding(self._live(tenant, context_id), upload)
+
+    async def finish_context(self, tenant: TenantId, context_id: str, upload: int) -> ContextRecord:
+        context = self._live(tenant, context_id)
+        feeding = self._feeding(context, upload)
+        async with feeding.text.lock:
+            self._feeding(context, upload)
+            self._contexts.append(context, await feeding.text.finish())
+            self._contexts.complete(context)
+        del self._uploads[context.uid]
+        self._wake()
+        return await self._built(context)
+
+    async def get_context(self, tenant: TenantId, context_id: str) -> ContextRecord:
+        return self._contexts.record(self._contexts.find(tenant, context_id))
+
+    async def list_contexts(self, tenant: TenantId) -> tuple[ContextRecord, ...]:
+        return tuple(map(self._contexts.record, self._contexts.of(tenant)))
+
+    async def update_context(
+        self,
+        tenant: TenantId,
+        context_id: str,
+        change: ContextChange,
+        *,
+        etag: str,
+        limits: TenantLimits,
+    ) -> ContextRecord:
+        context = self._live(tenant, context_id)
+        context.limits = limits
+        self._contexts.update(context, change, etag=etag)
+        self._wake()
+        return self._contexts.record(context)
+
+    async def fork_context(
+        self, tenant: TenantId, context_id: str, new_id: str, num_tokens: int, limits: TenantLimits
+    ) -> ContextRecord:
+        parent = self._live(tenant, context_id)
+        request = ContextRequest(tenant=tenant, context_id=new_id, limits=limits)
+        context = self._contexts.fork(parent, request, num_tokens)
+        self._wake()
+        return await self._built(context)
+
+    async def delete_context(self, tenant: TenantId, context_id: str, etag: str) -> None:
+        context = self._contexts.find(tenant, context_id)
+        self._contexts.delete(context, etag=etag)
+        self._uploads.pop(context.uid, None)
+        self._wake()
+        while self._contexts.knows(context):
+            await context.changed.wait()
+
+    def _live(self, tenant: TenantId, context_id: str) -> Context:
+        """Raises: ContextNotFound, also for one that is being deleted."""
+        context = self._contexts.find(tenant, context_id)
+        if context.state is ContextState.DELETING:
+            raise context_not_found()
+        return context
+
+    def _feeding(self, context: Context, upload: int) -> _Upload:
+        found = self._uploads.get(context.uid)
+        if found is None or found.number != upload:
+            raise UploadStalled("another upload took over: ask how far it is, and go on there")
+        return found
+
+    async def _take(self, context: Context, feeding: _Upload, raw: RawChunk) -> None:
+        if feeding.is_text not in (None, raw.is_text):
+            raise InvalidField("prompt", "text and token ids cannot be mixed in one upload")
+        feeding.is_text = raw.is_text
+        new = _beyond(context, raw)
+        chunk = new.prompt_chunk()
+        if not isinstance(chunk, TextChunk):
+            check_vocabulary(chunk.packed_ids, self._engine.parts.spec.vocab_size)
+        packed_ids = await feeding.text.encode(chunk, self._engine.parts.tokenizer)
+        self._contexts.append(context, packed_ids)
+        if raw.is_text:
+            context.received_bytes += new.end - new.start
+
+    async def _built(self, context: Context) -> ContextRecord:
+        """The record once nothing is left to compute. Raises: ContextNotReady, ContextNotFound."""
+        while context.build is not None:
+            await context.changed.wait()
+        if not self._contexts.knows(context) or context.state is ContextState.DELETING:
+            raise context_not_found()
+        if context.message:
+            raise not_ready(context)
+        return self._contexts.record(context)
+
+
+def _beyond(context: Context, raw: RawChunk) -> RawChunk:
+    """What of a chunk has not come before. Raises: PromptCorrupt for a gap, or for tokens that are
+    not those which came before."""
+    received = context.received_bytes if raw.is_text else len(context.received)
+    unit = "bytes of text" if raw.is_text else "tokens"
+    metadata = {"received": str(received)}
+    if raw.start > received or (raw.is_text and raw.start < received):
+        raise PromptCorrupt(
+            f"a chunk starts at {raw.start}, but {received} {unit} have come: go on there",
+            metadata=metadata,
+        )
+    if raw.start == received:
+        return raw
+    before, new = raw.split(min(received, raw.end))
+    known = context.received[before.start : before.end].tobytes()
+    if known != before.raw[: len(before.raw) // TOKEN_BYTES * TOKEN_BYTES]:
+        raise PromptCorrupt(
+            f"tokens {before.start} to {before.end} are not those that came before: use another id",
+            metadata=metadata,
+        )
+    return new

@@ -1,0 +1,392 @@
+"""The contexts of one engine, sans-IO: built by requests of their own, read by generations.
+
+A context holds tokens; its blocks are those of the prefix cache under the tokens' names, counted as
+held so that they outlive others, and for ever while it is pinned. So forks share blocks, a context
+whose blocks were given up is computed again by the next generation on it, and nothing here can give
+a generation blocks of other tokens.
+"""
+
+import math
+from array import array
+from collections.abc import Iterator
+
+from kvcluster.cache.block_keys import BlockKeys
+from kvcluster.engine.api import CacheMode, GenerationRequest, PolicySource
+from kvcluster.engine.context import Context
+from kvcluster.engine.context_api import (
+    ContextChange,
+    ContextRecord,
+    ContextRequest,
+    ContextState,
+)
+from kvcluster.engine.context_build import build_request, generation_for, generation_of
+from kvcluster.engine.context_checks import (
+    check_etag,
+    check_name,
+    check_pinned,
+    context_not_found,
+    expiry,
+    not_ready,
+)
+from kvcluster.engine.context_record import record_of
+from kvcluster.engine.footprint import footprint
+from kvcluster.engine.parts import EngineParts
+from kvcluster.engine.policies import ChosenPolicy, choose_policy
+from kvcluster.engine.prefix_keys import PrefixKeys
+from kvcluster.engine.prompts import Prompts
+from kvcluster.engine.request import Request
+from kvcluster.engine.scheduler import Scheduler
+from kvcluster.errors import (
+    ContextNotReady,
+    InvalidField,
+    KvClusterError,
+    ModelNotFound,
+    PolicyUnsupported,
+    QuotaExceeded,
+    ResourceExists,
+)
+from kvcluster.types import GenerationId, Policy, TenantId
+
+MAX_CONTEXTS = 1000
+"""Of one tenant: their tokens stay in the engine's memory."""
+
+
+class Contexts:
+    """Finds, builds, changes and deletes contexts. Every method returns at once."""
+
+    def __init__(
+        self,
+        parts: EngineParts,
+        scheduler: Scheduler,
+        prompts: Prompts,
+        arrivals: Iterator[int],
+    ) -> None:
+        """`arrivals`: numbers of all requests, in order."""
+        self._parts = parts
+        self._scheduler = scheduler
+        self._prefixes = scheduler.prefixes
+        self._prompts = prompts
+        self._contexts: dict[tuple[TenantId, str], Context] = {}
+        self._building: dict[GenerationId, Context] = {}
+        self._arrivals = arrivals
+        self._block_size = parts.cache.block_size
+
+    @property
+    def next_expiry(self) -> float:
+        return min((context.expires_at for context in self._contexts.values()), default=math.inf)
+
+    def find(self, tenant: TenantId, context_id: str) -> Context:
+        """Raises: ContextNotFound."""
+        found = self._contexts.get((tenant, context_id))
+        if found is None:
+            raise context_not_found()
+        return found
+
+    def knows(self, context: Context) -> bool:
+        """Whether it is there, or is being deleted."""
+        return self._contexts.get(context.key) is context
+
+    def of(self, tenant: TenantId) -> list[Context]:
+        """By id."""
+        own = [context for context in self._contexts.values() if context.tenant == tenant]
+        return sorted(own, key=lambda context: context.id)
+
+    def open(self, request: ContextRequest) -> Context:
+        """A context to upload to: a new one, or the one that is there.
+
+        Raises: ModelNotFound, InvalidField, PolicyUnsupported, PermissionDenied, ContextTooLong,
+        QuotaExceeded, ContextNotReady. Nothing is kept of one that is refused.
+        """
+        context = self._contexts.get((request.tenant, request.context_id))
+        if context is None:
+            context = self._created(request)
+        elif context.state is ContextState.DELETING:
+            raise ContextNotReady(f"context {context.id} is being deleted: wait, or use another id")
+        elif context.state is ContextState.FAILED:
+            raise ContextNotReady(f"context {context.id} failed: {context.message}; delete it")
+        context.limits = request.limits
+        num_tokens = max(len(context.received), request.total_tokens or 1)
+        self._check(context, num_tokens)
+        self._contexts[context.key] = context
+        if context.build is None:
+            self._build(context, context.tokens)
+        self._put_off_expiry(context)
+        return context
+
+    def append(self, context: Context, packed_ids: bytes) -> None:
+        """Add tokens to the build. Raises: ContextTooLong, QuotaExceeded, and adds none."""
+        build = self._build_of(context)
+        num_tokens = len(build.tokens) + len(packed_ids) // build.tokens.itemsize
+        self._check(context, num_tokens)
+        self._prompts.append(build, packed_ids)
+        self._put_off_expiry(context)
+
+    def room(self, context: Context) -> int:
+        """Tokens that the client should be allowed to send now."""
+        return 0 if context.build is None else self._prompts.room(context.build)
+
+    def complete(self, context: Context) -> None:
+        """The upload is complete. Raises: InvalidField when it is empty."""
+        build = self._build_of(context)
+        if not build.tokens:
+            raise InvalidField("prompt", "is empty: send at least one token")
+        build.is_prompt_complete = True
+        assert build.prefix is not None
+        build.prefix.extend(build.tokens)
+        is_there = self._prefixes.held_at(
+            context.tenant, build.prefix.blocks, build.tokens, context.policy
+        )
+        if is_there or context.is_computed(self._block_size):
+            self._finish(context, build)
+
+    def planned(self, build: Request) -> None:
+        """A step with a part of the build was planned."""
+        self._building[build.generation].changed.notify()
+
+    def computed(self, request: Request) -> None:
+        """More of a request is computed."""
+        context = self._building.get(request.generation)
+        if context is not None:
+            if context.is_computed(self._block_size):
+                self._finish(context, request)
+        elif request.checkpoint and request.num_computed >= request.checkpoint:
+            request.checkpoint = 0
+            read = self._contexts.get((request.spec.tenant, request.spec.context))
+            if read is not None and read.state is ContextState.ACTIVE:
+                self._hold(read)
+
+    def fail(self, build: Request, error: KvClusterError) -> None:
+        """The build cannot go on. What was there before it stays."""
+        context = self._building[build.generation]
+        self._end_build(context, build)
+        context.message = error.message
+        if context.state is ContextState.CREATING:
+            context.state = ContextState.FAILED
+        context.note_change(self._parts.clock.unix())
+
+    def policy_of(self, spec: GenerationRequest) -> ChosenPolicy | None:
+        """The policy of a generation on a context; None: there is no context.
+
+        Raises: ContextNotFound, ContextNotReady, InvalidField when it names another policy.
+        """
+        if not spec.context:
+            return None
+        context = self._readable(spec)
+        if spec.policy and choose_policy(spec, self._parts).policy != context.policy:
+            raise InvalidField(
+                "policy", f"the context was stored with {context.policy}: leave it out"
+            )
+        if spec.sampling.prompt_logprobs is not None:
+            raise InvalidField(
+                "sampling.prompt_logprobs", "a context's tokens are not computed again: no scores"
+            )
+        return ChosenPolicy(policy=context.policy, source=PolicySource.REQUEST)
+
+    def num_tokens_before(self, spec: GenerationRequest) -> int:
+        """Tokens of the context that a request begins with."""
+        return len(self._readable(spec).tokens) if spec.context else 0
+
+    def begin(self, request: Request) -> None:
+        """Give a request what it begins with and may share. Raises: as `policy_of`."""
+        spec = request.spec
+        if not spec.context:
+            secret = self._parts.secret_of(spec.tenant)
+            request.prefix = self._prefixes.prefix_of(spec, request.policy, secret)
+            return
+        context = self._readable(spec)
+        context.last_access_time_s = self._parts.clock.unix()
+        request.tokens.extend(context.tokens)
+        request.num_prompt_tokens = request.num_context_tokens = len(context.tokens)
+        request.checkpoint = len(context.keys.keys) * self._block_size
+        shares = spec.cache_mode is not CacheMode.BYPASS and not spec.cache_namespace
+        request.prefix = PrefixKeys(
+            context.keys.copy(),
+            reads=True,
+            writes=spec.cache_mode is CacheMode.READ_WRITE and shares and self._prefixes.is_on,
+            most_blocks=None if shares else len(context.keys.keys),
+        )
+
+    def update(self, context: Context, change: ContextChange, *, etag: str = "") -> None:
+        """Raises: EtagMismatch, InvalidField, QuotaExceeded; then nothing is changed."""
+        check_etag(context, etag)
+        if change.display_name is not None:
+            check_name(change.display_name)
+        if change.pinned and not context.pinned:
+            self._check_pinned(context, len(context.received))
+        now = self._parts.clock.unix()
+        if change.keeps_for_ever:
+            context.expire_time_s = None
+        elif change.ttl_s is not None or change.expire_time_s is not None:
+            context.expire_time_s = expiry(change.ttl_s, change.expire_time_s, now)
+        if change.display_name is not None:
+            context.display_name = change.display_name
+        if change.pinned is not None:
+            context.pinned = change.pinned
+        self._hold(context)
+        self._put_off_expiry(context)
+        context.note_change(now)
+
+    def fork(self, parent: Context, request: ContextRequest, num_tokens: int) -> Context:
+        """A context with the first `num_tokens` of another's, 0 for all.
+
+        Raises: ResourceExists, InvalidField, ContextNotReady, QuotaExceeded.
+        """
+        if (parent.tenant, request.context_id) in self._contexts:
+            raise ResourceExists(f"a context {request.context_id} exists: choose another id")
+        if parent.state is not ContextState.ACTIVE:
+            raise not_ready(parent)
+        if num_tokens > len(parent.tokens):
+            raise InvalidField(
+                "prefix_tokens", f"want at most {len(parent.tokens)}, got {num_tokens}"
+            )
+        context = self._created(request)
+        context.policy, context.keys = parent.policy, self._keys(parent.policy, parent.tenant)
+        self._contexts[context.key] = context
+        self._build(context, parent.tokens[: num_tokens or len(parent.tokens)])
+        self.complete(context)
+        return context
+
+    def delete(self, context: Context, *, etag: str = "") -> None:
+        """Begin to delete; `context.changed` is notified when it has been done."""
+        check_etag(context, etag)
+        if context.state is ContextState.DELETING:
+            return
+        context.state, context.expires_at = ContextState.DELETING, math.inf
+        build, keys = context.build, context.keys.keys
+        if build is not None:
+            self._end_build(context, build)
+            if build.prefix is not None:
+                keys = max(keys, build.prefix.blocks.keys, key=len)
+        cache = self._prefixes.cache(context.tenant)
+        cache.let_go(keys, context.uid)
+        dropped = self._prefixes.forget(context.tenant, keys, self._scheduler.running)
+        self._scheduler.zeroing.add(cache.shared, dropped, lambda: self._forget(context))
+        context.note_change(self._parts.clock.unix())
+
+    def expire(self, now: float) -> None:
+        """Delete the contexts whose time is over, and uploads that nobody goes on with."""
+        if now < self.next_expiry:
+            return
+        for context in tuple(self._contexts.values()):
+            if context.expires_at <= now:
+                self.delete(context)
+
+    def lose_ring(self) -> None:
+        """The ranks are gone: builds begin again, other blocks are computed when they are read."""
+        for context in self._building.values():
+            if context.build is not None:
+                context.build.num_steps_in_flight = 0
+
+    def record(self, context: Context) -> ContextRecord:
+        """A snapshot. Looks at every block."""
+        return record_of(context, self._prefixes, self._parts.spec, self._block_size)
+
+    def _created(self, request: ContextRequest) -> Context:
+        if request.model not in ("", self._parts.spec.name):
+            raise ModelNotFound(
+                f"model {request.model!r} is not served here; {self._parts.spec.name!r} is"
+            )
+        check_name(request.display_name)
+        if len(self.of(request.tenant)) >= MAX_CONTEXTS:
+            raise QuotaExceeded(
+                f"contexts: {MAX_CONTEXTS} of the tenant's {MAX_CONTEXTS}; delete one",
+                metadata={"quota": "contexts", "used": str(MAX_CONTEXTS)},
+            )
+        policy = choose_policy(generation_for(request), self._parts).policy
+        if not self._prefixes.is_shareable(policy):
+            raise PolicyUnsupported(
+                f"policy: {policy} cannot store a context: with it later rows read more of a "
+                "sequence than its blocks; leave out its selection, and tokens kept by score",
+                metadata={"policy": str(policy)},
+            )
+        now = self._parts.clock.unix()
+        keys = self._keys(policy, request.tenant)
+        uid = self._parts.new_id()
+        context = Context(request, uid=uid, policy=policy, keys=keys, unix_s=now)
+        context.expire_time_s = expiry(request.ttl_s, request.expire_time_s, now)
+        return context
+
+    def _keys(self, policy: Policy, tenant: TenantId) -> BlockKeys:
+        return self._prefixes.keys(policy, "", self._parts.secret_of(tenant))
+
+    def _build(self, context: Context, tokens: "array[int]") -> None:
+        """Let the ranks compute what these tokens, and those that follow, lack."""
+        generation = GenerationId(self._parts.new_id())
+        build = build_request(
+            context, tokens, generation, next(self._arrivals), self._parts.spec.name
+        )
+        context.build = build
+        self._building[generation] = context
+        self._prompts.admit(build)
+        self._scheduler.add(build, now=self._parts.clock.monotonic())
+
+    def _finish(self, context: Context, build: Request) -> None:
+        context.tokens = build.tokens
+        assert build.prefix is not None
+        build.prefix.extend(build.tokens)
+        context.keys = build.prefix.blocks
+        context.squared_error += build.squared_error
+        context.squared_size += build.squared_size
+        self._end_build(context, build)
+        context.state, context.message = ContextState.ACTIVE, ""
+        self._hold(context)
+        self._put_off_expiry(context)
+        context.note_change(self._parts.clock.unix())
+
+    def _end_build(self, context: Context, build: Request) -> None:
+        context.build = None
+        del self._building[build.generation]
+        self._scheduler.end(build)
+        self._prompts.end(build)
+
+    def _build_of(self, context: Context) -> Request:
+        if context.build is None:
+            raise not_ready(context)
+        return context.build
+
+    def _hold(self, context: Context) -> None:
+        keys = context.keys.keys
+        cache = self._prefixes.cache(context.tenant)
+        cache.hold(keys, context.uid, pinned=context.pinned)
+
+    def _forget(self, context: Context) -> None:
+        self._contexts.pop(context.key, None)
+        context.changed.notify()
+
+    def _readable(self, spec: GenerationRequest) -> Context:
+        """The context of a request, if it can be read. Raises: as `policy_of`."""
+        context = self.find(spec.tenant, spec.context)
+        if context.state is ContextState.DELETING:
+            raise context_not_found()
+        if context.state is not ContextState.ACTIVE:
+            raise not_ready(context)
+        return context
+
+    def _put_off_expiry(self, context: Context) -> None:
+        clock = self._parts.clock
+        context.schedule_expiry(
+            clock.monotonic(), clock.unix(), upload_grace_s=self._parts.config.retention_s
+        )
+
+    def _check(self, context: Context, num_tokens: int) -> None:
+        spec = generation_of(context)
+        self._prompts.check_length(spec, context.policy, num_tokens)
+        if context.pinned:
+            self._check_pinned(context, num_tokens)
+
+    def _check_pinned(self, context: Context, num_tokens: int) -> None:
+        """Raises: QuotaExceeded when a context of so many tokens would pin too much."""
+        own = footprint(
+            context.policy,
+            self._parts.spec,
+            num_tokens,
+            self._parts.partitions.of(context.tenant),
+            block_size=self._block_size,
+            chunk_tokens=self._block_size,
+        ).num_bytes
+        used = sum(
+            self.record(other).kv_bytes
+            for other in self.of(context.tenant)
+            if other.pinned and other is not context
+        )
+        check_pinned(used, own, context.limits.max_pinned_bytes)

@@ -1,0 +1,120 @@
+"""Blocks that are to be zeroed on their ranks before anything else may take them."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kvcluster.cache.block_table import TableEntry
+from kvcluster.cache.prefix_cache import Dropped
+from kvcluster.cache.shared_blocks import SharedBlocks
+from kvcluster.engine.plan import Zeroed
+from kvcluster.types import EXACT, NO_BLOCK
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Blocks that somebody waits for."""
+
+    num_left: int
+    on_done: Callable[[], None]
+
+    def count_down(self) -> None:
+        self.num_left -= 1
+        if not self.num_left:
+            self.on_done()
+
+
+@dataclass(frozen=True, slots=True)
+class _Doomed:
+    shared: SharedBlocks
+    codec: str
+    entry: TableEntry
+    """With one block."""
+    group: int
+    batch: _Batch
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether we are the block's only user."""
+        held = self.entry.held()[self.group]
+        return self.shared.num_users(self.codec, held, self.group) == 1
+
+    def release(self) -> None:
+        self.shared.release(self.codec, self.entry)
+
+    @property
+    def place(self) -> tuple[int, int, str, int]:
+        """Rank, KV group, kind and number of the block."""
+        held = self.entry.held()[self.group]
+        if held.block_id != NO_BLOCK:
+            return held.rank, self.group, EXACT, held.block_id
+        return held.rank, self.group, self.codec, held.encoded_id
+
+
+class Zeroing:
+    """Holds one user of each block until it is the only one and the ranks are told to zero it."""
+
+    def __init__(self) -> None:
+        self._waiting: list[_Doomed] = []
+        self._told: dict[int, list[_Doomed]] = {}
+        """By step."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether some block has no other user any more."""
+        return any(doomed.is_alone for doomed in self._waiting)
+
+    def add(
+        self, shared: SharedBlocks, dropped: Iterable[Dropped], on_done: Callable[[], None]
+    ) -> None:
+        """Zero blocks whose users, one of each, are handed over. `on_done` is called when it has
+        been done, or the ranks are gone: at once, where there are none."""
+        batch = _Batch(1, on_done)
+        for codec, entry in dropped:
+            for group, single in _blocks_of(entry):
+                batch.num_left += 1
+                self._waiting.append(_Doomed(shared, codec, single, group, batch))
+        batch.count_down()
+
+    def take(self, step: int) -> tuple[Zeroed, ...]:
+        """What the plan of this step tells the ranks to zero. The blocks are free for the next."""
+        alone = [doomed for doomed in self._waiting if doomed.is_alone]
+        if not alone:
+            return ()
+        self._waiting = [doomed for doomed in self._waiting if doomed not in set(alone)]
+        self._told[step] = alone
+        by_place: dict[tuple[int, int, str], list[int]] = defaultdict(list)
+        for doomed in alone:
+            rank, group, codec, block_id = doomed.place
+            by_place[rank, group, codec].append(block_id)
+            doomed.release()
+        return tuple(
+            Zeroed(rank, group, codec, tuple(sorted(ids)))
+            for (rank, group, codec), ids in sorted(by_place.items())
+        )
+
+    def complete(self, step: int) -> None:
+        """The ranks have run a step."""
+        for doomed in self._told.pop(step, ()):
+            doomed.batch.count_down()
+
+    def reset(self) -> None:
+        """The ranks are gone, and every block with them."""
+        gone = [*self._waiting, *(doomed for told in self._told.values() for doomed in told)]
+        for doomed in self._waiting:
+            doomed.release()
+        self._waiting = []
+        self._told.clear()
+        for doomed in gone:
+            doomed.batch.count_down()
+
+
+def _blocks_of(entry: TableEntry) -> Iterable[tuple[int, TableEntry]]:
+    """Group and an entry of its own for each block that an entry holds."""
+    none = (NO_BLOCK,) * len(entry.block_ids)
+    for group, held in enumerate(entry.held()):
+        before, after = none[:group], none[group + 1 :]
+        if held.block_id != NO_BLOCK:
+            yield group, TableEntry(entry.rank, (*before, held.block_id, *after))
+        if held.encoded_id != NO_BLOCK:
+            yield group, TableEntry(entry.rank, none, (*before, held.encoded_id, *after))
