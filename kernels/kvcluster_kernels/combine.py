@@ -15,7 +15,10 @@ from torch import Tensor
 from kvcluster_kernels.paging import Partial, SplitPartials, overlaps
 
 _LN_2 = tl.constexpr(math.log(2))
-_SPLITS_AT_ONCE = 16
+_SPLITS_AT_ONCE = 256
+"""Whose outputs a program asks for at once: all of them, as a rule, so that it waits only once."""
+_CHANNELS = 32
+"""Of a program: a line of memory of each split, and several programs for every query row."""
 
 
 def combine(splits: SplitPartials, *, num_tokens: int) -> Partial:
@@ -23,7 +26,8 @@ def combine(splits: SplitPartials, *, num_tokens: int) -> Partial:
     out_RTHD, lse_RTH = _room(splits, num_tokens)
     num_rows, num_kv_heads, num_splits, num_query_rows, dim = splits.out_RKXMD.shape
     early = overlaps(splits.out_RKXMD.device)
-    _combine_kernel[(num_query_rows, num_kv_heads, num_rows)](
+    chunks = triton.cdiv(dim, _CHANNELS)
+    _combine_kernel[(num_query_rows * chunks, num_kv_heads, num_rows)](
         splits.out_RKXMD,
         splits.lse_RKXM,
         out_RTHD,
@@ -32,8 +36,8 @@ def combine(splits: SplitPartials, *, num_tokens: int) -> Partial:
         NUM_ROWS=num_query_rows,
         GROUP=num_query_rows // num_tokens,
         DIM=dim,
-        SPLITS=triton.next_power_of_2(num_splits),
-        CHUNK=min(_SPLITS_AT_ONCE, triton.next_power_of_2(num_splits)),
+        SPLITS=min(_SPLITS_AT_ONCE, triton.next_power_of_2(num_splits)),
+        CHANNELS=_CHANNELS,
         OVERLAPS=early,
         num_warps=4,
         launch_pdl=early,
@@ -76,46 +80,48 @@ def _combine_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ) -> None:
-    query_row = tl.program_id(0)
+    CHUNKS: tl.constexpr = triton.cdiv(DIM, CHANNELS)
+    query_row = tl.program_id(0) // CHUNKS
+    chunk = tl.program_id(0) % CHUNKS
     head = tl.program_id(1)
     row = tl.program_id(2)
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(DIM)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = chunk * CHANNELS + tl.arange(0, CHANNELS)
     place = (row * tl.num_programs(1) + head).to(tl.int64) * num_splits * NUM_ROWS + query_row
     split_lse_ptr += place
     split_out_ptr += place * DIM
 
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
-    offs_x = tl.arange(0, SPLITS)
-    lse_X = tl.load(
-        split_lse_ptr + offs_x * NUM_ROWS, mask=offs_x < num_splits, other=-float("inf")
-    )
-    max_lse = tl.max(lse_X, 0)
-    shift = tl.where(max_lse == -float("inf"), 0.0, max_lse)
-    total = tl.sum(tl.math.exp2(lse_X - shift), 0)
-
-    acc_D = tl.zeros([BLOCK_D], tl.float32)
-    for first in tl.range(0, num_splits, CHUNK):
-        offs_s = first + tl.arange(0, CHUNK)
+    max_lse = -float("inf")
+    total = 0.0
+    acc_D = tl.zeros([CHANNELS], tl.float32)
+    for first in tl.range(0, num_splits, SPLITS):
+        offs_s = first + tl.arange(0, SPLITS)
+        out_SD = tl.load(
+            split_out_ptr + offs_s[:, None] * (NUM_ROWS * DIM) + offs_d[None, :],
+            mask=(offs_s < num_splits)[:, None] & (offs_d < DIM)[None, :],
+            other=0.0,
+        )
         lse_S = tl.load(
             split_lse_ptr + offs_s * NUM_ROWS, mask=offs_s < num_splits, other=-float("inf")
         )
-        # A split that saw nothing has not written its output.
-        seen_S = lse_S > -float("inf")
-        out_SD = tl.load(
-            split_out_ptr + offs_s[:, None] * (NUM_ROWS * DIM) + offs_d[None, :],
-            mask=seen_S[:, None] & (offs_d < DIM)[None, :],
-            other=0.0,
-        )
-        acc_D += tl.sum(out_SD * tl.math.exp2(lse_S - shift)[:, None], 0)
+        new_max = tl.maximum(max_lse, tl.max(lse_S, 0))
+        # Where nothing was seen yet, -inf minus -inf would be NaN.
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        share_S = tl.math.exp2(lse_S - shift)
+        decay = tl.math.exp2(max_lse - shift)
+        # What a split that saw nothing left in its place may be anything, NaN included.
+        out_SD = tl.where(lse_S[:, None] > -float("inf"), out_SD, 0.0)
+        acc_D = acc_D * decay + tl.sum(out_SD * share_S[:, None], 0)
+        total = total * decay + tl.sum(share_S, 0)
+        max_lse = new_max
 
     token = row * (NUM_ROWS // GROUP) + query_row // GROUP
     place = token * tl.num_programs(1) * GROUP + head * GROUP + query_row % GROUP
     safe_total = tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + place.to(tl.int64) * DIM + offs_d, acc_D / safe_total, mask=offs_d < DIM)
-    lse = tl.where(total > 0, (shift + tl.math.log2(safe_total)) * _LN_2, -float("inf"))
-    tl.store(lse_ptr + place, lse)
+    lse = tl.where(total > 0, (max_lse + tl.math.log2(safe_total)) * _LN_2, -float("inf"))
+    tl.store(lse_ptr + place, lse, mask=chunk == 0)
