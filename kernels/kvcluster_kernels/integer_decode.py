@@ -38,6 +38,8 @@ from kvcluster_kernels.integer_tiles import (
     weigh_block,
     zero_sums,
 )
+from kvcluster_kernels.packed_gluon_launch import Codes, Planes, reason_against
+from kvcluster_kernels.packed_gluon_launch import splits as hopper_splits
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
     Attention,
@@ -52,7 +54,7 @@ from kvcluster_kernels.paging import (
 from kvcluster_kernels.softmax import append, column_weights, store_columns
 
 BITS = (8, 4, 2)
-"""The code widths of these kernels."""
+"""The code widths of this kernel; of 3 bits there is one for Hopper alone."""
 _LEAST_BYTES = 16
 """Of a row of codes: a matrix product is of 16 numbers at least."""
 _LEAST_TOKENS = 16
@@ -71,6 +73,13 @@ class IntegerPages(NamedTuple):
     """The same, float16 or int8."""
     unit: Tensor | None = None
     """[P, N, K], float32, with 8 scale bits."""
+    high: Tensor | None = None
+    """Of codes of 3 bits the third, [P, N, K, R, C / 8], uint8; `codes` has the lower two."""
+
+    @property
+    def planes(self) -> Planes:
+        """In the order of the kernel for Hopper."""
+        return Planes(self.codes, self.high, self.scale, self.zero, self.unit)
 
 
 def decode_integers(
@@ -99,10 +108,42 @@ def integer_splits(
     settings: DecodeSettings | None = None,
 ) -> SplitPartials:
     """The same before it is merged, to be merged with more."""
-    dim_k = q_RTHD.shape[3]
+    codes = codes_of(q_RTHD, keys, values)
+    against = reason_against(q_RTHD, keys.planes, values.planes, codes, attention)
+    if against is None and not (settings and settings.is_portable):
+        return hopper_splits(q_RTHD, keys.planes, values.planes, codes, rows, attention, settings)
+    if 3 in codes[:2]:
+        raise ValueError(f"of 3 bits there is one kernel, which does not serve this: {against}")
     num_kv_heads, block_size = keys.codes.shape[2:4]
     dim_v = values.codes.shape[3]
-    k_bits, v_bits = code_bits(keys, dim_k), code_bits(values, block_size)
+    chosen = settings or default_settings(q_RTHD, num_kv_heads, max(codes.k_bits, codes.v_bits))
+    launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim_v)
+    _integer_kernel[launch.grid](
+        q_RTHD,
+        *keys._replace(unit=keys.scale if keys.unit is None else keys.unit)[:4],
+        *values._replace(unit=values.scale if values.unit is None else values.unit)[:4],
+        *launch.arguments,
+        *page_strides(keys[:4]),
+        *page_strides(values[:4]),
+        **launch.constants,
+        BLOCK_SIZE=block_size,
+        PAGE_BLOCKS=keys.codes.shape[1],
+        DIM_K=q_RTHD.shape[3],
+        DIM_V=dim_v,
+        K_BITS=codes.k_bits,
+        V_BITS=codes.v_bits,
+        K_GROUPS=codes.k_groups,
+        V_GROUPS=codes.v_groups,
+        SCALE_BITS=16 if keys.unit is None else 8,
+        IS_GPU=has_assembly(_integer_kernel),
+    )
+    return launch.found
+
+
+def codes_of(q_RTHD: Tensor, keys: IntegerPages, values: IntegerPages) -> Codes:
+    """Raises: ValueError for arrays that no kernel reads."""
+    block_size = keys.codes.shape[3]
+    k_bits, v_bits = code_bits(keys, q_RTHD.shape[3]), code_bits(values, block_size)
     if (keys.unit is None) != (values.unit is None):
         raise ValueError("keys and values want scales of the same number of bits")
     if min(keys.codes.shape[4], values.codes.shape[4]) < _LEAST_BYTES:
@@ -112,35 +153,21 @@ def integer_splits(
         )
     if block_size // keys.scale.shape[3] < _LEAST_TOKENS:
         raise ValueError(f"keys want groups of {_LEAST_TOKENS} tokens or more")
-    chosen = settings or default_settings(q_RTHD, num_kv_heads, max(k_bits, v_bits))
-    launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim_v)
-    _integer_kernel[launch.grid](
-        q_RTHD,
-        *keys._replace(unit=keys.scale if keys.unit is None else keys.unit),
-        *values._replace(unit=values.scale if values.unit is None else values.unit),
-        *launch.arguments,
-        *page_strides(keys),
-        *page_strides(values),
-        **launch.constants,
-        BLOCK_SIZE=block_size,
-        PAGE_BLOCKS=keys.codes.shape[1],
-        DIM_K=dim_k,
-        DIM_V=dim_v,
-        K_BITS=k_bits,
-        V_BITS=v_bits,
-        K_GROUPS=keys.scale.shape[3],
-        V_GROUPS=values.scale.shape[3],
-        SCALE_BITS=16 if keys.unit is None else 8,
-        IS_GPU=has_assembly(_integer_kernel),
-    )
-    return launch.found
+    return Codes(k_bits, v_bits, keys.scale.shape[3], values.scale.shape[3])
 
 
 def default_settings(q_RTHD: Tensor, num_kv_heads: int, bits: int) -> DecodeSettings:
     """As many programs as a processor has registers for. One warp a program needs no barrier, as
-    long as what it unpacks fits its registers."""
-    if q_RTHD.shape[1] * q_RTHD.shape[2] // num_kv_heads > 8:
-        return DecodeSettings(num_warps=4, programs_per_processor=2)
+    long as what it unpacks fits its registers.
+
+    Of 8 bits and 16 or 32 columns, Triton 3.6 makes programs of four warps that multiply values
+    with what is not there: they give NaN (measured)."""
+    num_rows = q_RTHD.shape[1] * q_RTHD.shape[2] // num_kv_heads
+    if bits == 8 and 8 < num_rows <= 32:
+        return DecodeSettings(num_warps=2, programs_per_processor=4, columns=16)
+    if num_rows > 8:
+        columns = 64 if bits == 8 else 32
+        return DecodeSettings(num_warps=4, programs_per_processor=2, columns=columns)
     if bits == 4:
         return DecodeSettings(num_warps=1, programs_per_processor=8)
     return DecodeSettings(num_warps=2, programs_per_processor=5 if bits == 8 else 4)
@@ -151,7 +178,7 @@ def code_bits(pages: IntegerPages, contiguous: int) -> int:
     bits, rest = divmod(8 * pages.codes.shape[4], contiguous)
     if rest or bits not in BITS:
         raise ValueError(f"{pages.codes.shape[4]} bytes of {contiguous} codes: want bits in {BITS}")
-    return bits
+    return bits if pages.high is None else bits + 1
 
 
 @triton.jit

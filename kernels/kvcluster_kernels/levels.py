@@ -15,12 +15,15 @@ from torch import Tensor
 from kvcluster_kernels.softmax import append
 
 BITS = (4, 2)
-"""The code widths of these kernels."""
+"""The code widths that any GPU unpacks."""
 
 _HIGH4 = tl.constexpr(0x41403E3D3B393630)
 """Of 4 bits, the high bytes of the positive levels, the smallest in the lowest byte."""
 _LOW4 = tl.constexpr(0x772379068A41351C)
 """Their low bytes."""
+_HIGH3 = 0x403D3A33B3BABDC0
+"""Of 3 bits, the high bytes of all levels, ascending, the first in the lowest byte."""
+_LOW3 = 0x4E600CD8D80C604E
 _HIGH2 = tl.constexpr(0x3E37B7BE)
 """Of 2 bits, the high bytes of all levels, ascending."""
 _LOW2 = tl.constexpr(0x0B3F3F0B)
@@ -29,7 +32,11 @@ _LOW2 = tl.constexpr(0x0B3F3F0B)
 def levels(bits: int) -> Tensor:
     """The 2^bits levels that kernels multiply with, float16, ascending."""
     packed = torch.arange(2**bits, dtype=torch.uint8)
-    high, low = (_HIGH4.value, _LOW4.value) if bits == 4 else (_HIGH2.value, _LOW2.value)
+    high, low = {
+        4: (_HIGH4.value, _LOW4.value),
+        3: (_HIGH3, _LOW3),
+        2: (_HIGH2.value, _LOW2.value),
+    }[bits]
     words = []
     for code in packed.tolist():
         place = (code if code >= 8 else 7 - code) & 7 if bits == 4 else code

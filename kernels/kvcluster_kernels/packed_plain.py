@@ -14,6 +14,7 @@ from kvcluster_kernels.integer_decode import IntegerPages, code_bits
 from kvcluster_kernels.levels import levels
 from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
 from kvcluster_kernels.rotated_decode import RotatedPages
+from kvcluster_kernels.rotated_decode import code_bits as rotated_bits
 
 
 def decode_integers(
@@ -38,7 +39,7 @@ def restore_integers(
 ) -> Tensor:
     """x_RBKLC of the blocks: zero + scale * code."""
     bits = code_bits(pages, contiguous)
-    codes = unpack(gather_blocks(pages.codes, blocks_RB), bits).to(dtype)
+    codes = _codes_of(pages, bits, blocks_RB).to(dtype)
     scale, zero = (gather_blocks(plane, blocks_RB) for plane in (pages.scale, pages.zero))
     if pages.unit is None:
         step, offset = scale.to(dtype), zero.to(dtype)
@@ -48,6 +49,13 @@ def restore_integers(
         offset = step * zero.to(dtype)
     group = codes.shape[3] // step.shape[3]
     return codes * step.repeat_interleave(group, 3) + offset.repeat_interleave(group, 3)
+
+
+def _codes_of(pages: IntegerPages | RotatedPages, bits: int, blocks_RB: Tensor) -> Tensor:
+    if pages.high is None:
+        return unpack(gather_blocks(pages.codes, blocks_RB), bits)
+    low = unpack(gather_blocks(pages.codes, blocks_RB), 2)
+    return low | unpack(gather_blocks(pages.high, blocks_RB), 1) << 2
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -132,6 +140,6 @@ def _levels_of(
     pages: RotatedPages, contiguous: int, dtype: torch.dtype, blocks_RB: Tensor
 ) -> Tensor:
     """In the order that codes are stored in."""
-    bits = 8 * pages.codes.shape[4] // contiguous
-    codes = unpack(gather_blocks(pages.codes, blocks_RB), bits)
+    bits = rotated_bits(pages, contiguous)
+    codes = _codes_of(pages, bits, blocks_RB)
     return levels(bits).to(pages.codes.device, dtype)[codes.int()]

@@ -93,6 +93,8 @@ class DecodeSettings:
     """Splits of a row, instead of those that follow from the GPU's size."""
     columns: int = 32
     """Query rows of one program of a packed kernel, a power of two; more are more programs."""
+    is_portable: bool = False
+    """Launch the kernel for any GPU even where there is one for this GPU."""
 
     def splits(self, device: torch.device, *, num_programs: int, num_tiles: int) -> int:
         """Splits of each row where `num_programs` are launched for each split, of rows of at most

@@ -27,6 +27,8 @@ from kvcluster_kernels.integer_tiles import (
     load_tile,
 )
 from kvcluster_kernels.levels import BITS, unpack_levels
+from kvcluster_kernels.packed_gluon_launch import Codes, Planes, reason_against
+from kvcluster_kernels.packed_gluon_launch import splits as hopper_splits
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
     Attention,
@@ -59,6 +61,13 @@ class RotatedPages(NamedTuple):
     """[P, N, K, S], float16."""
     mean: Tensor | None = None
     """[P, N, K, D], float16, of keys alone."""
+    high: Tensor | None = None
+    """Of codes of 3 bits the third, one eighth of a byte each, uint8; `codes` has the lower two."""
+
+    @property
+    def planes(self) -> Planes:
+        """In the order of the kernel for Hopper."""
+        return Planes(self.codes, self.high, self.scale, self.mean, None)
 
 
 def decode_rotated(
@@ -91,22 +100,29 @@ def rotated_splits(
     """The same before it is merged and rotated back, to be merged with more of its kind."""
     dim = q_RTHD.shape[3]
     num_kv_heads, block_size = keys.codes.shape[2:4]
-    bits, rest = divmod(8 * keys.codes.shape[4], dim)
-    if rest or bits not in BITS or rotation_DD.shape != (dim, dim):
-        raise ValueError(f"{keys.codes.shape[4]} bytes of {dim} codes: want bits in {BITS}")
-    if values.codes.shape[3:] != (dim, block_size * bits // 8) or values.mean is not None:
+    bits = code_bits(keys, dim)
+    if rotation_DD.shape != (dim, dim):
+        raise ValueError(f"a rotation {tuple(rotation_DD.shape)} of {dim} channels")
+    if code_bits(values, block_size) != bits or values.mean is not None:
         raise ValueError(f"values {tuple(values.codes.shape)} want {bits} bits and no mean")
     if min(keys.codes.shape[4], values.codes.shape[4]) < _LEAST_BYTES:
         raise ValueError(f"{bits} bits want {_LEAST_BYTES * 8 // bits} channels and tokens or more")
+    rotated_q_RTHD = (q_RTHD.float() @ rotation_DD.T).contiguous()
+    codes = Codes(bits, bits, rotated_q_RTHD=rotated_q_RTHD)
+    against = reason_against(q_RTHD, keys.planes, values.planes, codes, attention)
+    if against is None and not (settings and settings.is_portable):
+        return hopper_splits(q_RTHD, keys.planes, values.planes, codes, rows, attention, settings)
+    if bits == 3:
+        raise ValueError(f"of 3 bits there is one kernel, which does not serve this: {against}")
     chosen = settings or default_settings(q_RTHD, num_kv_heads, bits)
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim)
     _rotated_kernel[launch.grid](
         q_RTHD,
-        (q_RTHD.float() @ rotation_DD.T).contiguous(),
-        *keys._replace(mean=keys.scale if keys.mean is None else keys.mean),
+        rotated_q_RTHD,
+        *keys._replace(mean=keys.scale if keys.mean is None else keys.mean)[:3],
         *values[:2],
         *launch.arguments,
-        *page_strides(keys._replace(mean=keys.scale if keys.mean is None else keys.mean)),
+        *page_strides(keys._replace(mean=keys.scale if keys.mean is None else keys.mean)[:3]),
         *page_strides(values[:2]),
         **launch.constants,
         BLOCK_SIZE=block_size,
@@ -117,6 +133,14 @@ def rotated_splits(
         IS_GPU=has_assembly(_rotated_kernel),
     )
     return launch.found
+
+
+def code_bits(pages: RotatedPages, contiguous: int) -> int:
+    """Of an array whose codes are packed along an axis of this length. Raises: ValueError."""
+    bits, rest = divmod(8 * pages.codes.shape[4], contiguous)
+    if rest or bits not in BITS:
+        raise ValueError(f"{pages.codes.shape[4]} bytes of {contiguous} codes: want bits in {BITS}")
+    return bits if pages.high is None else bits + 1
 
 
 def default_settings(q_RTHD: Tensor, num_kv_heads: int, bits: int) -> DecodeSettings:

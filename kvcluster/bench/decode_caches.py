@@ -16,7 +16,7 @@ from kvcluster.codec.rotated import rotate
 from kvcluster.types import PAGE_BLOCKS
 
 BLOCK_SIZE: Final = 64
-_GROUP: Final = {8: 64, 4: 64, 2: 32}
+_GROUP: Final = {8: 64, 4: 64, 3: 64, 2: 32}
 """Numbers that share a scale, as the policies of that name have them."""
 
 Decode = Callable[[DecodeSettings | None], Partial]
@@ -112,16 +112,14 @@ def integer_pages(
 
     def pages(grouped: int, contiguous: int) -> IntegerPages:
         blocks = _block_axes(shape)
-        codes = _random_bytes(device, *blocks, grouped, contiguous * bits // 8)
-        if bits == 8:
-            codes = codes.view(torch.int8)
+        codes, high = _random_codes(device, bits, *blocks, grouped, contiguous)
         grid = (*blocks, grouped // _GROUP[bits], contiguous)
         if scale_bits == 8:
             zero = torch.randint(-8, -6, grid, dtype=torch.int8, device=device)
             unit = torch.full(blocks, 16.0, device=device)
-            return IntegerPages(codes, _random_bytes(device, *grid), zero, unit)
+            return IntegerPages(codes, _random_bytes(device, *grid), zero, unit, high)
         scale = torch.rand(grid, dtype=torch.float16, device=device) * (4 / 2**bits)
-        return IntegerPages(codes, scale, scale * -(2.0 ** (bits - 1)))
+        return IntegerPages(codes, scale, scale * -(2.0 ** (bits - 1)), high=high)
 
     return pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
 
@@ -134,13 +132,11 @@ def rotated_cache(bits: int, shape: DecodeShape, q_RTHD: Tensor) -> Cache:
     def scales() -> Tensor:
         return torch.rand((*blocks, BLOCK_SIZE), dtype=torch.float16, device=device)
 
-    keys = RotatedPages(
-        _random_bytes(device, *blocks, BLOCK_SIZE, shape.dim * bits // 8),
-        scales(),
-        torch.randn((*blocks, shape.dim), dtype=torch.float16, device=device),
-    )
-    packed = _random_bytes(device, *blocks, shape.dim, BLOCK_SIZE * bits // 8)
-    values = RotatedPages(packed, scales())
+    codes, high = _random_codes(device, bits, *blocks, BLOCK_SIZE, shape.dim)
+    mean = torch.randn((*blocks, shape.dim), dtype=torch.float16, device=device)
+    keys = RotatedPages(codes, scales(), mean, high)
+    codes, high = _random_codes(device, bits, *blocks, shape.dim, BLOCK_SIZE)
+    values = RotatedPages(codes, scales(), high=high)
     rotation_DD = rotate(torch.eye(shape.dim, device=device)).T.contiguous()
     asked = _asked(shape, device)
     run = partial(decode_rotated, q_RTHD, keys, values, rotation_DD, *asked)
@@ -151,10 +147,13 @@ CACHES: Final[Mapping[str, Callable[[DecodeShape, Tensor], Cache]]] = {
     "bf16": exact_cache,
     "fp8": float8_cache,
     "int8": partial(integer_cache, 8, 16),
+    "int8 scale_bits=8": partial(integer_cache, 8, 8),
     "int4": partial(integer_cache, 4, 16),
     "int4 scale_bits=8": partial(integer_cache, 4, 8),
+    "int3": partial(integer_cache, 3, 16),
     "int2": partial(integer_cache, 2, 16),
     "rotated4": partial(rotated_cache, 4),
+    "rotated3": partial(rotated_cache, 3),
     "rotated2": partial(rotated_cache, 2),
 }
 """By name; `bf16` first, which the others are compared with."""
@@ -173,6 +172,15 @@ def _asked(shape: DecodeShape, device: torch.device) -> tuple[PagedRows, Attenti
 
 def _block_axes(shape: DecodeShape) -> tuple[int, int, int]:
     return (-(-shape.num_blocks // PAGE_BLOCKS), PAGE_BLOCKS, shape.num_kv_heads)
+
+
+def _random_codes(device: torch.device, bits: int, *shape: int) -> tuple[Tensor, Tensor | None]:
+    """Packed along the last axis; of 3 bits, the lower two and the third."""
+    *others, contiguous = shape
+    if bits == 3:
+        low, high = (_random_bytes(device, *others, contiguous * x // 8) for x in (2, 1))
+        return low, high
+    return _random_bytes(device, *others, contiguous * bits // 8), None
 
 
 def _random_bytes(device: torch.device, *shape: int) -> Tensor:

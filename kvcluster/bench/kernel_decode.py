@@ -37,10 +37,13 @@ _SPEEDS: Final = {1 << 17: 2.75, 1 << 20: 3.0}
 _RATIOS: Final[Mapping[str, Mapping[int, float]]] = {
     "fp8": {1 << 17: 1.85, 1 << 20: 1.9},
     "int8": {1 << 17: 1.85, 1 << 20: 1.9},
+    "int8 scale_bits=8": {1 << 17: 1.85, 1 << 20: 1.9},
     "int4": {1 << 17: 2.5, 1 << 20: 3.1},
     "int4 scale_bits=8": {1 << 17: 2.5, 1 << 20: 3.1},
+    "int3": {},
     "int2": {1 << 20: 3.3},
     "rotated4": {},
+    "rotated3": {1 << 20: 3.3},
     "rotated2": {},
 }
 """How much faster than our bfloat16 is wanted."""
@@ -59,19 +62,17 @@ _EXACT_VARIANTS: Final = tuple(
         (128, 4, 2),
     )
 )
-_PACKED_VARIANTS: Final = tuple(
+_FLOAT8_VARIANTS: Final = tuple(
     DecodeSettings(num_warps=warps, num_stages=stages, programs_per_processor=programs)
-    for warps, stages, programs in (
-        (1, 4, 8),
-        (1, 6, 6),
-        (1, 6, 8),
-        (2, 4, 6),
-        (2, 6, 4),
-        (2, 6, 5),
-        (4, 4, 3),
-        (4, 6, 3),
-    )
+    for warps, stages, programs in ((2, 6, 4), (2, 4, 6), (4, 4, 3), (4, 6, 2), (4, 6, 3))
 )
+_PACKED_VARIANTS: Final = tuple(
+    DecodeSettings(num_stages=stages, programs_per_processor=programs, columns=16)
+    for stages, programs in ((2, 6), (2, 8), (2, 10), (3, 6), (3, 7), (3, 8), (4, 5))
+)
+
+
+_VARIANTS: Final = {_BF16: _EXACT_VARIANTS, "fp8": _FLOAT8_VARIANTS}
 
 
 def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]:
@@ -149,7 +150,7 @@ def _variants(timer: KernelTimer, shape: DecodeShape) -> Iterator[Measurement]:
     q_RTHD = queries(shape, _GPU)
     for name, build in CACHES.items():
         cache = build(shape, q_RTHD)
-        for settings in _EXACT_VARIANTS if name == _BF16 else _PACKED_VARIANTS:
+        for settings in _VARIANTS.get(name, _PACKED_VARIANTS):
             if timer.is_over:
                 return
             title = (

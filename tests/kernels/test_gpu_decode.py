@@ -73,7 +73,9 @@ def test_float8(dim: int, num_tokens: int, gpu: torch.device) -> None:
 
 
 @pytest.mark.parametrize("scale_bits", [16, 8])
-@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 64), (4, 32), (2, 32), (2, 16)])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(8, 64), (4, 64), (4, 32), (3, 64), (3, 16), (2, 32), (2, 16)]
+)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_integers(dim: int, bits: int, group: int, scale_bits: int, gpu: torch.device) -> None:
     keys = ChannelQuantizer(bits, group=group, scale_bits=scale_bits)
@@ -82,15 +84,30 @@ def test_integers(dim: int, bits: int, group: int, scale_bits: int, gpu: torch.d
     check_integers(replace(LONG, dim_k=dim, dim_v=dim), keys, values, gpu)
 
 
-@pytest.mark.parametrize(("bits", "num_tokens"), [(8, 4), (8, 16), (4, 16), (2, 4)])
+PORTABLE = DecodeSettings(num_warps=2, programs_per_processor=4, is_portable=True)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 64), (2, 32)])
+def test_integers_on_any_gpu(bits: int, group: int, gpu: torch.device) -> None:
+    keys, values = ChannelQuantizer(bits, group=group), TokenQuantizer(bits, group=group)
+
+    check_integers(LONG, keys, values, gpu, settings=PORTABLE)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_rotated_vectors_on_any_gpu(bits: int, gpu: torch.device) -> None:
+    check_rotated(LONG, bits, gpu, ATTENTION, PORTABLE)
+
+
+@pytest.mark.parametrize(("bits", "num_tokens"), [(8, 2), (3, 2), (8, 4), (8, 16), (4, 16), (2, 4)])
 def test_integers_of_several_query_tokens(bits: int, num_tokens: int, gpu: torch.device) -> None:
     batch = replace(LONG, num_tokens=num_tokens, has_positions=True)
 
     check_integers(batch, ChannelQuantizer(bits), TokenQuantizer(bits), gpu)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 4])
-@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_rotated_vectors(dim: int, bits: int, num_tokens: int, gpu: torch.device) -> None:
     batch = replace(LONG, dim_k=dim, dim_v=dim, num_tokens=num_tokens)
@@ -104,9 +121,9 @@ def test_integers_of_heads_of_96_and_several_query_tokens(gpu: torch.device) -> 
     check_integers(batch, ChannelQuantizer(4), TokenQuantizer(4, group=32), gpu)
 
 
-@pytest.mark.parametrize("num_warps", [1, 2, 4])
-def test_integers_with_other_settings(num_warps: int, gpu: torch.device) -> None:
-    settings = DecodeSettings(num_warps=num_warps, programs_per_processor=2)
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_integers_with_other_settings(num_stages: int, gpu: torch.device) -> None:
+    settings = DecodeSettings(num_stages=num_stages, programs_per_processor=2)
 
     check_integers(LONG, ChannelQuantizer(4), TokenQuantizer(4), gpu, settings=settings)
 

@@ -1,5 +1,6 @@
 """Decode over integers, as the cache's codecs write them, in Triton's interpreter."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -32,14 +33,15 @@ def check(
     device: torch.device,
     attention: Attention = ATTENTION,
     settings: DecodeSettings | None = None,
+    decode: Callable[..., Partial] = decode_integers,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = draw_rows(batch, generator, device)
     q_RTHD = draw_queries(batch, generator, device)
-    k = IntegerPages(*draw_packed(keys, batch.dim_k, batch, rows, generator))
-    v = IntegerPages(*draw_packed(values, batch.dim_v, batch, rows, generator))
+    k = _pages(keys, draw_packed(keys, batch.dim_k, batch, rows, generator))
+    v = _pages(values, draw_packed(values, batch.dim_v, batch, rows, generator))
 
-    found = decode_integers(q_RTHD, k, v, rows, attention, settings)
+    found = decode(q_RTHD, k, v, rows, attention, settings)
 
     def magnitude(q_1THD: Tensor, row: PagedRows) -> Partial:
         k_1BKSD = packed_plain.restore_integers(k, row.blocks_RB, batch.dim_k, torch.float64)
@@ -56,6 +58,13 @@ def check(
     # Folded queries are rounded to float16, and so are products of weights and scales.
     bounds = Bounds(q_RTHD, k_RBKSD, attention, weights=torch.float16, operands=torch.float16)
     assert_within(found, want, magnitude_RTHD, bounds)
+
+
+def _pages(codec: ChannelQuantizer | TokenQuantizer, planes: Sequence[Tensor]) -> IntegerPages:
+    if codec.bits != 3:
+        return IntegerPages(*planes)
+    codes, high, *scales = planes
+    return IntegerPages(codes, *scales, high=high)
 
 
 def _spread(values: IntegerPages, batch: Batch) -> float:

@@ -1,13 +1,15 @@
 """Decode over rotated vectors, as the cache's codec writes them, in Triton's interpreter."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from kvcluster_kernels import packed_plain
 from kvcluster_kernels.levels import levels
-from kvcluster_kernels.paging import Attention, DecodeSettings
+from kvcluster_kernels.paging import Attention, DecodeSettings, Partial
 from kvcluster_kernels.rotated_decode import RotatedPages, decode_rotated
+from torch import Tensor
 
 from kvcluster.codec.rotated import Rotated, codebook, rotate
 from tests.kernels.decode_cases import (
@@ -32,16 +34,18 @@ def check(
     settings: DecodeSettings | None = None,
     *,
     centred: bool = True,
+    decode: Callable[..., Partial] = decode_rotated,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = draw_rows(batch, generator, device)
     q_RTHD = draw_queries(batch, generator, device)
     dim = batch.dim_k
     rotation_DD = rotate(torch.eye(dim)).T.contiguous().to(device)
-    k = RotatedPages(*draw_packed(Rotated(bits, centred=centred), dim, batch, rows, generator))
-    v = RotatedPages(*draw_packed(Rotated(bits, transposed=True), dim, batch, rows, generator))
+    keys, values = Rotated(bits, centred=centred), Rotated(bits, transposed=True)
+    k = _pages(bits, draw_packed(keys, dim, batch, rows, generator))
+    v = _pages(bits, draw_packed(values, dim, batch, rows, generator))
 
-    found = decode_rotated(q_RTHD, k, v, rotation_DD, rows, attention, settings)
+    found = decode(q_RTHD, k, v, rotation_DD, rows, attention, settings)
 
     want = packed_plain.decode_rotated(q_RTHD.double(), k, v, rotation_DD, rows, attention)
     # Queries and weights are rounded to float16, and so are the levels that both are multiplied
@@ -57,7 +61,14 @@ def check(
     assert_within(found, want, magnitude.out_RTHD, bounds)
 
 
-@pytest.mark.parametrize("bits", [4, 2])
+def _pages(bits: int, planes: Sequence[Tensor]) -> RotatedPages:
+    if bits != 3:
+        return RotatedPages(*planes)
+    codes, high, *others = planes
+    return RotatedPages(codes, *others, high=high)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
 def test_levels_are_those_of_the_codec(bits: int) -> None:
     assert torch.equal(levels(bits), codebook(bits, torch.device("cpu")).half())
 
