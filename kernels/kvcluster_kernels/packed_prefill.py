@@ -54,9 +54,9 @@ class History(NamedTuple):
 class PackedTiles(NamedTuple):
     """How a prefill over encoded blocks is cut for the processor. Changes the speed alone."""
 
-    block_m: int = 128
+    block_m: int = 64
     """Rows of a program."""
-    num_warps: int = 8
+    num_warps: int = 4
     num_stages: int = 3
     """Blocks whose bytes are in shared memory at a time."""
 
@@ -83,7 +83,7 @@ def prefill_packed(
     check_history(q_THD, history, scale, carry)
     num_tokens, num_heads, _ = q_THD.shape
     num_rows = num_tokens * (num_heads // history.num_kv_heads)
-    tiles = tiles or default_tiles(num_rows)
+    tiles = tiles or PackedTiles()
     num_programs = triton.cdiv(num_rows, tiles.block_m) * history.num_kv_heads
     if num_splits is None:
         num_splits = _splits(q_THD.device, num_programs, history)
@@ -102,11 +102,6 @@ def prefill_packed(
         return PartialAttention(*(plane[0] for plane in split))
     partials = [*map(PartialAttention, *split), *([carry] if carry else [])]
     return merge(partials, out_dtype=out_dtype)
-
-
-def default_tiles(num_rows: int) -> PackedTiles:
-    """The tiles of a call with so many rows of a KV head."""
-    return PackedTiles() if num_rows > 64 else PackedTiles(block_m=64, num_warps=4)
 
 
 class Format(NamedTuple):

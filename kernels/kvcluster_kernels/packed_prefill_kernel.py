@@ -39,7 +39,7 @@ def _load_queries(
     COLUMNS: tl.constexpr,
 ):
     """q_MD in the order of a tile's columns, float16, at most 1, and what it was divided by."""
-    place_D = place_of_column(tl.arange(0, COLUMNS), DIM, BITS)
+    place_D = place_of_column(COLUMNS, DIM, BITS)
     rows_M = q_ptr + tokens_M.to(tl.int64) * stride_t + heads_M * stride_h
     mask_MD = mask_M[:, None] & (place_D < DIM)[None, :]
     q_MD = tl.load(rows_M[:, None] + place_D[None, :], mask=mask_MD, other=0.0).to(tl.float32)
@@ -232,7 +232,7 @@ def packed_prefill_kernel(
         )
     max2_M = max2_M - _HEADROOM
     own_M = tokens_M.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads_M
-    place_D = place_of_row(tl.arange(0, V_ROWS), VALUE_DIM, V_GROUPS)
+    place_D = place_of_row(V_ROWS, VALUE_DIM, V_GROUPS)
     mask_MD = mask_M[:, None] & (place_D < VALUE_DIM)[None, :]
     factor_M = tl.full([BLOCK_M], 1.0, tl.float32)
     if CARRIED:

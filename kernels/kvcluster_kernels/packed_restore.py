@@ -125,13 +125,13 @@ def _restore_kernel(
         k_planes, page, place, BLOCK_TOKENS, KEY_DIM, K_BITS, K_GROUPS, SCALE_BITS, tl.float32,
         IS_GPU,
     )  # fmt: skip
-    place_D = place_of_column(tl.arange(0, K_COLUMNS), KEY_DIM, K_BITS)
+    place_D = place_of_column(K_COLUMNS, KEY_DIM, K_BITS)
     _store(k_ptr, k_SD * factor, slots_S, place_D, KEY_DIM)
     v_DS, factor = block_tile(
         v_planes, page, place, VALUE_DIM, BLOCK_TOKENS, V_BITS, V_GROUPS, SCALE_BITS, tl.float32,
         IS_GPU,
     )  # fmt: skip
-    place_D = place_of_row(tl.arange(0, V_ROWS), VALUE_DIM, V_GROUPS)
+    place_D = place_of_row(V_ROWS, VALUE_DIM, V_GROUPS)
     _store(v_ptr, tl.trans(v_DS) * factor, slots_S, place_D, VALUE_DIM)
 
 

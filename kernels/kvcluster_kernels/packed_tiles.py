@@ -123,22 +123,30 @@ def float8_tile(
 
 
 @triton.jit
-def place_of_column(offs: tl.tensor, LENGTH: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
-    """Which of LENGTH numbers of a row is in these columns of a tile; LENGTH where there is none.
+def place_of_column(COLUMNS: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
+    """Which of LENGTH numbers of a row is in each column of a tile; LENGTH where there is none.
     BITS are those of codes, 0 for floats."""
     C: tl.constexpr = LENGTH * BITS // 8 if BITS else LENGTH
     PADDED_C: tl.constexpr = triton.next_power_of_2(C)
-    bytes_ = offs % PADDED_C
-    return tl.where(bytes_ < C, offs // PADDED_C * C + bytes_, LENGTH)
+    place = tl.arange(0, COLUMNS)
+    # Where all are in order, the compiler must see that they are: it then moves several at a time.
+    if PADDED_C != C:
+        bytes_ = place % PADDED_C
+        place = tl.where(bytes_ < C, place // PADDED_C * C + bytes_, LENGTH)
+    return place
 
 
 @triton.jit
-def place_of_row(offs: tl.tensor, ROWS: tl.constexpr, GROUPS: tl.constexpr) -> tl.tensor:
-    """Which of ROWS rows is in these rows of a tile; ROWS where there is none."""
+def place_of_row(PADDED_ROWS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr) -> tl.tensor:
+    """Which of ROWS rows is in each row of a tile; ROWS where there is none."""
     R: tl.constexpr = ROWS // GROUPS
     PADDED_R: tl.constexpr = triton.next_power_of_2(R)
-    rows = offs % PADDED_R
-    return tl.where((rows < R) & (offs < GROUPS * PADDED_R), offs // PADDED_R * R + rows, ROWS)
+    place = tl.arange(0, PADDED_ROWS)
+    if PADDED_ROWS != ROWS:
+        rows = place % PADDED_R
+        is_row = (rows < R) & (place < GROUPS * PADDED_R)
+        place = tl.where(is_row, place // PADDED_R * R + rows, ROWS)
+    return place
 
 
 @triton.jit

@@ -56,8 +56,11 @@ _PIPELINES = {
 """By head size, and whether rows see their past only; chosen with `kvcluster bench kernels`."""
 
 
-def pipeline_for(dim: int, causal: Causal | None) -> Pipeline:
+def pipeline_for(dim: int, causal: Causal | None, *, is_paged: bool = False) -> Pipeline:
     """The pipeline of a call that does not name its own."""
+    if is_paged and dim == 128 and causal is None:
+        # 0.954 of FlashAttention 3's speed; 0.908 with queries in registers and without turns.
+        return Pipeline()
     return _PIPELINES[dim, causal is not None]
 
 
@@ -124,7 +127,8 @@ def prefill(
         raise ValueError(f"prefill in Gluon: {reason}")
     num_tokens, num_heads, dim = q_THD.shape
     num_kv_heads = keys.k_PKSD.shape[1]
-    pipeline = pipeline or pipeline_for(dim, causal)
+    is_paged = keys.block_ids_N is not None
+    pipeline = pipeline or pipeline_for(dim, causal, is_paged=is_paged)
     out_THD = torch.empty(q_THD.shape, dtype=out_dtype, device=q_THD.device)
     lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32, device=q_THD.device)
     if num_tokens == 0:
@@ -134,7 +138,6 @@ def prefill(
     num_programs = num_row_tiles * num_heads
     if pipeline.is_persistent:
         num_programs = min(num_programs, num_processors(q_THD.device))
-    is_paged = keys.block_ids_N is not None
     key_rows = min(keys.block_tokens, pipeline.block_n) if is_paged else pipeline.block_n
     # Where there is nothing to point at, any tensor of the right type does.
     carry_out, carry_lse = carry or PartialAttention(lse_TH, lse_TH)

@@ -31,13 +31,17 @@ class Tiles(NamedTuple):
 
 
 _TILES = {
-    # The wider head size of keys and values, and all sizes below it.
-    64: Tiles(128, 64, 8, 3),
+    # The wider head size of keys and values, and all sizes below it. Of 64, two programs fit a
+    # processor, and one's softmax runs beside the other one's products.
+    64: Tiles(128, 64, 8, 3, is_ahead=False),
     128: Tiles(128, 64, 8, 3),
     # Logits of 64 keys beside outputs of this size are more than there are registers.
     256: Tiles(128, 32, 8, 2),
 }
 """For 16-bit numbers on Hopper; chosen with `kvcluster bench kernels`."""
+_PAGED_TILES = {64: _TILES[64], 128: Tiles(64, 64, 4, 3, is_ahead=False), 256: _TILES[256]}
+"""The same where keys lie in blocks, which are found one step later: programs that wait for that
+are better small and several."""
 _FLOAT32_TILES = Tiles(64, 32, 4, 1, is_ahead=False)
 """The matrix unit does not multiply these."""
 _MIN_SPLIT_KEYS = 1024
@@ -47,11 +51,11 @@ _MAX_SPLITS = 32
 def tiles_for(dim: int, *, num_rows: int = 1 << 30, block_tokens: int = 0) -> Tiles:
     """The tiles of a call in 16-bit numbers: `dim` is the wider head size of keys and values,
     `num_rows` are the rows of a KV head, `block_tokens` the keys of a block, 0 if in line."""
-    tiles = next(tiles for size, tiles in _TILES.items() if dim <= size)
+    sizes = _PAGED_TILES if block_tokens else _TILES
+    tiles = next(tiles for size, tiles in sizes.items() if dim <= size)
     if block_tokens:
         # Keys of one block are found by one look at the table.
-        block_n = max(16, min(tiles.block_n, block_tokens))
-        tiles = tiles._replace(block_n=block_n, num_stages=3 if dim <= 128 else 2)
+        tiles = tiles._replace(block_n=max(16, min(tiles.block_n, block_tokens)))
     if num_rows <= 64:
         # The matrix unit's own tile has 64 rows, one group of four warps.
         tiles = tiles._replace(block_m=64, num_warps=4)

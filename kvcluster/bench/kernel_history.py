@@ -30,7 +30,7 @@ SHAPES: Final = (
 )
 _RATIOS: Final[Mapping[str, float]] = {"fp8": 1.0, "int8": 1.0, "int4": 0.85}
 """How fast as attention over bfloat16 is wanted, of the longest call."""
-_TILES: Final = (PackedTiles(num_stages=2), PackedTiles(block_m=64, num_warps=4))
+_TILES: Final = (PackedTiles(num_stages=4), PackedTiles(block_m=128, num_warps=8))
 
 
 def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]:

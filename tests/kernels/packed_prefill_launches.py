@@ -25,12 +25,9 @@ def _served(bits: int, dim: int = 128, **changes: int) -> PackedCase:
 
 SERVED = {
     "fp8": _served(0),
-    "fp8 D64": _served(0, 64),
     "int8": _served(8),
-    "int8 D64": _served(8, 64),
     "int4": _served(4),
     "int4 D64": _served(4, 64),
-    "int4 scale_bits=8": _served(4, scale_bits=8),
     "int2": _served(2, group=32, value_group=32),
     "int4 few rows": _served(4, num_tokens=8),
 }
