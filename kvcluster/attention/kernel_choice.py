@@ -23,17 +23,17 @@ class Prefill(StrEnum):
 
 
 SPEEDS: Final[dict[tuple[int, bool], dict[Prefill, float]]] = {
-    (128, False): {Prefill.PIPELINED: 650, Prefill.PORTABLE: 407},
-    (128, True): {Prefill.PIPELINED: 659, Prefill.PORTABLE: 423},
-    (64, False): {Prefill.PIPELINED: 487, Prefill.PORTABLE: 338},
-    (64, True): {Prefill.PIPELINED: 441, Prefill.PORTABLE: 369},
+    (128, False): {Prefill.PIPELINED: 686, Prefill.PORTABLE: 462},
+    (128, True): {Prefill.PIPELINED: 687, Prefill.PORTABLE: 436},
+    (64, False): {Prefill.PIPELINED: 561, Prefill.PORTABLE: 336},
+    (64, True): {Prefill.PIPELINED: 543, Prefill.PORTABLE: 318},
 }
 """TFLOP/s by head size and whether the call is causal: 32K rows over 32K keys of 32 / 8 heads in
 bfloat16 on an H100, `kvcluster bench kernels --suite prefill`, 2026-11-23. A head size that is not
 here has the portable kernel alone.
 
-FlashAttention 3 (695, 658, 543, 514 there) and cuDNN (620, 599, 466, 470) are no candidates: they
-round what they give to bfloat16, and a partial that is merged must not be."""
+FlashAttention 3 (700, 696, 538, 553 there) and cuDNN (620, 599, 466, 470 in another run) are no
+candidates: they round what they give to bfloat16, and a partial that is merged must not be."""
 
 _PIPELINED_ROWS: Final = 128
 """Rows of a program of the pipelined kernel, or more."""
