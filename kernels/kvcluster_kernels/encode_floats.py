@@ -127,7 +127,8 @@ def _float8_kernel(
     x_SD = bounded(x_SD, _MAX_NUMBER)
     largest = tl.max(tl.max(tl.abs(x_SD), 1), 0)
     scale = power_of_two_at_least(tl.div_rn(largest, _MAX_FLOAT8))
-    values_SD = bounded(tl.div_rn(x_SD, tl.zeros_like(x_SD) + scale), _MAX_FLOAT8)
+    # Of a power of two the reciprocal is exact.
+    values_SD = bounded(x_SD * tl.div_rn(1.0, scale), _MAX_FLOAT8)
     places = offs_d * NUM_TOKENS + offs_s if IS_TRANSPOSED else offs_s * DIM + offs_d
     values_ptr += place_of(block_ids_ptr, stride_values, PAGE_BLOCKS, NUM_TOKENS * DIM)
     tl.store(values_ptr + places, float8_bits(values_SD), mask=mask_SD)

@@ -88,7 +88,7 @@ def encode_integers(blocks: Blocks, form: IntegerFormat, planes: tuple[Tensor, .
         SPAN_0=form.spans[0] if form.spans else 1.0,
         SPAN_1=form.spans[-1] if form.spans else 1.0,
         IS_TRANSPOSED=form.is_transposed,
-        num_warps=4,
+        num_warps=8,
         enable_fp_fusion=False,
     )
 
