@@ -32,6 +32,8 @@ from kvcluster_kernels.paging import (
     check_contiguous,
     check_positions,
     is_interpreted,
+    let_next_start,
+    overlaps,
     split_tiles,
 )
 from kvcluster_kernels.softmax import online, store_split, to_base_2, visible_at
@@ -116,6 +118,7 @@ def absorbed_splits(
         HAS_POSITIONS=has_positions,
         HAS_SOFTCAP=attention.softcap is not None,
         HAS_WINDOW=attention.window is not None,
+        OVERLAPS=overlaps(q_RTHD.device),
         UPCAST=is_interpreted(_absorbed_kernel),
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
@@ -209,8 +212,10 @@ def _absorbed_kernel(
     HAS_POSITIONS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
+    let_next_start(OVERLAPS)
     BLOCK_C: tl.constexpr = triton.next_power_of_2(LATENT_DIM)
     REST: tl.constexpr = DIM - LATENT_DIM
     BLOCK_R: tl.constexpr = max(16, triton.next_power_of_2(REST)) if REST > 0 else 16

@@ -53,6 +53,7 @@ from kvcluster_kernels.paging import (
     PagedRows,
     Partial,
     SplitPartials,
+    let_next_start,
     load_query_positions,
     split_tiles,
 )
@@ -211,6 +212,7 @@ def _latent_kernel(
     HAS_POSITIONS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAGE_BLOCKS: tl.constexpr,
     DIM: tl.constexpr,
@@ -229,6 +231,7 @@ def _latent_kernel(
     V_SCALE_BITS: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> None:
+    let_next_start(OVERLAPS)
     K_FIELDS: tl.constexpr = 8 // K_BITS if K_BITS < 16 else 1
     # What a block has in each plane of keys, and a head of a block in those of values.
     K_SIZE: tl.constexpr = BLOCK_SIZE * (RANK // K_FIELDS)
