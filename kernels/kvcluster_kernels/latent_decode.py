@@ -61,6 +61,9 @@ from kvcluster_kernels.softmax import to_base_2, visible_columns
 
 _LEAST_TOKENS = 16
 """Of a block, and of a group that shares scales: a matrix product is of 16 numbers at least."""
+_SHARED_BYTES = 227 << 10
+_OTHER_BYTES = 20 << 10
+"""Of a program, beside latents and the way back: values, queries, and what moves between warps."""
 _PIECE = 64
 """Latents of a token that are worked on together: as many as one row of a matrix product."""
 
@@ -99,7 +102,8 @@ def latent_splits(
     form = ValueFormat.of(values, block_size)
     num_kv_heads = expansion.up_KJCE.shape[0]
     _check(keys, expansion, form, rows, dim, block_size // k_groups)
-    chosen = settings or default_settings(keys.rank, dim)
+    block_bytes = keys.codes[0, 0].nbytes
+    chosen = settings or default_settings(keys.rank, dim, block_bytes)
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=form.dim)
     k_planes = tuple(keys.codes if plane is None else plane for plane in keys)
     fields = 8 // keys.bits if keys.bits < 16 else 1
@@ -134,13 +138,17 @@ def latent_splits(
     return launch.found
 
 
-def default_settings(rank: int, dim: int) -> DecodeSettings:
-    """As many programs as have their part of `up` in a processor's shared memory."""
-    up_bytes = 2 * rank * dim
-    if up_bytes > 72 << 10:
-        return DecodeSettings(num_warps=4, num_stages=4, programs_per_processor=1)
-    programs = 2 if up_bytes > 36 << 10 else 3
-    return DecodeSettings(num_warps=4, num_stages=4, programs_per_processor=programs)
+def default_settings(rank: int, dim: int, block_bytes: int) -> DecodeSettings:
+    """As many programs as have their part of `up`, and the `block_bytes` of latents of the blocks
+    under way, in a processor's shared memory, and their numbers in its registers: two at most.
+    From what was compiled; not measured yet."""
+    num_stages = 6 if block_bytes <= 16 << 10 else 4
+    needed = 2 * rank * dim + num_stages // 2 * block_bytes + _OTHER_BYTES
+    return DecodeSettings(
+        num_warps=4,
+        num_stages=num_stages,
+        programs_per_processor=max(1, min(2, _SHARED_BYTES // needed)),
+    )
 
 
 def _check(
