@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcluster.attention.encoded import EncodedKeys
 from kvcluster.attention.encoding_error import EncodingErrors
+from kvcluster.attention.implementation import Implementation
 from kvcluster.attention.part import FullBlocks, SequencePart
 from kvcluster.cache.store import KVStore, in_blocks, keys_and_values
 from kvcluster.codec.array import consecutive
@@ -25,10 +26,16 @@ class BlockEncoding:
     """The parts of one step that have a codec, on one rank. Mutates the store."""
 
     def __init__(
-        self, spec: ModelSpec, store: KVStore, rank: int, parts: Sequence[SequencePart]
+        self,
+        spec: ModelSpec,
+        store: KVStore,
+        rank: int,
+        parts: Sequence[SequencePart],
+        implementation: Implementation,
     ) -> None:
         self._spec = spec
         self._store = store
+        self._local = implementation
         self._rank = rank
         self._parts = [part for part in parts if part.codec != EXACT]
         self._errors = EncodingErrors(store)
@@ -75,7 +82,10 @@ class BlockEncoding:
             for layer, planes in zip(layers, exact, strict=True)
         ]
         positions_BS = consecutive(full.starts_B, part.block_size)
-        self._store.encode_together(layers, part.codec, full.encoded_ids_B, blocks, positions_BS)
+        ids_B = full.encoded_ids_B
+        is_alone = len(layers) == 1
+        if not (is_alone and self._local.encode(layers[0], part.codec, ids_B, blocks[0])):
+            self._store.encode_together(layers, part.codec, ids_B, blocks, positions_BS)
         for layer, planes in zip(layers, exact, strict=True):
             last_1HD = self._last_rows.pop((part, layer), None)
             if last_1HD is not None:

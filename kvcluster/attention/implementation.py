@@ -91,6 +91,10 @@ class Implementation(Protocol):
         """`partial.merge`."""
         ...
 
+    def encode(self, layer: int, codec: str, encoded_ids_B: Tensor, kv_BKSD: Piece) -> bool:
+        """`KVStore.encode` of blocks of one layer, if this is offered. Says whether it is done."""
+        ...
+
 
 class PlainAttention:
     """The functions of `local` themselves, on any device."""
@@ -100,6 +104,15 @@ class PlainAttention:
     attend_causal = staticmethod(local.attend_causal)
     attend_earlier = staticmethod(local.attend_earlier)
     merge = staticmethod(partial.merge)
+
+    def encode(
+        self,
+        layer: int,  # noqa: ARG002
+        codec: str,  # noqa: ARG002
+        encoded_ids_B: Tensor,  # noqa: ARG002
+        kv_BKSD: Piece,  # noqa: ARG002
+    ) -> bool:
+        return False
 
     def attend_pages(
         self,

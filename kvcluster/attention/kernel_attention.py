@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from kvcluster_kernels import merge as merge_kernel
 from kvcluster_kernels import prefill_gluon, prefill_tl
+from kvcluster_kernels.encode_blocks import Blocks
 from kvcluster_kernels.packed_history import prefill_history
 from kvcluster_kernels.prefill_arguments import (
     MAX_HEAD_DIM,
@@ -30,6 +31,7 @@ from kvcluster.attention import local
 from kvcluster.attention.history import History
 from kvcluster.attention.implementation import SwitchingKeys
 from kvcluster.attention.kernel_choice import Prefill, prefill_choice
+from kvcluster.attention.kernel_encoding import EncodeBlocks, block_encoder
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
@@ -53,6 +55,7 @@ class KernelAttention:
         self._store = store
         self._spec = store.spec
         self._dtypes = dtypes
+        self._encoders: dict[tuple[int, str], tuple[EncodeBlocks, EncodeBlocks] | None] = {}
         self._page_ids: WeakKeyDictionary[SequencePart, dict[int, Tensor]] = WeakKeyDictionary()
         self.rows: KernelRows | None = (
             KernelRows(store, self.merge) if store.planes(0).k_PKSD.dtype in dtypes else None
@@ -152,6 +155,31 @@ class KernelAttention:
         if len(partials) == 1:
             return partials[0]
         return Partial(*merge_kernel.merge([PartialAttention(*partial) for partial in partials]))
+
+    def encode(self, layer: int, codec: str, encoded_ids_B: Tensor, kv_BKSD: Piece) -> bool:
+        key = (layer, codec)
+        if key not in self._encoders:
+            self._encoders[key] = self._find_encoders(layer, codec)
+        encoders = self._encoders[key]
+        if encoders is None:
+            return False
+        ids_B = encoded_ids_B.to(self._store.device, torch.int32)
+        for encode, x_BKSD in zip(encoders, kv_BKSD, strict=True):
+            encode(Blocks(x_BKSD, ids_B))
+        return True
+
+    def _find_encoders(self, layer: int, codec: str) -> tuple[EncodeBlocks, EncodeBlocks] | None:
+        """Of keys and values; None where kernels do not write both."""
+        geometry = self._spec.layers[layer]
+        if geometry.values_in_keys or self._store.planes(layer).k_PKSD.dtype not in self._dtypes:
+            return None
+        keys, values = self._store.layer_codec(layer, codec)
+        k_planes, v_planes = self._store.encoded_planes(layer, codec)
+        encode_keys = block_encoder(keys, k_planes, self._store.block_size)
+        encode_values = block_encoder(values, v_planes, geometry.value_dim)
+        if encode_keys is None or encode_values is None:
+            return None
+        return encode_keys, encode_values
 
     def _serves(self, q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, layer: LayerGeometry) -> bool:
         return (

@@ -334,7 +334,9 @@ class StepRunner:
         """A step of single rows, all of them here."""
         outcome = graphs.forward(parts, [int(self._token_ids(row)[0]) for row in rows])
         # A row reads exact what becomes encoded because of it, so that this may come last.
-        encoding = BlockEncoding(self._spec, self._store, self._ring.rank, parts)
+        encoding = BlockEncoding(
+            self._spec, self._store, self._ring.rank, parts, self._implementation
+        )
         for layer, q_RHD in outcome.queries.items() if encoding.is_due else ():
             encoding.encode_full(layer, q_RHD)
         sampling = [index for index, row in enumerate(rows) if row.step.samples]

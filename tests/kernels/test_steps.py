@@ -127,6 +127,10 @@ class InterpretedAttention(KernelAttention):
         with _INTERPRETER:
             return super().attend_earlier(*arguments, gap=gap)
 
+    def encode(self, *arguments: Any) -> bool:
+        with _INTERPRETER:
+            return super().encode(*arguments)
+
     def attend_pages(self, *arguments: Any) -> Partial | None:
         with _INTERPRETER:
             return super().attend_pages(*arguments)
