@@ -118,6 +118,8 @@ def check_capacity(
         f"tokens for prompt and output, its partition has {capacity[short]}: shorten the prompt "
         "or max_output_tokens",
         metadata={
+            "quota": "partitions.gpu",
+            "used_bytes": str(partition.use().used_bytes),
             "needed_blocks": str(needed[short]),
             "limit_blocks": str(capacity[short]),
             "block_size": str(cache.block_size),
@@ -125,12 +127,13 @@ def check_capacity(
     )
 
 
-def no_block(num_tokens: int, partition: Partition) -> QuotaExceeded:
-    """A request that got no block though no other runs."""
+def without_block(partition: Partition, *, num_tokens: int) -> QuotaExceeded:
+    """Why a request that was admitted is given up: what its tenant may have is no longer enough for
+    so many tokens."""
     capacity, used = partition.capacity(), partition.use().used_bytes
     return QuotaExceeded(
-        f"request of {num_tokens} tokens got no cache block even alone; the tenant "
-        f"uses {used} bytes and may have {capacity} blocks per KV group: shorten the prompt",
+        f"request of {num_tokens} tokens got no cache block even alone; the tenant uses {used} "
+        f"bytes and may have {capacity} blocks per KV group: shorten the prompt",
         metadata={
             "quota": "partitions.gpu",
             "used_bytes": str(used),

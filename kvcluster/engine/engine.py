@@ -363,7 +363,7 @@ class Engine:
 
     def _refuse(self, request: Request) -> None:
         partition = self.parts.partitions.of(request.spec.tenant)
-        error = admission.no_block(len(request.tokens), partition)
+        error = admission.without_block(partition, num_tokens=len(request.tokens))
         if request.builds_context:
             self.contexts.fail(request, error)
             return

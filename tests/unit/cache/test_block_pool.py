@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.partition import Partition
-from kvcluster.types import DEFAULT_TENANT, BlockId, Rank
+from kvcluster.types import DEFAULT_TENANT, PAGE_BLOCKS, BlockId, Rank
 
 
 def take(pool: BlockPool, after: int | None = None) -> int:
@@ -158,3 +158,48 @@ def test_a_long_sequence_with_a_codec_touches_few_exact_blocks() -> None:
 
     # The first one, the latest two, and the one that a new entry needs beside them.
     assert len(touched) <= 4
+
+
+def test_a_block_of_a_broken_page_is_taken_where_whole_ones_have_to_stay() -> None:
+    pool = BlockPool(4 * PAGE_BLOCKS)
+    # In the middle of what is free.
+    taken = [pool.allocate(None), pool.allocate(None)]
+    assert taken == [0, 16]
+
+    found = [pool.allocate_in_broken_page(None) for _ in range(2 * PAGE_BLOCKS - 2)]
+
+    assert pool.num_free_pages == 2
+    assert set(found) == {*range(1, PAGE_BLOCKS), *range(17, 16 + PAGE_BLOCKS)}
+    assert pool.allocate_in_broken_page(None) is None
+
+
+def test_in_a_broken_page_a_sequence_goes_on_where_it_was() -> None:
+    pool = BlockPool(4 * PAGE_BLOCKS)
+    run = take_run(pool, 3)
+    take(pool)
+
+    assert pool.allocate_in_broken_page(BlockId(run[-1])) == run[-1] + 1
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 99)), max_size=60))
+def test_free_pages_are_counted_as_they_lie(steps: list[tuple[int, int]]) -> None:
+    pool, held = BlockPool(5 * PAGE_BLOCKS + 3), list[int]()
+    for kind, choice in steps:
+        found: int | None = None
+        if kind == 0:
+            found = pool.allocate(None)
+        elif kind == 1:
+            found = pool.allocate_in_broken_page(None)
+        elif kind == 2:
+            found = pool.allocate_lowest()
+        elif held:
+            pool.release(BlockId(held.pop(choice % len(held))))
+        held += [] if found is None else [found]
+        free = [
+            all(
+                pool.ref_count(BlockId(page * PAGE_BLOCKS + slot)) == 0
+                for slot in range(PAGE_BLOCKS)
+            )
+            for page in range(5)
+        ]
+        assert pool.num_free_pages == sum(free)

@@ -163,6 +163,8 @@ def test_a_request_that_could_never_fit_is_refused_with_numbers() -> None:
     with pytest.raises(QuotaExceeded) as info:
         check(21)
     assert info.value.metadata == {
+        "quota": "partitions.gpu",
+        "used_bytes": "0",
         "needed_blocks": "7",
         "limit_blocks": "6",
         "block_size": "4",

@@ -2,6 +2,7 @@ import pytest
 
 from kvcluster.engine.forecast import MAX_RETRY_S, MIN_RETRY_S
 from kvcluster.errors import DeadlineInfeasible
+from kvcluster.types import TenantId
 from tests.fake_engine import FakeCluster, model_spec, request
 
 
@@ -50,3 +51,15 @@ def test_a_deadline_before_the_forecast_is_refused_at_submission() -> None:
 
     with pytest.raises(DeadlineInfeasible, match="expected in 10"):
         fake.engine.submit(refused)
+
+
+def test_what_other_tenants_wait_for_delays_no_more_than_their_share() -> None:
+    """A long prompt of another tenant takes turns with a short one; it does not go ahead."""
+    fake = taught()
+    fake.submit([1] * 3000, tenant=TenantId("red"))
+
+    short_s = fake.engine.forecast.first_token_s(request(input_tokens=100))
+    long_s = fake.engine.forecast.first_token_s(request(input_tokens=6000))
+
+    # 10 s of its own and as much of the other's; 600 s of its own and all of the other's.
+    assert (short_s, long_s) == pytest.approx((20.0, 900.0))
