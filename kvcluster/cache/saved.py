@@ -110,7 +110,7 @@ def read_held(
     """Copies of what `rank` holds of a sequence whose first `num_tokens` are computed, between two
     steps. `store` is that rank's."""
     held = [
-        _owned(table, rank, _held(table, group, form, num_tokens))
+        owned_entries(table, rank, _held(table, group, form, num_tokens))
         for group in range(len(form.windows))
     ]
     header = SavedHeader(
@@ -164,7 +164,7 @@ def write_held(store: KVStore, table: SequenceMap, *, rank: int, saved: SavedCac
     """
     rows, codec = rows_by_entry(saved), saved.header.form.codec
     for group, entries in enumerate(saved.header.groups):
-        own = _owned(table, rank, entries)
+        own = owned_entries(table, rank, entries)
         places = _Places(table, rank, group, saved.header)
         slots_T, ids_B = places.slots(own.exact), places.encoded_ids(own.encoded)
         for layer, geometry in layers_of(store.spec, group):
@@ -192,13 +192,19 @@ def read_file(path: Path, form: StoredForm) -> SavedCache:
     saved in another form, which it names.
     """
     header, tensors = _FILE.read(path)
+    check_form(header.form, form, f"saved cache {path}")
+    return SavedCache(header, tensors)
+
+
+def check_form(saved: StoredForm, form: StoredForm, what: str) -> None:
+    """Whether bytes of one form can be used in the other. Raises: SavedCacheMismatch, naming
+    `what` and the first difference."""
     for field, meaning in _MEANINGS.items():
-        theirs, ours = getattr(header.form, field), getattr(form, field)
+        theirs, ours = getattr(saved, field), getattr(form, field)
         if theirs != ours:
             raise SavedCacheMismatch(
-                f"saved cache {path} was saved with another {meaning}: {theirs}, here {ours}"
+                f"{what} was saved with another {meaning}: {theirs}, here {ours}"
             )
-    return SavedCache(header, tensors)
 
 
 _MEANINGS: Final = {
@@ -228,7 +234,9 @@ def _held(table: SequenceMap, group: int, form: StoredForm, num_tokens: int) -> 
     )
 
 
-def _owned(table: SequenceMap, rank: int, entries: HeldEntries) -> HeldEntries:
+def owned_entries(table: SequenceMap, rank: int, entries: HeldEntries) -> HeldEntries:
+    """Those that lie on the rank."""
+
     def own(all_entries: Iterable[int]) -> tuple[int, ...]:
         return tuple(e for e in all_entries if table.owner(e * table.block_size) == rank)
 

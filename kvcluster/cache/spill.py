@@ -2,17 +2,18 @@
 
 Two sides. The engine's process decides: `SpillTier` begins, commits, lists and deletes. The ranks
 carry bytes: each writes its part of a context (`spill_parts.write_part`) with the ticket that the
-engine sends it, and any number of ranks read what they need of all parts (`read_parts`).
+engine sends it, and any number of ranks read what they need of all parts (`restore`).
 
     engine            ticket = tier.begin(owner, keys, num_parts=3)
     ranks 0, 1, 2     receipt = write_part(ticket, rank, saved)
     engine            sealed = tier.commit(ticket, receipts, keys)
     ...
     engine            ticket = tier.open(owner, sealed.spill, keys)
-    ranks 0, 1        saved = read_parts(ticket, wanted entries), then `saved.write_held`
+    ranks 0, 1        restore(store, table, rank, form, ticket): what each owns in the new table
 
 Whoever keeps a limit of the tier asks the ranks for `spill_parts.part_bytes` first, which is exact,
-and takes the sum from the tenant's share before `begin`; `used_bytes` is the same sum afterwards.
+and takes their sum and `spill_disk.note_bytes` from the tenant's share before `begin`;
+`used_bytes` is the same sum afterwards.
 
 What is sealed: AES-256-GCM under a key of its own for every spill, wrapped by the tenant's data
 key. So destroying a tenant's data keys makes all its spills unreadable, and deleting one spill
@@ -76,7 +77,7 @@ class SealedContext(msgspec.Struct, frozen=True, kw_only=True):
     owner: SpillOwner
     num_parts: int
     num_bytes: int
-    """Of its files, exactly."""
+    """Of its files, exactly; that of the note included."""
     key_version: int
     """Of the data key that it needs."""
     create_time_s: float
@@ -92,11 +93,24 @@ class SpillTier(Protocol):
         ...
 
     def commit(
-        self, ticket: SpillTicket, receipts: Sequence[PartReceipt], keys: DataKeys
+        self,
+        ticket: SpillTicket,
+        receipts: Sequence[PartReceipt],
+        keys: DataKeys,
+        *,
+        note: bytes = b"",
     ) -> SealedContext:
         """Make the spill the context's own, from one moment to the next and for good; an earlier
-        one of the context is deleted. Raises: SealedCacheDamaged when a part is missing, or was
-        begun before the last start, SpillDiskFull."""
+        one of the context is deleted. `note`: what the engine has to know of the context after a
+        restart, such as its tokens; sealed like the rest.
+
+        Raises: SealedCacheDamaged when a part is missing, or was begun before the last start,
+        SpillDiskFull; the spill may be committed again, or abandoned.
+        """
+        ...
+
+    def read_note(self, owner: SpillOwner, spill: str, keys: DataKeys) -> bytes:
+        """What `commit` was given. Raises: as `open`."""
         ...
 
     def abandon(self, ticket: SpillTicket) -> None:

@@ -5,15 +5,20 @@ once its row is in the index; what a crash leaves without a row is swept at the 
 machine with a rank has to see the folder at the same path.
 """
 
-import errno
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvcluster.cache.sealed_records import KEY_BYTES, part_file
+from kvcluster.cache.sealed_files import disk_errors, open_sealed, write_sealed
+from kvcluster.cache.sealed_records import (
+    KEY_BYTES,
+    PartHeader,
+    RecordPlace,
+    part_file,
+    sealed_bytes,
+)
 from kvcluster.cache.spill import (
     DataKeys,
     PartReceipt,
@@ -32,13 +37,10 @@ from kvcluster.errors import (
     ConfigError,
     SealedCacheDamaged,
     SealedCacheUnknown,
-    SpillDiskFull,
-    SpillUnavailable,
 )
 from kvcluster.types import TenantId
 
 _SPILL_BYTES = 16
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SpillDisk:
@@ -80,13 +82,19 @@ class SpillDisk:
         )
 
     def commit(
-        self, ticket: SpillTicket, receipts: Sequence[PartReceipt], keys: DataKeys
+        self,
+        ticket: SpillTicket,
+        receipts: Sequence[PartReceipt],
+        keys: DataKeys,
+        *,
+        note: bytes = b"",
     ) -> SealedContext:
         given = tuple(sorted(receipts, key=lambda receipt: receipt.part))
         if ticket.spill not in self._begun:
             raise SealedCacheDamaged(f"spill {ticket.spill} is not being written: begin again")
         if [receipt.part for receipt in given] != list(range(ticket.num_parts)):
             raise SealedCacheDamaged(f"spill {ticket.spill} lacks a part: begin again")
+        given = (*given, _write_note(ticket, note))
         sealed = SealedContext(
             spill=ticket.spill,
             owner=ticket.owner,
@@ -110,13 +118,28 @@ class SpillDisk:
 
     def open(self, owner: SpillOwner, spill: str, keys: DataKeys) -> SpillTicket:
         row = self._own(owner, spill)
+        return self._ticket(row, keys, row.receipts[: row.sealed.num_parts])
+
+    def read_note(self, owner: SpillOwner, spill: str, keys: DataKeys) -> bytes:
+        row = self._own(owner, spill)
+        reader = open_sealed(self._ticket(row, keys, ()), row.receipts[-1])
+        try:
+            with disk_errors("read"):
+                return reader.read(0)
+        finally:
+            reader.close()
+
+    def _ticket(
+        self, row: IndexedSpill, keys: DataKeys, receipts: tuple[PartReceipt, ...]
+    ) -> SpillTicket:
+        spill = row.sealed.spill
         return SpillTicket(
             spill=spill,
-            owner=owner,
+            owner=row.sealed.owner,
             folder=str(self._folder / spill),
             key=unwrap_key(row, keys),
             num_parts=row.sealed.num_parts,
-            receipts=row.receipts,
+            receipts=receipts,
         )
 
     def delete(self, owner: SpillOwner, spill: str) -> None:
@@ -166,19 +189,15 @@ class SpillDisk:
             shutil.rmtree(self._folder / spill, ignore_errors=False)
 
 
-@contextmanager
-def disk_errors(verb: str) -> Iterator[None]:
-    """Turns OSError into SpillDiskFull or SpillUnavailable; a file that is missing, into
-    SealedCacheDamaged where it was to be read."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise SpillDiskFull(
-                "no room on the disk of spill.folder: delete contexts, or make room"
-            ) from error
-        if isinstance(error, FileNotFoundError) and verb == "read":
-            raise SealedCacheDamaged("a file of the sealed cache is missing") from error
-        raise SpillUnavailable(
-            f"spill.folder cannot be {verb} ({error.strerror}): look at the disk"
-        ) from error
+def _write_note(ticket: SpillTicket, note: bytes) -> PartReceipt:
+    """As one more file, after those of the ranks. Raises: SpillDiskFull, SpillUnavailable."""
+    return write_sealed(ticket, ticket.num_parts, _note_header(len(note)), (note,))
+
+
+def note_bytes(length: int) -> int:
+    """Bytes of the file that a note of such a length becomes, exactly."""
+    return sealed_bytes(_note_header(length))
+
+
+def _note_header(length: int) -> PartHeader:
+    return PartHeader(content=b"", places=(RecordPlace("note", 0, 0, length),))

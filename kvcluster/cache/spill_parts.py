@@ -5,10 +5,8 @@ order of the arrays' names. So whoever restores reads the entries that are its o
 on any number of ranks, and no file is ever in memory as a whole.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 import numpy as np
@@ -19,20 +17,18 @@ from kvcluster.cache.saved import (
     HeldEntries,
     SavedCache,
     SavedHeader,
+    StoredForm,
+    check_form,
     entries_of,
+    owned_entries,
     rows_by_entry,
+    write_held,
 )
-from kvcluster.cache.sealed_records import (
-    PartHeader,
-    PartReader,
-    PartWriter,
-    RecordPlace,
-    part_file,
-    part_of,
-    sealed_bytes,
-)
+from kvcluster.cache.sealed_files import disk_errors, open_sealed, write_sealed
+from kvcluster.cache.sealed_records import PartHeader, PartReader, RecordPlace, sealed_bytes
+from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.spill import PartReceipt, SpillTicket
-from kvcluster.cache.spill_disk import disk_errors
+from kvcluster.cache.store import KVStore
 from kvcluster.errors import SealedCacheDamaged
 
 BlockKeys = Mapping[int, bytes]
@@ -77,21 +73,24 @@ def write_part(
     """
     rows = rows_by_entry(saved)
     header = _header(saved, rows, block_keys or {})
-    file = part_file(ticket, part)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with disk_errors("written"):
-            with partial.open("xb") as raw:
-                partial.chmod(0o600)
-                writer = PartWriter(raw, ticket.key, part_of(ticket, part), header)
-                for place in header.places:
-                    writer.add(_content_of(rows, place))
-                num_bytes = writer.finish()
-            partial.replace(file)
-            _sync_folder(file.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-    return PartReceipt(part=part, num_bytes=num_bytes, salt=writer.salt)
+    contents = (_content_of(rows, place) for place in header.places)
+    return write_sealed(ticket, part, header, contents)
+
+
+def restore(
+    store: KVStore, table: SequenceMap, *, rank: int, form: StoredForm, ticket: SpillTicket
+) -> None:
+    """Read the entries that `rank` owns in `table`, and write them into its store, to the blocks
+    that the table has for them.
+
+    Raises: SavedCacheMismatch for a cache that was written in another form, SealedCacheDamaged,
+    SpillUnavailable.
+    """
+    with _opened(ticket) as (readers, content):
+        check_form(content.saved.form, form, f"sealed cache {ticket.spill}")
+        own = tuple(owned_entries(table, rank, held) for held in content.saved.groups)
+        saved = _read(readers, content, own)
+    write_held(store, table, rank=rank, saved=saved)
 
 
 def read_parts(ticket: SpillTicket, wanted: Sequence[HeldEntries] | None = None) -> SavedCache:
@@ -101,22 +100,23 @@ def read_parts(ticket: SpillTicket, wanted: Sequence[HeldEntries] | None = None)
     Raises: SealedCacheDamaged for a file that is missing or not what was written, or when no part
     has an entry; SpillUnavailable.
     """
+    with _opened(ticket) as (readers, content):
+        return _read(readers, content, content.saved.groups if wanted is None else tuple(wanted))
+
+
+@contextmanager
+def _opened(ticket: SpillTicket) -> Iterator[tuple[list[PartReader], _Content]]:
+    """All parts, and what they hold together."""
     with ExitStack() as stack:
         readers = []
         for receipt in ticket.receipts:
-            with disk_errors("read"):
-                reader = PartReader(
-                    part_file(ticket, receipt.part),
-                    ticket.key,
-                    part_of(ticket, receipt.part),
-                    receipt.salt,
-                )
+            reader = open_sealed(ticket, receipt)
             stack.callback(reader.close)
             readers.append(reader)
         contents = [msgspec.msgpack.decode(r.header.content, type=_Content) for r in readers]
         groups = _all_entries([content.saved for content in contents])
-        chosen = tuple(wanted) if wanted is not None else groups
-        return _read(readers, contents[0], chosen)
+        saved = msgspec.structs.replace(contents[0].saved, groups=groups)
+        yield readers, _Content(saved, contents[0].arrays)
 
 
 def _read(
@@ -215,12 +215,3 @@ def _all_entries(headers: Sequence[SavedHeader]) -> tuple[HeldEntries, ...]:
         )
         for of_parts in zip(*(header.groups for header in headers), strict=True)
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk once its folder is."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -9,7 +9,8 @@ from kvcluster.attention.part import CacheRules
 from kvcluster.cache.saved import HeldEntries, read_held
 from kvcluster.cache.spill import SpillOwner
 from kvcluster.cache.spill_disk import SpillDisk
-from kvcluster.cache.spill_parts import read_parts, write_part
+from kvcluster.cache.spill_parts import read_parts, restore, write_part
+from kvcluster.errors import SavedCacheMismatch
 from kvcluster.types import TenantId
 from tests.distributed.test_saved_cache import BLOCK_SIZE, assert_equal, group, served
 
@@ -43,7 +44,14 @@ def test_it_decodes_on_as_before_on_any_number_of_ranks(
     saved = read_parts(tier.open(OWNER, sealed.spill, KEYS))
     assert_equal(saved, saving.save())
     loading = group(rules, num_ranks[1], seed=1)
-    loading.load(saved)
+    loading.load(saved)  # which makes its table; what it wrote is spoilt
+    for store in loading.stores:
+        for layer in range(len(store.spec.layers)):
+            for plane in store.planes(layer):
+                plane.fill_(float("nan"))
+    ticket = tier.open(OWNER, sealed.spill, KEYS)
+    for rank, store in enumerate(loading.stores):
+        restore(store, loading.table, rank=rank, form=loading.form, ticket=ticket)
 
     for _ in range(4):
         expected, found = saving.run(1), loading.run(1)
@@ -51,6 +59,19 @@ def test_it_decodes_on_as_before_on_any_number_of_ranks(
             # Sums of float32 numbers near 1 over at most 160 keys, in another order.
             torch.testing.assert_close(ours_THD, theirs_THD, rtol=0, atol=2e-5)
     tier.close()
+
+
+def test_a_cache_of_another_form_is_not_restored(tmp_path: Path) -> None:
+    saving = served(CacheRules("int4", exact_blocks=1), 1, NUM_TOKENS)
+    tier = SpillDisk(tmp_path / "spill", tmp_path / "index")
+    ticket = tier.begin(OWNER, KEYS, num_parts=1)
+    sealed = tier.commit(ticket, [write_part(ticket, 0, saving.save())], KEYS)
+    readable = tier.open(OWNER, sealed.spill, KEYS)
+    tier.close()
+    other = served(CacheRules("int8", exact_blocks=1), 1, NUM_TOKENS)
+
+    with pytest.raises(SavedCacheMismatch, match="another codec: int4, here int8"):
+        restore(other.stores[0], other.table, rank=0, form=other.form, ticket=readable)
 
 
 def test_a_rank_restores_with_no_more_than_its_own_entries(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from kvcluster.cache.saved import HeldEntries, SavedCache, SavedHeader, StoredForm
 from kvcluster.cache.sealed_records import part_file
 from kvcluster.cache.spill import DataKeys, PartReceipt, SealedContext, SpillOwner, SpillTicket
-from kvcluster.cache.spill_disk import SpillDisk
+from kvcluster.cache.spill_disk import SpillDisk, note_bytes
 from kvcluster.cache.spill_parts import part_bytes, read_parts, write_part
 from kvcluster.errors import (
     ConfigError,
@@ -154,14 +154,14 @@ def test_a_rank_that_holds_nothing_writes_a_part_too(disk: Disk) -> None:
 def test_bytes_are_counted_as_they_are_on_the_disk_and_told_before_they_are_written(
     disk: Disk,
 ) -> None:
-    told = sum(map(part_bytes, PARTS))
+    told = sum(map(part_bytes, PARTS)) + note_bytes(0)
     red = [disk.offload(owner(context=f"c{number}")) for number in range(3)]
     blue = disk.offload(owner("blue", uid="u2"), PARTS[:1])
 
     assert {sealed.num_bytes for sealed in red} == {told}
     assert disk.tier.used_bytes(TenantId("red")) == 3 * told
-    assert disk.tier.used_bytes(TenantId("blue")) == part_bytes(PARTS[0])
-    assert disk.bytes_there() == 3 * told + part_bytes(PARTS[0])
+    assert disk.tier.used_bytes(TenantId("blue")) == part_bytes(PARTS[0]) + note_bytes(0)
+    assert disk.bytes_there() == 3 * told + part_bytes(PARTS[0]) + note_bytes(0)
     disk.tier.delete(red[0].owner, red[0].spill)
     assert disk.tier.used_bytes(TenantId("red")) == 2 * told
     assert disk.tier.delete_all(TenantId("blue"), "another uid") == 0
@@ -482,6 +482,27 @@ def test_an_index_that_is_full_keeps_the_older_spill(disk: Disk) -> None:
     assert disk.tier.listed() == [kept]
     assert_whole(disk.restore(kept))
     assert disk.tier.commit(ticket, [receipt], KEYS).spill == ticket.spill
+
+
+def test_a_note_comes_back_after_a_restart_sealed_like_the_rest(disk: Disk) -> None:
+    note = b"tokens of the context " * 1000
+    ticket = disk.tier.begin(owner(), KEYS, num_parts=1)
+    receipt = write_part(ticket, 0, PARTS[0])
+    sealed = disk.tier.commit(ticket, [receipt], KEYS, note=note)
+    again = reopened(disk)
+
+    assert again.tier.read_note(owner(), sealed.spill, KEYS) == note
+    assert sealed.num_bytes == part_bytes(PARTS[0]) + note_bytes(len(note)) == disk.bytes_there()
+    file = disk.file(sealed, 1)
+    assert b"tokens" not in file.read_bytes()
+    with pytest.raises(SealedCacheUnknown):
+        again.tier.read_note(owner("blue"), sealed.spill, KEYS)
+    with pytest.raises(SealedCacheErased):
+        again.tier.read_note(owner(), sealed.spill, {})
+    flip(-20)(file)
+    with pytest.raises(SealedCacheDamaged):
+        again.tier.read_note(owner(), sealed.spill, KEYS)
+    again.tier.close()
 
 
 def test_a_ticket_does_not_show_its_key(disk: Disk) -> None:
