@@ -69,7 +69,7 @@ async def _fault(scene: Scene, service: ServiceDescriptor) -> str | None:
         (
             service.methods_by_name["UpdateContext"],
             "context.name",
-            {"update_mask": "display_name"},
+            {"update_mask": "displayName"},
         ),
         (service.methods_by_name["ForkContext"], "name", {"context_id": "audit-fork"}),
         (service.methods_by_name["DeleteContext"], "name", {}),
