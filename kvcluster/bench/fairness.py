@@ -39,8 +39,8 @@ LONGEST_TOKENS = 8192
 SHORT_TOKENS = 512
 NUM_SHORT = 101
 """Of each phase: p99 is the second longest wait."""
-PAUSE = 2.0
-"""Between two short ones, in times that one takes on the idle cluster: a third of the load."""
+PAUSE = 4.0
+"""Between two short ones, in times that one takes on the idle cluster: a fifth of the load."""
 FIRST_TOKEN_WAIT_S = 0.06
 FLOOR_TOKENS = 4 * SHORT_TOKENS
 """Guaranteed to the tenant of the short ones; the rest holds one of the longest."""
