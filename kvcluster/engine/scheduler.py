@@ -80,6 +80,8 @@ class Scheduler:
         self._cost = CostModel(spec)
         self._pace = Pace()
         self._shares = FairShares(head_start=engine.tenant_head_start_s)
+        self._short: list[Request] = []
+        """Those that found no block in the last plan: what has come free since is theirs."""
 
     def add(self, request: Request, *, now: float) -> None:
         """Queue a request, which came at `now`. Its prompt may still be on the way."""
@@ -132,10 +134,10 @@ class Scheduler:
         """
         lanes = lanes_of(self.running, self.waiting, self._block_size)
         tenants = {each.spec.tenant for each in self._all()} | self._shares.recent(now)
-        draft = Draft(
-            self._budget(lanes, is_contended=len(tenants) > 1),
-            Turns(self.running, max_running=self._config.max_running, tenants=tenants),
-        )
+        turns = Turns(self.running, max_running=self._config.max_running, tenants=tenants)
+        while self._short:
+            turns.note_short(self._short.pop())
+        draft = Draft(self._budget(lanes, is_contended=len(tenants) > 1), turns)
         while lanes:
             tenant = self._shares.next(lanes)
             lane = lanes[tenant]
@@ -225,7 +227,8 @@ class Scheduler:
         return covered - start
 
     def _make_room(self, draft: Draft, request: Request) -> None:
-        draft.turns.note_short(request.spec.tenant)
+        draft.turns.note_short(request)
+        self._short.append(request)
         if self._leaving:
             return
         leaving = victim(request, self.running, self._partitions)

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from kvcluster.engine.request import Request
+from kvcluster.engine.request import Request, RequestState
 from kvcluster.types import TenantId
 
 
@@ -39,9 +39,11 @@ class Turns:
     def take(self, request: Request) -> None:
         self._running[request.spec.tenant] += 1
 
-    def note_short(self, tenant: TenantId) -> None:
-        """A running request of the tenant got no block: what comes free is its own."""
-        self._short.add(tenant)
+    def note_short(self, request: Request) -> None:
+        """It got no block, in this plan or the one before: what comes free is its tenant's, as long
+        as it runs."""
+        if request.state is RequestState.RUNNING:
+            self._short.add(request.spec.tenant)
 
     def note_blocked(self, finish: float) -> None:
         """A request that would finish at this virtual time waits for memory."""

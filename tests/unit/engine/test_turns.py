@@ -3,7 +3,7 @@
 from kvcluster.engine.request import Request
 from kvcluster.engine.turns import Turns
 from kvcluster.tenancy.limits import TenantLimits
-from kvcluster.types import GenerationId, Policy, TenantId
+from kvcluster.types import GenerationId, Policy, SequenceId, TenantId
 from tests.fake_engine import request
 
 RED, BLUE, GREEN = TenantId("red"), TenantId("blue"), TenantId("green")
@@ -53,7 +53,17 @@ def test_nobody_borrows_ahead_of_one_that_waits_for_memory_and_would_finish_soon
 
 def test_nobody_borrows_while_a_running_request_is_short_of_memory() -> None:
     turns = Turns([], max_running=4)
-    turns.note_short(RED)
+    running = of(RED)
+    running.start(SequenceId(1))
+    turns.note_short(running)
 
     assert (turns.is_short(RED), turns.is_short(GREEN)) == (True, False)
     assert not turns.may_borrow(0.0)
+
+
+def test_what_came_free_for_a_request_that_left_is_anyones() -> None:
+    turns = Turns([], max_running=4)
+    preempted = of(RED)
+    turns.note_short(preempted)
+
+    assert turns.may_borrow(0.0)
