@@ -93,12 +93,11 @@ class FakeRing:
         self.encoded_per_page = encoded_per_page
         self.exact_recent = exact_recent
         self.encoded_step = encoded_step
-        self.zeroed: dict[Held, list[int]] = {}
-        """What blocks held that were zeroed."""
+        self.zeroed: set[Held] = set()
         self._known: set[int] = set()
         self._users: dict[Held, set[int]] = {}
-        self._tokens: dict[Held, list[int]] = {}
-        """What a block holds the end of: all tokens up to its own last one."""
+        self._tokens: dict[Held, tuple[list[int], int]] = {}
+        """A sequence's tokens, which only grow, and how many of them end with the block."""
         self._contents: dict[tuple[int, int, int], list[str]] = {}
         """(rank, group, page) -> the codec of each block in it."""
 
@@ -111,6 +110,11 @@ class FakeRing:
         assert plan.step == self.num_steps + 1
         self.num_steps += 1
         self.num_empty_steps += not plan.sequences
+        for zeroed in plan.zeroed:
+            for block_id in zeroed.block_ids:
+                held = Held(zeroed.rank, zeroed.group, zeroed.codec, block_id)
+                self.zeroed.add(held)
+                self._tokens.pop(held, None)
         self._begin(plan)
         for step in plan.sequences:
             sequence = self.sequences[step.sequence]
@@ -131,17 +135,12 @@ class FakeRing:
             for groups in (*ended.entries, *ended.survivors):
                 for holding in groups:
                     self._free(number, holding)
-        for zeroed in plan.zeroed:
-            for block_id in zeroed.block_ids:
-                held = Held(zeroed.rank, zeroed.group, zeroed.codec, block_id)
-                assert held not in self._users, "a block that is zeroed has no user"
-                self.zeroed[held] = self._tokens.pop(held, [])
         return StepResult(plan.epoch, plan.step, tuple(sampled), tuple(scored))
 
     def tokens_on_ranks(self) -> set[int]:
         """Every token that some block still holds, whether anybody uses it or not."""
         size = self.block_size
-        return {token for known in self._tokens.values() for token in known[-size:]}
+        return {token for known, end in self._tokens.values() for token in known[end - size : end]}
 
     def _begin(self, plan: StepPlan) -> None:
         for start in plan.started:
@@ -227,10 +226,13 @@ class FakeRing:
                     holding[group].add(own)
                 assert (index in entries) == (shared.block_id != NO_BLOCK)
                 if shared.block_id != NO_BLOCK:
-                    known = self._tokens[shared]
-                    assert len(known) == end
-                    assert known[: len(sequence.tokens)] == sequence.tokens
-                    sequence.tokens += known[len(sequence.tokens) :]
+                    known, known_end = self._tokens[shared]
+                    assert known_end == end
+                    num_checked = len(sequence.tokens) if index == num_blocks - 1 else 0
+                    assert known[:num_checked] == sequence.tokens[:num_checked]
+                    sequence.tokens += known[len(sequence.tokens) : end]
+                    own_start = index * self.block_size
+                    assert known[own_start:end] == sequence.tokens[own_start:end]
                     self._take(start.sequence, shared, is_shared=True)
                     holding[group].add(shared)
             sequence.owners.append(block.rank)
@@ -251,7 +253,7 @@ class FakeRing:
     def _write(self, sequence: FakeSequence, first: int) -> None:
         """Remember what the blocks that are full now hold."""
         for entry in range(first // self.block_size, len(sequence.tokens) // self.block_size):
-            known = sequence.tokens[: (entry + 1) * self.block_size]
+            known = (sequence.tokens, (entry + 1) * self.block_size)
             for holding in sequence.entries[entry]:
                 for held in holding:
                     assert len(self._users[held]) == 1, "a block that others read is not written"
@@ -380,7 +382,7 @@ class FakeRing:
             if group not in kept_exact
         ]
         for entry in range(1, last):
-            known = sequence.tokens[: (entry + 1) * self.block_size]
+            known = (sequence.tokens, (entry + 1) * self.block_size)
             for holding in sequence.entries[entry]:
                 if any(held.codec == EXACT for held in holding):
                     self._tokens |= {held: known for held in holding if held.codec != EXACT}

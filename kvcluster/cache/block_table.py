@@ -17,6 +17,16 @@ class HeldBlock(NamedTuple):
     encoded_id: BlockId
 
 
+class FreedBlock(NamedTuple):
+    """A block that has lost its last user, and that nobody has zeroed yet."""
+
+    rank: Rank
+    group: int
+    codec: str
+    """`EXACT` for an exact block."""
+    block_id: BlockId
+
+
 class TableEntry(NamedTuple):
     """One entry: the rank, and one block id per KV group in that rank's pools; NO_BLOCK in groups
     where the entry holds none."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from operator import le
 
 from kvcluster.cache.block_pool import BlockPool
-from kvcluster.cache.block_table import BlockTable, HeldBlock, TableEntry
+from kvcluster.cache.block_table import BlockTable, FreedBlock, HeldBlock, TableEntry
 from kvcluster.cache.encoded_pool import EncodedPool
 from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.pool_tier import RankStatistics, pool_ledger, rank_statistics
@@ -65,6 +65,8 @@ class Partition:
         self._exact_recent = exact_recent
         self._encoded_step = encoded_step
         self._encoded: dict[str, tuple[tuple[EncodedPool, ...], ...]] = {}
+        self.freed: list[FreedBlock] = []
+        """To be zeroed by the next step, before anything is written."""
 
     @property
     def num_ranks(self) -> int:
@@ -334,14 +336,12 @@ class Partition:
         return spare is None or spare >= count or self.is_below_floor(group)
 
     def pool(self, rank: Rank, group: int) -> BlockPool:
-        """Of exact blocks."""
         return self._pools[rank][group]
 
     def encoded_pool(self, codec: str, rank: Rank, group: int) -> EncodedPool:
         return self._encoded_pools(codec)[rank][group]
 
     def used(self, group: int) -> int:
-        """Blocks of the group that the tenant holds, kept ones included."""
         return self._ledger.used(self.tenant)[group]
 
     def release(self, codec: str, group: int, held: HeldBlock) -> None:
@@ -352,10 +352,13 @@ class Partition:
             # A block counts once, however many use it.
             if not pool.ref_count(held.block_id):
                 self._ledger.give_back(self.tenant, group, 1)
+                self.freed.append(FreedBlock(held.rank, group, EXACT, held.block_id))
         if held.encoded_id != NO_BLOCK:
             encoded = self._encoded_pools(codec)[held.rank][group]
             num_pages = encoded.num_pages
             encoded.release(held.encoded_id)
+            if not encoded.num_users(held.encoded_id):
+                self.freed.append(FreedBlock(held.rank, group, codec, held.encoded_id))
             num_freed = num_pages - encoded.num_pages
             self._ledger.give_back(self.tenant, group, PAGE_BLOCKS * num_freed)
             if not encoded.num_pages:

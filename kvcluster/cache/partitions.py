@@ -7,6 +7,7 @@ an operator gives it a share.
 from collections.abc import Callable, Mapping, Sequence
 
 from kvcluster.cache.block_pool import BlockPool
+from kvcluster.cache.block_table import FreedBlock
 from kvcluster.cache.partition import Partition, PartitionStatistics
 from kvcluster.cache.pool_tier import pool_ledger, rank_statistics
 from kvcluster.cache.tier import TierShare
@@ -49,6 +50,13 @@ class CachePartitions:
                 encoded_step=self._encoded_step,
             )
         return self._partitions[tenant]
+
+    def take_freed(self) -> list[FreedBlock]:
+        """The blocks that have come free since the last call, of all tenants."""
+        freed = [block for each in self._partitions.values() for block in each.freed]
+        for partition in self._partitions.values():
+            partition.freed.clear()
+        return freed
 
     def apply(self, shares: Mapping[TenantId, TierShare]) -> None:
         """These shares hold from now on, for new and for running requests: see `TierLedger`."""

@@ -9,19 +9,20 @@ from kvcluster.cache.store import KVStore
 from kvcluster.types import EXACT, PAGE_BLOCKS
 
 
+@torch.inference_mode()
 def zero_blocks(store: KVStore, group: int, codec: str, block_ids: Sequence[int]) -> None:
     """Zero blocks of a KV group in all of its layers. `codec`: `EXACT` for exact blocks. Waits for
     the device: they are zero when this returns."""
     ids_B = torch.tensor(block_ids, dtype=torch.long)
-    size = store.block_size
+    pages_B, places_B = ids_B // PAGE_BLOCKS, ids_B % PAGE_BLOCKS
     for layer, _ in layers_of(store.spec, group):
         if codec == EXACT:
             for plane in store.planes(layer):
-                for block in block_ids:
-                    page, place = divmod(block, PAGE_BLOCKS)
-                    plane[page, :, place * size : (place + 1) * size] = 0
+                shape = (*plane.shape[:2], PAGE_BLOCKS, store.block_size, plane.shape[3])
+                plane.view(shape)[pages_B, :, places_B] = 0
         else:
-            held = store.read_held(layer, codec, ids_B)
-            store.write_held(layer, codec, ids_B, [torch.zeros_like(plane) for plane in held])
+            like = store.read_held(layer, codec, ids_B[:1])
+            zeros = [plane.new_zeros((len(ids_B), *plane.shape[1:])) for plane in like]
+            store.write_held(layer, codec, ids_B, zeros)
     if torch.cuda.is_available():
         torch.cuda.synchronize()

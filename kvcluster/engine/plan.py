@@ -92,7 +92,8 @@ class Zeroed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """One forward pass of the ring group. Applied in order: started, released, sequences, ended."""
+    """One forward pass of the ring group. Applied in order: zeroed, started, released, sequences,
+    ended."""
 
     epoch: int
     """Ranks refuse plans of another epoch than their own."""
@@ -104,7 +105,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     ended: tuple[int, ...] = ()
     """Sequences that the ranks forget after this step."""
     zeroed: tuple[Zeroed, ...] = ()
-    """Blocks that no sequence holds. They are zero when the step is answered."""
+    """Blocks that no sequence held when the plan was made. They are zeroed before anything is
+    written, since sequences of this step may have taken them."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -72,7 +72,7 @@ class Scheduler:
         self._choose_route = choose_route
         self._num_sequences = 0
         self.prefixes = Prefixes(spec, cache=cache, partitions=partitions)
-        self.zeroing = Zeroing()
+        self.zeroing = Zeroing(partitions)
         self._blocks = SequenceBlocks(spec, cache=cache, engine=engine, partitions=partitions)
         self._releases = BlockReleases(partitions, spec.windows, block_size=cache.block_size)
         self._leaving: list[_Leaving] = []
@@ -360,10 +360,10 @@ class Scheduler:
 
     def _seal(self, draft: Draft, *, epoch: int, step: int, is_idle: bool) -> Schedule:
         refused = tuple(draft.refused)
-        zeroed = self.zeroing.take(step)
-        must_tell = self._leaving or zeroed or (self._released and is_idle)
+        must_tell = self._leaving or self.zeroing.is_awaited or (self._released and is_idle)
         if not draft.parts and not must_tell:
             return Schedule(step=None, refused=refused)
+        zeroed = self.zeroing.take(step)
         plan = StepPlan(
             epoch=epoch,
             step=step,

@@ -1,14 +1,17 @@
-"""Blocks that are to be zeroed on their ranks before anything else may take them."""
+"""Blocks are zeroed on their ranks when they have lost their last user, before anybody else writes
+them: with the next step for whatever comes free, and in a step of their own where somebody waits.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvcluster.cache.block_table import TableEntry
+from kvcluster.cache.partitions import CachePartitions
 from kvcluster.cache.prefix_cache import Dropped
 from kvcluster.cache.shared_blocks import SharedBlocks
 from kvcluster.engine.plan import Zeroed
-from kvcluster.types import EXACT, NO_BLOCK
+from kvcluster.types import NO_BLOCK
 
 
 @dataclass(slots=True, eq=False)
@@ -24,12 +27,13 @@ class _Batch:
             self.on_done()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Doomed:
+    """One block, and one user of it that is ours."""
+
     shared: SharedBlocks
     codec: str
     entry: TableEntry
-    """With one block."""
     group: int
     batch: _Batch
 
@@ -42,33 +46,27 @@ class _Doomed:
     def release(self) -> None:
         self.shared.release(self.codec, self.entry)
 
-    @property
-    def place(self) -> tuple[int, int, str, int]:
-        """Rank, KV group, kind and number of the block."""
-        held = self.entry.held()[self.group]
-        if held.block_id != NO_BLOCK:
-            return held.rank, self.group, EXACT, held.block_id
-        return held.rank, self.group, self.codec, held.encoded_id
-
 
 class Zeroing:
-    """Holds one user of each block until it is the only one and the ranks are told to zero it."""
+    """Tells the ranks what to zero, and those who wait when it has been done."""
 
-    def __init__(self) -> None:
+    def __init__(self, partitions: CachePartitions) -> None:
+        self._partitions = partitions
         self._waiting: list[_Doomed] = []
         self._told: dict[int, list[_Doomed]] = {}
         """By step."""
 
     @property
-    def is_due(self) -> bool:
-        """Whether some block has no other user any more."""
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for blocks that could be zeroed now."""
         return any(doomed.is_alone for doomed in self._waiting)
 
     def add(
         self, shared: SharedBlocks, dropped: Iterable[Dropped], on_done: Callable[[], None]
     ) -> None:
-        """Zero blocks whose users, one of each, are handed over. `on_done` is called when it has
-        been done, or the ranks are gone: at once, where there are none."""
+        """Give up blocks whose users, one of each, are handed over. `on_done` is called when all
+        are zero, those that others use as soon as these have left, or the ranks are gone: at once,
+        where there are none."""
         batch = _Batch(1, on_done)
         for codec, entry in dropped:
             for group, single in _blocks_of(entry):
@@ -77,17 +75,17 @@ class Zeroing:
         batch.count_down()
 
     def take(self, step: int) -> tuple[Zeroed, ...]:
-        """What the plan of this step tells the ranks to zero. The blocks are free for the next."""
+        """What the plan of this step tells the ranks to zero before all else."""
         alone = [doomed for doomed in self._waiting if doomed.is_alone]
-        if not alone:
-            return ()
-        self._waiting = [doomed for doomed in self._waiting if doomed not in set(alone)]
-        self._told[step] = alone
-        by_place: dict[tuple[int, int, str], list[int]] = defaultdict(list)
-        for doomed in alone:
-            rank, group, codec, block_id = doomed.place
-            by_place[rank, group, codec].append(block_id)
-            doomed.release()
+        if alone:
+            told = set(map(id, alone))
+            self._waiting = [doomed for doomed in self._waiting if id(doomed) not in told]
+            self._told[step] = alone
+            for doomed in alone:
+                doomed.release()
+        by_place: dict[tuple[int, int, str], set[int]] = defaultdict(set)
+        for rank, group, codec, block_id in self._partitions.take_freed():
+            by_place[rank, group, codec].add(block_id)
         return tuple(
             Zeroed(rank, group, codec, tuple(sorted(ids)))
             for (rank, group, codec), ids in sorted(by_place.items())
@@ -105,6 +103,7 @@ class Zeroing:
             doomed.release()
         self._waiting = []
         self._told.clear()
+        self._partitions.take_freed()
         for doomed in gone:
             doomed.batch.count_down()
 

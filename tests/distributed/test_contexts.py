@@ -100,9 +100,11 @@ def written(store: KVStore) -> int:
     return sum(int(torch.count_nonzero(arena._bytes)) for arena in store._arenas)
 
 
-async def test_a_deleted_context_leaves_no_byte_in_its_blocks() -> None:
+@pytest.mark.parametrize("policy", ["exact", "int4"])
+async def test_a_deleted_context_leaves_no_byte_in_any_block(policy: str) -> None:
+    """Those included in which its blocks were exact before they were encoded."""
     async with running_engine(served_model("llama"), config(2)) as (service, executor):
-        await uploaded(service, BOOK)
+        await uploaded(service, BOOK, policy)
         held = sum(written(runner._store) for runner in executor.runners)
         await service.delete_context(DEFAULT_TENANT, "book", "")
         after = sum(written(runner._store) for runner in executor.runners)

@@ -234,7 +234,7 @@ async def test_delete_returns_when_the_ranks_hold_nothing_of_it(served: Served) 
     await served.service.delete_context(DEFAULT_TENANT, "book", "")
 
     assert not {121, 122, 123, 124} & served.fake.ring.tokens_on_ranks()
-    assert len(served.fake.ring.zeroed) == 5
+    assert len(served.fake.ring.zeroed) >= 5
     assert served.fake.partitions.num_used == 0
     with pytest.raises(ContextNotFound):
         await served.service.get_context(DEFAULT_TENANT, "book")

@@ -25,7 +25,7 @@ def simulated(
     )
     fake = FakeCluster(
         spec=spec,
-        cache=CacheConfig(block_size=16, exact_recent_tokens=0),
+        cache=CacheConfig(block_size=16, exact_recent_tokens=0, prefix_cache=False),
         config=EngineConfig(
             prefill_chunk_tokens=1024,
             shard_min_tokens=1024,
