@@ -136,8 +136,8 @@ def decode_splits(
 def default_settings(num_rows: int, dim: int) -> DecodeSettings:
     """The settings for so many query rows of a KV head and heads of so many channels.
 
-    128 channels: the best that was measured on an H100 (`tests/bench_results`), where runs differ
-    by less than 3 %. Others follow from what was compiled: nothing spilled, and as many programs as
+    128 channels: the best of `kernels_decode_h100_2026-11-23.json` and of runs before it, which
+    differ by less than 3 %. Others follow from what was compiled: nothing spilled, and as many programs as
     a processor holds at a time, because those beyond would run on their own at the end.
     """
     if num_rows > 64:
@@ -145,7 +145,7 @@ def default_settings(num_rows: int, dim: int) -> DecodeSettings:
     if num_rows > 32:
         if dim > 128:
             return DecodeSettings(tile=32, num_stages=4, programs_per_processor=2)
-        return DecodeSettings(num_stages=4, programs_per_processor=2 if dim > 64 else 3)
+        return DecodeSettings(num_stages=3, programs_per_processor=2 if dim > 64 else 3)
     if dim > 128:
         return DecodeSettings(tile=32)
     return DecodeSettings(programs_per_processor=2 if dim > 64 else 4)
