@@ -137,8 +137,8 @@ def default_settings(num_rows: int, dim: int) -> DecodeSettings:
     """The settings for so many query rows of a KV head and heads of so many channels.
 
     128 channels: the best of `kernels_decode_h100_2026-11-23.json` and of runs before it, which
-    differ by less than 3 %. Others follow from what was compiled: nothing spilled, and as many programs as
-    a processor holds at a time, because those beyond would run on their own at the end.
+    differ by less than 3 %. Others follow from what was compiled: nothing spilled, and as many
+    programs as a processor holds at a time, because those beyond would run on their own at the end.
     """
     if num_rows > 64:
         return DecodeSettings(tile=64 if dim <= 128 else 32, num_warps=8, programs_per_processor=1)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcluster_kernels.codes import CODE_UNIT, has_assembly
+from kvcluster_kernels.codes import CODE_UNIT, has_assembly, num_fields, row_bytes
 from kvcluster_kernels.combine import combine
 from kvcluster_kernels.integer_tiles import (
     HEADROOM,
@@ -38,7 +38,7 @@ from kvcluster_kernels.integer_tiles import (
     weigh_block,
     zero_sums,
 )
-from kvcluster_kernels.packed_gluon_launch import Codes, Planes, reason_against
+from kvcluster_kernels.packed_gluon_launch import Codes, Planes, pointers, reason_against
 from kvcluster_kernels.packed_gluon_launch import splits as hopper_splits
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
@@ -53,8 +53,8 @@ from kvcluster_kernels.paging import (
 )
 from kvcluster_kernels.softmax import append, column_weights, store_columns
 
-BITS = (8, 4, 2)
-"""The code widths of this kernel; of 3 bits there is one for Hopper alone."""
+BITS = (8, 4, 3, 2)
+"""The code widths of these kernels."""
 _LEAST_BYTES = 16
 """Of a row of codes: a matrix product is of 16 numbers at least."""
 _LEAST_TOKENS = 16
@@ -112,19 +112,17 @@ def integer_splits(
     against = reason_against(q_RTHD, keys.planes, values.planes, codes, attention)
     if against is None and not (settings and settings.is_portable):
         return hopper_splits(q_RTHD, keys.planes, values.planes, codes, rows, attention, settings)
-    if 3 in codes[:2]:
-        raise ValueError(f"of 3 bits there is one kernel, which does not serve this: {against}")
     num_kv_heads, block_size = keys.codes.shape[2:4]
     dim_v = values.codes.shape[3]
     chosen = settings or default_settings(q_RTHD, num_kv_heads, max(codes.k_bits, codes.v_bits))
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim_v)
     _integer_kernel[launch.grid](
         q_RTHD,
-        *keys._replace(unit=keys.scale if keys.unit is None else keys.unit)[:4],
-        *values._replace(unit=values.scale if values.unit is None else values.unit)[:4],
+        *pointers(keys.planes),
+        *pointers(values.planes),
         *launch.arguments,
-        *page_strides(keys[:4]),
-        *page_strides(values[:4]),
+        *page_strides(keys.planes),
+        *page_strides(values.planes),
         **launch.constants,
         BLOCK_SIZE=block_size,
         PAGE_BLOCKS=keys.codes.shape[1],
@@ -185,10 +183,12 @@ def code_bits(pages: IntegerPages, contiguous: int) -> int:
 def _integer_kernel(
     q_ptr: tl.tensor,
     k_codes_ptr: tl.tensor,
+    k_high_ptr: tl.tensor,
     k_scale_ptr: tl.tensor,
     k_zero_ptr: tl.tensor,
     k_unit_ptr: tl.tensor,
     v_codes_ptr: tl.tensor,
+    v_high_ptr: tl.tensor,
     v_scale_ptr: tl.tensor,
     v_zero_ptr: tl.tensor,
     v_unit_ptr: tl.tensor,
@@ -205,10 +205,12 @@ def _integer_kernel(
     max_blocks: tl.tensor,
     num_splits: tl.tensor,
     stride_k_codes: tl.tensor,
+    stride_k_high: tl.tensor,
     stride_k_scale: tl.tensor,
     stride_k_zero: tl.tensor,
     stride_k_unit: tl.tensor,
     stride_v_codes: tl.tensor,
+    stride_v_high: tl.tensor,
     stride_v_scale: tl.tensor,
     stride_v_zero: tl.tensor,
     stride_v_unit: tl.tensor,
@@ -230,9 +232,10 @@ def _integer_kernel(
     OVERLAPS: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> None:
-    K_BYTES: tl.constexpr = DIM_K * K_BITS // 8
+    K_BYTES: tl.constexpr = row_bytes(DIM_K, K_BITS)
+    V_BYTES: tl.constexpr = row_bytes(BLOCK_SIZE, V_BITS)
     # Parts of a block that share scales of keys, and a field of the bytes of values.
-    PARTS: tl.constexpr = max(8 // V_BITS, K_GROUPS)
+    PARTS: tl.constexpr = max(num_fields(V_BITS), K_GROUPS)
     CHANNELS: tl.constexpr = DIM_V // V_GROUPS
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(CHANNELS))
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
@@ -262,12 +265,13 @@ def _integer_kernel(
         page = (block // PAGE_BLOCKS).to(tl.int64)
         place = block % PAGE_BLOCKS * num_kv_heads + head
         k_codes = k_codes_ptr + page * stride_k_codes + place * (BLOCK_SIZE * K_BYTES)
+        k_high = k_high_ptr + page * stride_k_high + place * (BLOCK_SIZE * K_BYTES // 2)
         k_scale = k_scale_ptr + page * stride_k_scale + place * (K_GROUPS * DIM_K)
         k_zero = k_zero_ptr + page * stride_k_zero + place * (K_GROUPS * DIM_K)
         k_unit = key_unit(k_unit_ptr + page * stride_k_unit + place, SCALE_BITS)
         position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
         scores = score_block(
-            k_codes, k_scale, k_zero, q_fields, scale * k_unit * size_M, softcap,
+            k_codes, k_high, k_scale, k_zero, q_fields, scale * k_unit * size_M, softcap,
             tile * BLOCK_SIZE, start, end, position, q_positions_M, window,
             BLOCK_SIZE, PARTS, DIM_K, K_BITS, K_GROUPS,
             HAS_POSITIONS, HAS_SOFTCAP, HAS_WINDOW, IS_GPU,
@@ -278,9 +282,10 @@ def _integer_kernel(
         exponent = value_exponent(v_scale, v_unit, BLOCK_SIZE, V_GROUPS, SCALE_BITS)
         weights, max_M, decay_M = column_weights(scores, exponent, HEADROOM, max_M)
         sum_NM = sum_NM * decay_M[None, :] + sum_weights(weights, IS_GPU) * tl.math.exp2(-exponent)
-        v_codes = v_codes_ptr + page * stride_v_codes + place * (DIM_V * BLOCK_SIZE * V_BITS // 8)
+        v_codes = v_codes_ptr + page * stride_v_codes + place * (DIM_V * V_BYTES)
+        v_high = v_high_ptr + page * stride_v_high + place * (DIM_V * V_BYTES // 2)
         acc, zeros = weigh_block(
-            v_codes, v_scale, v_zero, weights, exponent, decay_M, acc, zeros,
+            v_codes, v_high, v_scale, v_zero, weights, exponent, decay_M, acc, zeros,
             CHANNELS, BLOCK_SIZE, V_BITS, IS_GPU,
         )  # fmt: skip
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS

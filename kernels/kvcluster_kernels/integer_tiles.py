@@ -12,7 +12,16 @@ codes, N sixteen equal rows.
 import triton
 import triton.language as tl
 
-from kvcluster_kernels.codes import CODE_UNIT, dot, unpack
+from kvcluster_kernels.codes import (
+    CODE_UNIT,
+    dot,
+    field_unit,
+    num_fields,
+    row_bytes,
+    unpack,
+    unpack3,
+)
+from kvcluster_kernels.levels import unpack_levels, unpack_levels3
 from kvcluster_kernels.softmax import append, to_base_2, visible_columns
 
 HEADROOM = tl.constexpr(15.0)
@@ -39,24 +48,24 @@ def load_query_fields(
     """Query rows as columns, float16 [C, M], one array for each field of a byte of codes, divided
     by what the field multiplies codes with if it IS_SCALED; and the power of two, [M], that they
     were divided by, so that none is above 1."""
-    C: tl.constexpr = DIM * BITS // 8
+    C: tl.constexpr = row_bytes(DIM, BITS)
     tokens_M = row * (NUM_ROWS // GROUP) + rows_M // GROUP
     q_ptr += ((tokens_M * num_kv_heads + head) * GROUP + rows_M % GROUP)[None, :] * DIM
     offs_c = tl.arange(0, triton.next_power_of_2(C))
     mask = (offs_c < C)[:, None] & (rows_M < NUM_ROWS)[None, :]
     loaded = ()
     largest_M = tl.zeros([rows_M.shape[0]], tl.float32)
-    for field in tl.static_range(8 // BITS):
+    for field in tl.static_range(num_fields(BITS)):
         q_CM = tl.load(q_ptr + field * C + offs_c[:, None], mask=mask, other=0.0).to(tl.float32)
         largest_M = tl.maximum(largest_M, tl.max(tl.abs(q_CM), 0))
         loaded = append(loaded, q_CM)
     exponent_M = tl.math.ceil(tl.math.log2(tl.where(largest_M > 0, largest_M, 1.0)))
     shrink_M = tl.math.exp2(-exponent_M)
     fields = ()
-    for field in tl.static_range(8 // BITS):
+    for field in tl.static_range(num_fields(BITS)):
         q_CM = loaded[field] * shrink_M[None, :]
         if IS_SCALED:
-            q_CM = q_CM * (1.0 / 2 ** (field * BITS))
+            q_CM = q_CM * (1.0 / field_unit(field, BITS))
         fields = append(fields, q_CM.to(tl.float16))
     return fields, tl.math.exp2(exponent_M)
 
@@ -73,11 +82,11 @@ def fold_queries(
     """For one group of keys: the fields of the queries times the scales of their channels, and
     what the queries make of the zero-points, [M]. With 8 scale bits both are to be multiplied with
     `key_unit`."""
-    C: tl.constexpr = DIM * BITS // 8
+    C: tl.constexpr = row_bytes(DIM, BITS)
     BLOCK_C: tl.constexpr = q_fields[0].shape[0]
     folded = ()
     zero_NM = tl.zeros([_EQUAL_ROWS, q_fields[0].shape[1]], tl.float32)
-    for field in tl.static_range(8 // BITS):
+    for field in tl.static_range(num_fields(BITS)):
         scale_C = load_scales(scale_ptr + field * C, C, BLOCK_C)
         zero_C = _load_zeros(zero_ptr + field * C, C, BLOCK_C)
         folded_CM = q_fields[field] * scale_C[:, None]
@@ -85,7 +94,7 @@ def fold_queries(
         if scale_ptr.dtype.element_ty == tl.uint8:
             meets_CM = folded_CM
         some_NM = dot(_equal_rows(zero_C), meets_CM, tl.zeros_like(zero_NM), IS_GPU)
-        zero_NM += some_NM * 2 ** (field * BITS)
+        zero_NM += some_NM * field_unit(field, BITS)
         folded = append(folded, folded_CM)
     return folded, tl.max(zero_NM, 0)
 
@@ -99,6 +108,7 @@ def key_unit(unit_ptr: tl.tensor, SCALE_BITS: tl.constexpr) -> tl.tensor:
 @triton.jit
 def score_codes(
     codes_ptr: tl.tensor,
+    high_ptr: tl.tensor,
     folded: tl.tuple,
     zero_M: tl.tensor,
     FIRST: tl.constexpr,
@@ -109,16 +119,14 @@ def score_codes(
 ) -> tl.tensor:
     """products_PM of P tokens of a block from the FIRST on, with what `fold_queries` found for
     their group."""
-    FIELDS: tl.constexpr = 8 // BITS
-    C: tl.constexpr = DIM * BITS // 8
+    FIELDS: tl.constexpr = num_fields(BITS)
+    C: tl.constexpr = row_bytes(DIM, BITS)
     offs_p = FIRST + tl.arange(0, P)
     offs_c = tl.arange(0, folded[0].shape[0])
-    packed_PC = _load(
-        codes_ptr + offs_p[:, None] * C + offs_c[None, :],
-        (offs_c < C)[None, :],
-        offs_c.shape[0] == C,
-    )
-    codes = unpack(packed_PC, BITS, IS_GPU)
+    codes = load_fields(
+        codes_ptr, high_ptr, offs_p, offs_c, (offs_c < C)[None, :], C, BITS, offs_c.shape[0] == C,
+        IS_GPU, IS_LEVEL=False,
+    )  # fmt: skip
     products_PM = tl.zeros([P, zero_M.shape[0]], tl.float32)
     for field in tl.static_range(FIELDS):
         products_PM = dot(codes[field], folded[field], products_PM, IS_GPU)
@@ -128,6 +136,7 @@ def score_codes(
 @triton.jit
 def score_block(
     codes_ptr: tl.tensor,
+    high_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
     q_fields: tl.tuple,
@@ -157,7 +166,9 @@ def score_block(
             q_fields, scale_ptr + group * DIM, zero_ptr + group * DIM, DIM, BITS, IS_GPU
         )
         for part in tl.static_range(group * PARTS // GROUPS, (group + 1) * PARTS // GROUPS):
-            products_PM = score_codes(codes_ptr, folded, zero_M, part * P, P, DIM, BITS, IS_GPU)
+            products_PM = score_codes(
+                codes_ptr, high_ptr, folded, zero_M, part * P, P, DIM, BITS, IS_GPU
+            )
             scores_PM = visible_columns(
                 to_base_2(products_PM, scale_M[None, :], softcap, HAS_SOFTCAP),
                 first + part * P, start, end, position + part * P,
@@ -188,6 +199,7 @@ def value_exponent(
 @triton.jit
 def weigh_codes(
     codes_ptr: tl.tensor,
+    high_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
     weights: tl.tuple,
@@ -204,19 +216,17 @@ def weigh_codes(
     2^exponent."""
     PARTS: tl.constexpr = len(weights)
     P: tl.constexpr = BLOCK_SIZE // PARTS
-    C: tl.constexpr = BLOCK_SIZE * BITS // 8
-    FIELDS: tl.constexpr = 8 // BITS
+    C: tl.constexpr = row_bytes(BLOCK_SIZE, BITS)
+    FIELDS: tl.constexpr = num_fields(BITS)
     CHUNKS: tl.constexpr = PARTS // FIELDS
     offs_d = tl.arange(0, acc_DM.shape[0])
     offs_p = tl.arange(0, P)
     some_NM = tl.zeros_like(zeros_NM)
     for chunk in tl.static_range(CHUNKS):
-        packed_DP = _load(
-            codes_ptr + offs_d[:, None] * C + chunk * P + offs_p[None, :],
-            (offs_d < CHANNELS)[:, None],
-            offs_d.shape[0] == CHANNELS,
-        )
-        codes = unpack(packed_DP, BITS, IS_GPU)
+        codes = load_fields(
+            codes_ptr, high_ptr, offs_d, chunk * P + offs_p, (offs_d < CHANNELS)[:, None], C, BITS,
+            offs_d.shape[0] == CHANNELS, IS_GPU, IS_LEVEL=False,
+        )  # fmt: skip
         for field in tl.static_range(FIELDS):
             w_PM = weights[field * CHUNKS + chunk]
             place = (field * CHUNKS + chunk) * P
@@ -224,11 +234,13 @@ def weigh_codes(
             zero_P = _load_zeros(zero_ptr + place, P, P)
             meets_PM = w_PM
             if scale_ptr.dtype.element_ty == tl.uint8:
-                scaled_PM = w_PM * (scale_P * (1.0 / 2 ** (field * BITS))).to(tl.float16)[:, None]
-                zero_P = (zero_P * (2 ** (field * BITS))).to(tl.float16)
+                scaled_PM = (
+                    w_PM * (scale_P * (1.0 / field_unit(field, BITS))).to(tl.float16)[:, None]
+                )
+                zero_P = (zero_P * field_unit(field, BITS)).to(tl.float16)
                 meets_PM = scaled_PM
             else:
-                shrink = tl.math.exp2(-exponent - field * BITS)
+                shrink = tl.math.exp2(-exponent) * (1.0 / field_unit(field, BITS))
                 scale_P = (scale_P.to(tl.float32) * shrink).to(tl.float16)
                 scaled_PM = w_PM * scale_P[:, None]
             acc_DM = dot(codes[field], scaled_PM, acc_DM, IS_GPU)
@@ -241,6 +253,7 @@ def weigh_codes(
 @triton.jit
 def weigh_block(
     codes_ptr: tl.tensor,
+    high_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
     weights: tl.tuple,
@@ -258,7 +271,8 @@ def weigh_block(
     found_zeros = ()
     for group in tl.static_range(len(acc)):
         acc_DM, zeros_NM = weigh_codes(
-            codes_ptr + group * (CHANNELS * BLOCK_SIZE * BITS // 8),
+            codes_ptr + group * (CHANNELS * row_bytes(BLOCK_SIZE, BITS)),
+            high_ptr + group * (CHANNELS * row_bytes(BLOCK_SIZE, BITS) // 2),
             scale_ptr + group * BLOCK_SIZE,
             zero_ptr + group * BLOCK_SIZE,
             weights,
@@ -314,6 +328,56 @@ def load_tile(
         (offs_i < ROWS)[:, None],
         ROWS == BLOCK_ROWS,
     )
+
+
+@triton.jit
+def load_fields(
+    codes_ptr: tl.tensor,
+    high_ptr: tl.tensor,
+    offs_i: tl.tensor,
+    offs_c: tl.tensor,
+    mask_IC: tl.tensor,
+    C: tl.constexpr,
+    BITS: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    IS_GPU: tl.constexpr,
+    IS_LEVEL: tl.constexpr,
+) -> tl.tuple:
+    """Of bytes of rows of C, all where the tile IS_WHOLE, what their fields hold: codes as
+    `codes.unpack` has them, or levels. `high_ptr`: the rows of third bits of codes of 3."""
+    packed_IC = _load(codes_ptr + offs_i[:, None] * C + offs_c[None, :], mask_IC, IS_WHOLE)
+    if BITS == 3:
+        HALF: tl.constexpr = C // 2
+        place_IC = offs_i[:, None] * HALF + (offs_c % HALF)[None, :]
+        third_IC = _load(high_ptr + place_IC, mask_IC, IS_WHOLE)
+        half_IC = tl.broadcast_to((offs_c // HALF)[None, :], packed_IC.shape)
+        if IS_LEVEL:
+            fields = unpack_levels3(packed_IC, third_IC, half_IC, IS_GPU)
+        else:
+            fields = unpack3(packed_IC, third_IC, half_IC, IS_GPU)
+    elif IS_LEVEL:
+        fields = unpack_levels(packed_IC, BITS, IS_GPU)
+    else:
+        fields = unpack(packed_IC, BITS, IS_GPU)
+    return fields
+
+
+@triton.jit
+def load_levels(
+    codes_ptr: tl.tensor,
+    high_ptr: tl.tensor,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
+    BITS: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tl.tuple:
+    """Levels of all bytes of ROWS rows of C, from the FIRST on."""
+    offs_i, offs_c = FIRST + tl.arange(0, ROWS), tl.arange(0, C)
+    return load_fields(
+        codes_ptr, high_ptr, offs_i, offs_c, offs_i[:, None] >= 0, C, BITS, True,  # noqa: FBT003
+        IS_GPU, IS_LEVEL=True,
+    )  # fmt: skip
 
 
 @triton.jit

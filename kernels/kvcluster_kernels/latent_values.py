@@ -55,7 +55,7 @@ class ValueFormat(NamedTuple):
         heads = pages.codes.shape[2]
         if isinstance(pages, RotatedPages):
             bits, rest = divmod(8 * pages.codes.shape[4], block_size)
-            if rest or bits not in (4, 2) or pages.mean is not None:
+            if rest or bits not in (4, 2) or pages.mean is not None or pages.high is not None:
                 raise ValueError("rotated values want 4 or 2 bits and no mean")
             planes = (pages.codes, pages.scale, pages.scale, pages.scale)
             return cls(ROTATED.value, heads, pages.codes.shape[3], bits, 1, 16, planes)
@@ -63,10 +63,12 @@ class ValueFormat(NamedTuple):
         stored = (pages.codes, pages.scale, pages.zero, pages.unit)
         filled = tuple(pages.codes if plane is None else plane for plane in stored)
         if isinstance(pages, IntegerPages):
+            if pages.high is not None:
+                raise ValueError("integer values beside latents want 8, 4 or 2 bits")
             bits = code_bits(pages, block_size)
             groups = pages.scale.shape[3]
             dim = pages.codes.shape[3]
-            return cls(INTEGERS.value, heads, dim, bits, groups, scale_bits, filled)
+            return cls(INTEGERS.value, heads, dim, bits, groups, scale_bits, filled[:4])
         groups = 1 if pages.scale is None else pages.scale.shape[3]
         return cls(NUMBERS.value, heads, pages.rank, pages.bits, groups, scale_bits, filled)
 

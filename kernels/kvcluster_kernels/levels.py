@@ -14,16 +14,16 @@ from torch import Tensor
 
 from kvcluster_kernels.softmax import append
 
-BITS = (4, 2)
-"""The code widths that any GPU unpacks."""
+BITS = (4, 3, 2)
+"""The code widths of these kernels."""
 
 _HIGH4 = tl.constexpr(0x41403E3D3B393630)
 """Of 4 bits, the high bytes of the positive levels, the smallest in the lowest byte."""
 _LOW4 = tl.constexpr(0x772379068A41351C)
 """Their low bytes."""
-_HIGH3 = 0x403D3A33B3BABDC0
+_HIGH3 = tl.constexpr(0x403D3A33B3BABDC0)
 """Of 3 bits, the high bytes of all levels, ascending, the first in the lowest byte."""
-_LOW3 = 0x4E600CD8D80C604E
+_LOW3 = tl.constexpr(0x4E600CD8D80C604E)
 _HIGH2 = tl.constexpr(0x3E37B7BE)
 """Of 2 bits, the high bytes of all levels, ascending."""
 _LOW2 = tl.constexpr(0x0B3F3F0B)
@@ -34,7 +34,7 @@ def levels(bits: int) -> Tensor:
     packed = torch.arange(2**bits, dtype=torch.uint8)
     high, low = {
         4: (_HIGH4.value, _LOW4.value),
-        3: (_HIGH3, _LOW3),
+        3: (_HIGH3.value, _LOW3.value),
         2: (_HIGH2.value, _LOW2.value),
     }[bits]
     words = []
@@ -61,12 +61,67 @@ def unpack_levels(packed_IC: tl.tensor, BITS: tl.constexpr, IS_GPU: tl.constexpr
 
 
 @triton.jit
+def unpack_levels3(
+    packed_IC: tl.tensor, third_IC: tl.tensor, half_IC: tl.tensor, IS_GPU: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """As `codes.unpack3`: the levels of codes of 3 bits."""
+    if IS_GPU:
+        # The same nibbles, as places in tables of the low and the high bytes of eight levels.
+        c0, c1, c2, c3 = tl.inline_asm_elementwise(
+            """
+            { .reg .b32 w, a, b, p, l, h;
+              shr.b32 w, $9, $10;
+              shl.b32 a, w, 2;
+              and.b32 a, a, 0x44444444;
+              lop3.b32 a, $8, 0x33333333, a, 0xEA;
+              shr.b32 p, $8, 2;
+              and.b32 b, w, 0x44444444;
+              lop3.b32 b, p, 0x33333333, b, 0xEA;
+              prmt.b32 l, 0xD80C604E, 0x4E600CD8, a;
+              prmt.b32 h, 0xB3BABDC0, 0x403D3A33, a;
+              prmt.b32 $0, l, h, 0x6240;
+              prmt.b32 $4, l, h, 0x7351;
+              shr.b32 a, a, 16;
+              prmt.b32 l, 0xD80C604E, 0x4E600CD8, a;
+              prmt.b32 h, 0xB3BABDC0, 0x403D3A33, a;
+              prmt.b32 $1, l, h, 0x6240;
+              prmt.b32 $5, l, h, 0x7351;
+              prmt.b32 l, 0xD80C604E, 0x4E600CD8, b;
+              prmt.b32 h, 0xB3BABDC0, 0x403D3A33, b;
+              prmt.b32 $2, l, h, 0x6240;
+              prmt.b32 $6, l, h, 0x7351;
+              shr.b32 b, b, 16;
+              prmt.b32 l, 0xD80C604E, 0x4E600CD8, b;
+              prmt.b32 h, 0xB3BABDC0, 0x403D3A33, b;
+              prmt.b32 $3, l, h, 0x6240;
+              prmt.b32 $7, l, h, 0x7351; }
+            """,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r",
+            [packed_IC, third_IC, half_IC],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        aligned_IC = third_IC >> half_IC.to(tl.uint8)
+        c0 = _look_up(((packed_IC & 3) | (aligned_IC & 1) << 2).to(tl.int64), 3)
+        c1 = _look_up(((packed_IC >> 2 & 3) | (aligned_IC & 4)).to(tl.int64), 3)
+        c2 = _look_up(((packed_IC >> 4 & 3) | (aligned_IC >> 2 & 4)).to(tl.int64), 3)
+        c3 = _look_up(((packed_IC >> 6 & 3) | (aligned_IC >> 4 & 4)).to(tl.int64), 3)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def _look_up(code_IC: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     if BITS == 4:
         place_IC = tl.where(code_IC >= 8, code_IC, 7 - code_IC) & 7
         sign_IC = tl.where(code_IC >= 8, 0, 0x8000)
         high_IC = (_HIGH4 >> (8 * place_IC)) & 0xFF
         low_IC = (_LOW4 >> (8 * place_IC)) & 0xFF
+    elif BITS == 3:
+        sign_IC = code_IC * 0
+        high_IC = (_HIGH3 >> (8 * code_IC)) & 0xFF
+        low_IC = (_LOW3 >> (8 * code_IC)) & 0xFF
     else:
         sign_IC = code_IC * 0
         high_IC = (_HIGH2 >> (8 * code_IC)) & 0xFF

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from kvcluster_kernels.packed_gluon_codes import num_fields
+from kvcluster_kernels.codes import num_fields
 from kvcluster_kernels.packed_gluon_copies import (
     append,
     in_slot,

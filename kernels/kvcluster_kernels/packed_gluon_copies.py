@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from kvcluster_kernels.packed_gluon_codes import row_bytes
+from kvcluster_kernels.codes import row_bytes
 from kvcluster_kernels.packed_gluon_layouts import FLAT, copied
 
 # Renamed after Triton 3.6.

@@ -22,9 +22,8 @@ _BITS = (8, 4, 3, 2)
 _DIMS = (64, 128, 256)
 _BLOCK_SIZES = (64, 128)
 _COLUMNS = 16
-"""Query rows of a program that one warp has room for."""
-_MAX_ROWS = 16
-"""Of a KV head: with more, several programs would unpack the same codes."""
+"""Query rows of a program that one warp has room for. Several programs unpack the same codes where
+there are more, in fewer instructions still than those of the kernels for any GPU, which spill."""
 _LEAST_BYTES = 16
 """Of a row of codes, or of their lower two bits: a product is of 16 numbers at least."""
 
@@ -68,12 +67,9 @@ def reason_against(
         or torch.cuda.get_device_capability(q_RTHD.device) != (9, 0)
     ):
         return "it is for Hopper and Triton 3.6"
-    num_rows = q_RTHD.shape[1] * q_RTHD.shape[2] // keys.codes.shape[2]
     block_size, dim_v = keys.codes.shape[3], values.codes.shape[3]
     width = min(keys.codes.shape[4], values.codes.shape[4])
     fields = 4 if codes.v_bits in (2, 3) else 8 // codes.v_bits
-    if num_rows > _MAX_ROWS:
-        return f"{num_rows} query rows of a KV head"
     if q_RTHD.shape[3] not in _DIMS or dim_v not in _DIMS or block_size not in _BLOCK_SIZES:
         return f"heads of {q_RTHD.shape[3]} and {dim_v}, blocks of {block_size}"
     if width < _LEAST_BYTES or block_size // codes.k_groups < _LEAST_BYTES:
@@ -84,10 +80,13 @@ def reason_against(
 
 
 def default_settings(codes: Codes) -> DecodeSettings:
-    """As many programs as a processor has registers and shared memory for."""
-    if max(codes.k_bits, codes.v_bits) == 8:
+    """The best at 128K tokens that was measured on an H100 (`tests/bench_results`). A block ahead
+    is enough where more time goes into codes than into the bytes of the next."""
+    bits = max(codes.k_bits, codes.v_bits)
+    if bits == 8:
         return DecodeSettings(num_stages=2, programs_per_processor=6, columns=_COLUMNS)
-    return DecodeSettings(num_stages=3, programs_per_processor=8, columns=_COLUMNS)
+    num_stages = 3 if bits == 4 and codes.rotated_q_RTHD is None else 2
+    return DecodeSettings(num_stages=num_stages, programs_per_processor=8, columns=_COLUMNS)
 
 
 def splits(
@@ -120,8 +119,8 @@ def splits(
     kernel[launch.grid](
         q_RTHD if codes.rotated_q_RTHD is None else codes.rotated_q_RTHD,
         q_RTHD,
-        *_pointers(keys),
-        *_pointers(values),
+        *pointers(keys),
+        *pointers(values),
         *launch.arguments,
         *page_strides(keys),
         *page_strides(values),
@@ -143,6 +142,6 @@ def splits(
     return launch.found
 
 
-def _pointers(planes: Planes) -> list[Tensor]:
+def pointers(planes: Planes) -> list[Tensor]:
     """Another plane stands for one that is not there."""
     return [planes.codes if plane is None else plane for plane in planes]

@@ -8,14 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kvcluster_kernels.packed_gluon_codes import (
-    field_unit,
-    load_fields,
-    num_fields,
-    row_bytes,
-    scales_of,
-    zeros_of,
-)
+from kvcluster_kernels.codes import field_unit, num_fields, row_bytes
+from kvcluster_kernels.packed_gluon_codes import load_fields, scales_of, zeros_of
 from kvcluster_kernels.packed_gluon_copies import append
 from kvcluster_kernels.packed_gluon_layouts import (
     byte_of_place,
@@ -64,7 +58,7 @@ def load_queries(
     shrink_N = gl.exp2(-exponent_N)
     fields = ()
     for field in gl.static_range(num_fields(BITS)):
-        unit_N = shrink_N * (1.0 / field_unit(field, BITS, IS_LEVEL))
+        unit_N = shrink_N * (1.0 if IS_LEVEL else 1.0 / field_unit(field, BITS))
         fields = append(fields, (loaded[field] * unit_N[None, :]).to(gl.float16))
     return fields, gl.convert_layout(gl.exp2(exponent_N), gl.SliceLayout(0, sums()))
 
@@ -116,9 +110,7 @@ def _fold(
         zero_C = _load_line(zero_smem, GROUP_INDEX * DIM + field * C, C)
         folded_CN = q_fields[field] * in_places(scales_of(scale_C), 1)[:, None]
         meets_CN = folded_CN if scale_smem.dtype == gl.uint8 else q_fields[field]
-        zero_EC = (in_places(zeros_of(zero_C), 0) * field_unit(field, BITS, is_level=False)).to(
-            gl.float16
-        )[None, :]
+        zero_EC = (in_places(zeros_of(zero_C), 0) * field_unit(field, BITS)).to(gl.float16)[None, :]
         zero_EN = mma_v2(zero_EC.broadcast_to([16, C]), meets_CN, zero_EN)
         folded = append(folded, folded_CN)
     return folded, gl.max(zero_EN, 0)
@@ -244,7 +236,7 @@ def _weigh_group(
                 scale_smem, GROUP_INDEX * BLOCK_SIZE + (field * (C // P) + chunk) * P, P
             )
             scale_P = in_places(scales_of(scale_P), 1)
-            field_shrink = 1.0 / field_unit(field, BITS, IS_LEVEL)
+            field_shrink = 1.0 if IS_LEVEL else 1.0 / field_unit(field, BITS)
             if scale_smem.dtype == gl.uint8:
                 scale_P = (scale_P * field_shrink).to(gl.float16)
             else:
@@ -258,7 +250,7 @@ def _weigh_group(
                 zero_P = in_places(zeros_of(zero_P), 0)
                 if scale_smem.dtype == gl.uint8:
                     zero_EP = (
-                        (zero_P * field_unit(field, BITS, is_level=False))
+                        (zero_P * field_unit(field, BITS))
                         .to(gl.float16)[None, :]
                         .broadcast_to([16, P])
                     )

@@ -123,6 +123,8 @@ def format_of(history: History, key_dim: int) -> Format:
         return Format(0, 0, 1, 1, 16)
     if not isinstance(keys, IntegerPages) or not isinstance(values, IntegerPages):
         raise ValueError("packed prefill: want keys and values that are both integers or floats")
+    if keys.high is not None or values.high is not None:
+        raise ValueError("packed prefill: want codes of 8, 4 or 2 bits")
     if (keys.unit is None) != (values.unit is None):
         raise ValueError("packed prefill: want keys and values with scales of as many bits")
     return Format(

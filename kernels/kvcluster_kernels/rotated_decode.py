@@ -1,4 +1,4 @@
-"""Decode over a paged cache of rotated vectors in 4 or 2 bits, with a float16 for each token.
+"""Decode over a paged cache of rotated vectors in 4, 3 or 2 bits, with a float16 for each token.
 
     x_t      = mean + scale_t R^T level[codes_t]
     score_t  = scale_t (R q) . level[codes_t] + q . mean
@@ -17,17 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcluster_kernels.codes import dot, has_assembly
+from kvcluster_kernels.codes import dot, has_assembly, num_fields
 from kvcluster_kernels.combine import combine
 from kvcluster_kernels.integer_tiles import (
     HEADROOM,
     equal_rows_product,
+    load_levels,
     load_query_fields,
     load_scales,
-    load_tile,
 )
-from kvcluster_kernels.levels import BITS, unpack_levels
-from kvcluster_kernels.packed_gluon_launch import Codes, Planes, reason_against
+from kvcluster_kernels.levels import BITS
+from kvcluster_kernels.packed_gluon_launch import Codes, Planes, pointers, reason_against
 from kvcluster_kernels.packed_gluon_launch import splits as hopper_splits
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
@@ -112,18 +112,16 @@ def rotated_splits(
     against = reason_against(q_RTHD, keys.planes, values.planes, codes, attention)
     if against is None and not (settings and settings.is_portable):
         return hopper_splits(q_RTHD, keys.planes, values.planes, codes, rows, attention, settings)
-    if bits == 3:
-        raise ValueError(f"of 3 bits there is one kernel, which does not serve this: {against}")
     chosen = settings or default_settings(q_RTHD, num_kv_heads, bits)
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim)
     _rotated_kernel[launch.grid](
         q_RTHD,
         rotated_q_RTHD,
-        *keys._replace(mean=keys.scale if keys.mean is None else keys.mean)[:3],
-        *values[:2],
+        *pointers(keys.planes)[:4],
+        *pointers(values.planes)[:3],
         *launch.arguments,
-        *page_strides(keys._replace(mean=keys.scale if keys.mean is None else keys.mean)[:3]),
-        *page_strides(values[:2]),
+        *page_strides(keys.planes[:4]),
+        *page_strides(values.planes[:3]),
         **launch.constants,
         BLOCK_SIZE=block_size,
         PAGE_BLOCKS=keys.codes.shape[1],
@@ -157,9 +155,11 @@ def _rotated_kernel(
     q_ptr: tl.tensor,
     rotated_q_ptr: tl.tensor,
     k_codes_ptr: tl.tensor,
+    k_high_ptr: tl.tensor,
     k_scale_ptr: tl.tensor,
     k_mean_ptr: tl.tensor,
     v_codes_ptr: tl.tensor,
+    v_high_ptr: tl.tensor,
     v_scale_ptr: tl.tensor,
     blocks_ptr: tl.tensor,
     starts_ptr: tl.tensor,
@@ -174,9 +174,11 @@ def _rotated_kernel(
     max_blocks: tl.tensor,
     num_splits: tl.tensor,
     stride_k_codes: tl.tensor,
+    stride_k_high: tl.tensor,
     stride_k_scale: tl.tensor,
     stride_k_mean: tl.tensor,
     stride_v_codes: tl.tensor,
+    stride_v_high: tl.tensor,
     stride_v_scale: tl.tensor,
     NUM_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -192,7 +194,7 @@ def _rotated_kernel(
     HAS_MEAN: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> None:
-    PARTS: tl.constexpr = 8 // BITS
+    PARTS: tl.constexpr = num_fields(BITS)
     K_BYTES: tl.constexpr = DIM // PARTS
     P: tl.constexpr = BLOCK_SIZE // PARTS
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
@@ -221,6 +223,7 @@ def _rotated_kernel(
         page = (block // PAGE_BLOCKS).to(tl.int64)
         place = block % PAGE_BLOCKS * num_kv_heads + head
         k_codes = k_codes_ptr + page * stride_k_codes + place * (BLOCK_SIZE * K_BYTES)
+        k_high = k_high_ptr + page * stride_k_high + place * (BLOCK_SIZE * K_BYTES // 2)
         k_scale = k_scale_ptr + page * stride_k_scale + place * BLOCK_SIZE
         v_scale = v_scale_ptr + page * stride_v_scale + place * BLOCK_SIZE
         position = tl.load(block_positions_ptr + tile) if HAS_POSITIONS else tile
@@ -231,8 +234,7 @@ def _rotated_kernel(
         scores = ()
         scales = ()
         for part in tl.static_range(PARTS):
-            packed_PC = load_tile(k_codes + part * P * K_BYTES, P, P, K_BYTES)
-            fields = unpack_levels(packed_PC, BITS, IS_GPU)
+            fields = load_levels(k_codes, k_high, part * P, P, K_BYTES, BITS, IS_GPU)
             products_PM = tl.zeros([P, BLOCK_M], tl.float32)
             for field in tl.static_range(PARTS):
                 products_PM = dot(fields[field], rotated_q[field], products_PM, IS_GPU)
@@ -245,8 +247,9 @@ def _rotated_kernel(
             scores = append(scores, scores_PM)
             scales = append(scales, load_scales(v_scale + part * P, P, P).to(tl.float32))
         products, max_M, sum_M, decay_M = column_products(scores, scales, HEADROOM, max_M, sum_M)
-        packed_DP = load_tile(v_codes_ptr + page * stride_v_codes + place * (DIM * P), DIM, DIM, P)
-        fields = unpack_levels(packed_DP, BITS, IS_GPU)
+        v_codes = v_codes_ptr + page * stride_v_codes + place * (DIM * P)
+        v_high = v_high_ptr + page * stride_v_high + place * (DIM * P // 2)
+        fields = load_levels(v_codes, v_high, 0, DIM, P, BITS, IS_GPU)
         acc_DM = acc_DM * decay_M[None, :]
         for part in tl.static_range(PARTS):
             acc_DM = dot(fields[part], products[part], acc_DM, IS_GPU)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from kvcluster_kernels.codes import row_bytes
 from kvcluster_kernels.float8_decode import Float8Pages, decode_float8
 from kvcluster_kernels.integer_decode import BITS as INTEGER_BITS
 from kvcluster_kernels.integer_decode import IntegerPages, decode_integers
@@ -51,9 +52,13 @@ class PackedPages(NamedTuple):
         """Whole blocks for `prefill_history`; None: it does not read this kind."""
         if isinstance(self.keys, RotatedPages) or isinstance(self.values, RotatedPages):
             return None
+        if any(isinstance(x, IntegerPages) and x.high is not None for x in self[:2]):
+            return None
         return History(self.keys, self.values, blocks_N, len(blocks_N) * block_size)
 
 
+_TWO_PLANES = 3
+"""Bits of codes that are in two planes."""
 _LEAST = 16
 """Of what a matrix product sums over, and of the bytes of a row of codes."""
 
@@ -93,8 +98,8 @@ def _integers(
     geometry: LayerGeometry,
     block_size: int,
 ) -> PackedPages | None:
-    key_bytes = geometry.key_dim * keys.bits // 8
-    value_bytes = block_size * values.bits // 8
+    key_bytes = row_bytes(geometry.key_dim, keys.bits)
+    value_bytes = row_bytes(block_size, values.bits)
     is_served = (
         keys.bits in INTEGER_BITS
         and values.bits in INTEGER_BITS
@@ -105,7 +110,8 @@ def _integers(
     )
     if not is_served:
         return None
-    return PackedPages(IntegerPages(*planes[0]), IntegerPages(*planes[1]))
+    k, v = _integer_pages(keys.bits, planes[0]), _integer_pages(values.bits, planes[1])
+    return PackedPages(k, v)
 
 
 def _rotated(
@@ -123,12 +129,26 @@ def _rotated(
         and not keys.transposed
         and not values.centred
         and geometry.value_dim == dim
-        and min(dim, block_size) * keys.bits // 8 >= _LEAST
+        and row_bytes(min(dim, block_size), keys.bits) >= _LEAST
     )
     if not is_served:
         return None
-    k, v = RotatedPages(*planes[0]), RotatedPages(*planes[1])
+    k, v = _rotated_pages(keys.bits, planes[0]), _rotated_pages(values.bits, planes[1])
     return PackedPages(k, v, rotate(torch.eye(dim, device=k.codes.device)).T.contiguous())
+
+
+def _integer_pages(bits: int, planes: Sequence[Tensor]) -> IntegerPages:
+    if bits != _TWO_PLANES:
+        return IntegerPages(*planes)
+    codes, high, scale, zero, *unit = planes
+    return IntegerPages(codes, scale, zero, unit[0] if unit else None, high)
+
+
+def _rotated_pages(bits: int, planes: Sequence[Tensor]) -> RotatedPages:
+    if bits != _TWO_PLANES:
+        return RotatedPages(*planes)
+    codes, high, scale, *mean = planes
+    return RotatedPages(codes, scale, mean[0] if mean else None, high)
 
 
 def _is_power_of_two(number: int) -> bool:

@@ -175,12 +175,13 @@ def _block_axes(shape: DecodeShape) -> tuple[int, int, int]:
 
 
 def _random_codes(device: torch.device, bits: int, *shape: int) -> tuple[Tensor, Tensor | None]:
-    """Packed along the last axis; of 3 bits, the lower two and the third."""
+    """Packed along the last axis; of 3 bits, the lower two and the third; of 8, int8."""
     *others, contiguous = shape
     if bits == 3:
         low, high = (_random_bytes(device, *others, contiguous * x // 8) for x in (2, 1))
         return low, high
-    return _random_bytes(device, *others, contiguous * bits // 8), None
+    codes = _random_bytes(device, *others, contiguous * bits // 8)
+    return (codes.view(torch.int8) if bits == 8 else codes), None
 
 
 def _random_bytes(device: torch.device, *shape: int) -> Tensor:

@@ -366,7 +366,8 @@ class Kernel:
             wait_group=lambda count: None,
         )  # fmt: skip
         triton = _module(
-            "triton", jit=as_it_is, language=language, cdiv=lambda a, b: -(-a // b),
+            "triton", jit=as_it_is, constexpr_function=as_it_is, language=language,
+            cdiv=lambda a, b: -(-a // b),
             next_power_of_2=lambda n: 1 << math.ceil(math.log2(n)), JITFunction=type(None),
         )  # fmt: skip
         experimental = "triton.experimental"

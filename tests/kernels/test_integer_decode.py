@@ -77,7 +77,7 @@ def _spread(values: IntegerPages, batch: Batch) -> float:
 
 
 @pytest.mark.parametrize("scale_bits", [16, 8])
-@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 64), (4, 32), (2, 32), (2, 16)])
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 64), (4, 32), (3, 32), (2, 32), (2, 16)])
 def test_integers_of_every_width_and_group(
     bits: int, group: int, scale_bits: int, interpreted: torch.device
 ) -> None:

@@ -48,6 +48,7 @@ def integers(
     codes = "*i8:16" if bits == 8 else "*u8:16"
     planes = {
         "codes": codes,
+        "high": codes,
         "scale": "*fp16:16" if scale_bits == 16 else "*u8:16",
         "zero": "*fp16:16" if scale_bits == 16 else "*i8:16",
         "unit": "*fp16:16" if scale_bits == 16 else "*fp32:16",
@@ -88,8 +89,8 @@ def float8(name: str, *, dim: int = 128, rows: int = 8) -> Configuration:
             **{f"stride_{x}": "i32:16" for x in ("k", "k_scale", "v", "v_scale")},
             **_COMMON,
         },
-        constants=constants(dim, rows),
-        num_warps=2 if rows <= 8 else 4,
+        constants={**constants(dim, rows), "BLOCK_M": min(64, rows)},
+        num_warps=4,
         num_stages=6,
     )
 
@@ -97,6 +98,7 @@ def float8(name: str, *, dim: int = 128, rows: int = 8) -> Configuration:
 def rotated(name: str, bits: int, num_warps: int, *, dim: int = 128) -> Configuration:
     """As `rotated_decode.rotated_splits` launches it."""
     planes = ("k_scale", "k_mean", "v_scale")
+    codes = ("k_codes", "k_high", "v_codes", "v_high")
     kept = {k: v for k, v in constants(dim, 8).items() if k not in ("DIM_K", "DIM_V")}
     return Configuration(
         name=name,
@@ -105,9 +107,9 @@ def rotated(name: str, bits: int, num_warps: int, *, dim: int = 128) -> Configur
         signature={
             "q_ptr": "*bf16:16",
             "rotated_q_ptr": "*fp32:16",
-            **dict.fromkeys(("k_codes_ptr", "v_codes_ptr"), "*u8:16"),
+            **{f"{plane}_ptr": "*u8:16" for plane in codes},
             **{f"{plane}_ptr": "*fp16:16" for plane in planes},
-            **{f"stride_{plane}": "i32:16" for plane in ("k_codes", "v_codes", *planes)},
+            **{f"stride_{plane}": "i32:16" for plane in (*codes, *planes)},
             **_COMMON,
         },
         constants={**kept, "DIM": dim, "BITS": bits, "HAS_MEAN": True},
@@ -121,21 +123,18 @@ _IS_SERVED_WITH = triton.__version__.startswith("3.6.")
 
 BUDGETS = (
     (rotated("rotated4", 4, 1), 4.6),
-    (rotated("rotated2", 2, 2), 7.0),
+    (rotated("rotated3", 3, 2), 7.5),
     (integers("int4", 4, 1), 2.8),
-    (integers("int4 scale_bits=8", 4, 1, scale_bits=8), 3.5),
-    (integers("int4 D64", 4, 1, dim=64), 3.8),
     (integers("int8", 8, 2), 3.8),
     (integers("int2 D64", 2, 2, dim=64), 8.5),
-    # Of this one, Triton 3.9 works for a minute.
-    *([(integers("int2", 2, 2), 6.5)] if _IS_SERVED_WITH else []),
     (integers("int4 8 tokens", 4, 4, rows=64), 10.8),
-    (float8("fp8"), 2.2),
-    (float8("fp8 D64", dim=64), 3.3),
-    (float8("fp8 8 tokens", rows=64), 5.4),
+    (float8("fp8"), 3.0),
+    (float8("fp8 D64", dim=64), 4.9),
+    (float8("fp8 8 tokens", rows=64), 8.0),
 )
 """Instructions of a thread for each number of K and V, which must not grow unseen. With 8 tokens, a
-program works for four of them."""
+program of integers works for four of them. On Hopper only floats are served with these kernels:
+`test_packed_gluon_code.py`."""
 _SPILLS = {} if _IS_SERVED_WITH else {"rotated4": 4, "rotated2": 8}
 """One warp holds all that a block of 4 bits becomes, in 255 registers. What Triton 3.6 makes fits;
 of what 3.9 makes, a few instructions move numbers to local memory and back."""
@@ -155,7 +154,7 @@ def test_nothing_is_spilled_and_several_programs_fit(
     code = codes[name]
 
     assert code.num_spills <= _SPILLS.get(name, 0)
-    assert code.shared_bytes <= MAX_SHARED_BYTES // 4
+    assert code.shared_bytes <= MAX_SHARED_BYTES // 3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -46,7 +46,7 @@ def packed(
             "SCALE_BITS": scale_bits,
             "IS_ROTATED": is_rotated,
             "HAS_MEAN": is_rotated,
-            "STAGES": 2 if bits == 8 else 3,
+            "STAGES": 3 if bits == 4 and not is_rotated else 2,
         },
         num_warps=1,
         num_stages=1,

@@ -73,7 +73,7 @@ def test_levels_are_those_of_the_codec(bits: int) -> None:
     assert torch.equal(levels(bits), codebook(bits, torch.device("cpu")).half())
 
 
-@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_rotated_vectors_of_every_width(dim: int, bits: int, interpreted: torch.device) -> None:
     check(replace(BLOCKS, dim_k=dim, dim_v=dim), bits, interpreted)
