@@ -53,6 +53,8 @@ class ValueFormat(NamedTuple):
     def of(cls, pages: ValuePages, block_size: int) -> "ValueFormat":
         """Raises: ValueError for pages that no kernel reads."""
         heads = pages.codes.shape[2]
+        if not isinstance(pages, LatentPages) and pages.high is not None:
+            raise ValueError("values of 3 bits beside latent keys are read by no kernel")
         if isinstance(pages, RotatedPages):
             bits, rest = divmod(8 * pages.codes.shape[4], block_size)
             if rest or bits not in (4, 2) or pages.mean is not None or pages.high is not None:

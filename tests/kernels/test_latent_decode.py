@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kvcluster_kernels import latent_plain
+from kvcluster_kernels.integer_decode import IntegerPages
 from kvcluster_kernels.latent_decode import decode_latents
 from kvcluster_kernels.latent_pages import LatentPages
 from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows
@@ -111,3 +112,23 @@ def test_latents_of_another_rank_are_refused() -> None:
 
     with pytest.raises(ValueError, match="do not go together"):
         decode_latents(q_RTHD, keys, expansion, values, rows, Attention(scale=1.0))
+
+
+def test_values_of_3_bits_are_refused() -> None:
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
+    rows = draw_rows(BLOCKS, generator, cpu)
+    q_RTHD = draw_queries(BLOCKS, generator, cpu)
+    expansion = expansion_of(draw_basis(2, 64, 32, generator), 2, None, cpu)
+    keys = LatentPages(torch.zeros(2, 4, 1, 64, 32, dtype=torch.float16))
+    low, high = (torch.zeros(2, 4, 2, 64, size, dtype=torch.uint8) for size in (16, 8))
+    grid = torch.zeros(2, 4, 2, 1, 64, dtype=torch.float16)
+
+    with pytest.raises(ValueError, match="3 bits"):
+        decode_latents(
+            q_RTHD,
+            keys,
+            expansion,
+            IntegerPages(low, grid, grid, high=high),
+            rows,
+            Attention(scale=1.0),
+        )
