@@ -140,6 +140,8 @@ class LoneRank:
             exact_blocks=EXACT_BLOCKS,
             implementation=implementation(self.store),
         )
+        self.num_tokens = 0
+        """Up to the last that was computed."""
         self._num_steps = 0
         self._num_appended = 0
         self._sampled: tuple[SampledToken, ...] = ()
@@ -167,6 +169,7 @@ class LoneRank:
                 ),
             ),
         )
+        self.num_tokens = start + num_tokens
         begin = time.perf_counter()
         self._sampled = self._runner.run(plan, self._sampled).answer.sampled
         return time.perf_counter() - begin
