@@ -135,13 +135,10 @@ def prefill(
         return PartialAttention(out_THD, lse_TH)
     rule = causal or Causal()
     num_row_tiles = triton.cdiv(num_tokens, _ROWS * pipeline.num_consumers)
-    num_programs = num_row_tiles * num_heads
-    if pipeline.is_persistent:
-        num_programs = min(num_programs, num_processors(q_THD.device))
     key_rows = min(keys.block_tokens, pipeline.block_n) if is_paged else pipeline.block_n
     # Where there is nothing to point at, any tensor of the right type does.
     carry_out, carry_lse = carry or PartialAttention(lse_TH, lse_TH)
-    prefill_kernel[(num_programs,)](
+    prefill_kernel[(_num_programs(pipeline, num_row_tiles * num_heads, q_THD.device),)](
         _descriptor(q_THD, num_tokens, [_ROWS, 1, dim], dim_of_rows=0),
         *(
             _descriptor(x, x.shape[2] if is_paged else keys.num_keys, [1, 1, key_rows, dim])
@@ -177,6 +174,10 @@ def prefill(
         num_warps=4,
     )
     return PartialAttention(out_THD, lse_TH)
+
+
+def _num_programs(pipeline: Pipeline, num_tiles: int, device: torch.device) -> int:
+    return min(num_tiles, num_processors(device)) if pipeline.is_persistent else num_tiles
 
 
 def registers(pipeline: Pipeline) -> int:

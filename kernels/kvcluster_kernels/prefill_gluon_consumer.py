@@ -177,6 +177,50 @@ def _walk(
 
 
 @gluon.jit
+def _store(
+    acc_MD,
+    max2_M,
+    sum_M,
+    out_ptr,
+    lse_ptr,
+    carry_out_ptr,
+    carry_lse_ptr,
+    rows_M,
+    is_row_M,
+    DIM: gl.constexpr,
+    CARRIED: gl.constexpr,
+    O_LAYOUT: gl.constexpr,
+):
+    """Write a tile's rows, merged with what they saw before."""
+    offs_D = gl.arange(0, DIM, gl.SliceLayout(0, O_LAYOUT))
+    mask_MD = gl.expand_dims(is_row_M, 1) & (gl.expand_dims(offs_D, 0) < DIM)
+    if CARRIED:
+        carry2_M = gl.load(carry_lse_ptr + rows_M, mask=is_row_M, other=float("-inf"))
+        carry2_M = carry2_M * _LOG2_E
+        new_max2_M = gl.maximum(max2_M, carry2_M)
+        shift_M = _without_nothing(new_max2_M)
+        decay_M = gl.exp2(max2_M - shift_M)
+        share_M = gl.exp2(carry2_M - shift_M)
+        sum_M = sum_M * decay_M + share_M
+        carry_MD = gl.load(
+            gl.expand_dims(carry_out_ptr + rows_M * DIM, 1) + gl.expand_dims(offs_D, 0),
+            mask=mask_MD,
+            other=0.0,
+        )
+        acc_MD = acc_MD * gl.expand_dims(decay_M, 1) + carry_MD * gl.expand_dims(share_M, 1)
+        max2_M = new_max2_M
+    seen_M = sum_M > 0.0
+    divisor_M = gl.where(seen_M, sum_M, 1.0)
+    gl.store(
+        gl.expand_dims(out_ptr + rows_M * DIM, 1) + gl.expand_dims(offs_D, 0),
+        (acc_MD * gl.expand_dims(1.0 / divisor_M, 1)).to(out_ptr.dtype.element_ty),
+        mask=mask_MD,
+    )
+    lse_M = gl.where(seen_M, (max2_M + gl.log2(divisor_M)) * _LN_2, float("-inf"))
+    gl.store(lse_ptr + rows_M, lse_M, mask=is_row_M)
+
+
+@gluon.jit
 def consume(
     q_smem,
     k_smem,
@@ -303,31 +347,19 @@ def consume(
         tokens_M = first_row + gl.arange(0, BLOCK_M, OUT_ROW_LAYOUT)
         is_row_M = tokens_M < num_tokens
         rows_M = tokens_M.to(gl.int64) * NUM_HEADS + head
-        offs_D = gl.arange(0, DIM, gl.SliceLayout(0, O_LAYOUT))
         max2_M = gl.convert_layout(shift2_M, OUT_ROW_LAYOUT)
         sum_M = gl.convert_layout(gl.sum(sums_MQ, 1), OUT_ROW_LAYOUT)
-        mask_MD = gl.expand_dims(is_row_M, 1) & (gl.expand_dims(offs_D, 0) < DIM)
-        if CARRIED:
-            carry2_M = gl.load(carry_lse_ptr + rows_M, mask=is_row_M, other=float("-inf"))
-            carry2_M = carry2_M * _LOG2_E
-            new_max2_M = gl.maximum(max2_M, carry2_M)
-            shift_M = gl.where(new_max2_M == float("-inf"), 0.0, new_max2_M)
-            decay_M = gl.exp2(max2_M - shift_M)
-            share_M = gl.exp2(carry2_M - shift_M)
-            sum_M = sum_M * decay_M + share_M
-            carry_MD = gl.load(
-                gl.expand_dims(carry_out_ptr + rows_M * DIM, 1) + gl.expand_dims(offs_D, 0),
-                mask=mask_MD,
-                other=0.0,
-            )
-            acc_MD = acc_MD * gl.expand_dims(decay_M, 1) + carry_MD * gl.expand_dims(share_M, 1)
-            max2_M = new_max2_M
-        seen_M = sum_M > 0.0
-        divisor_M = gl.where(seen_M, sum_M, 1.0)
-        gl.store(
-            gl.expand_dims(out_ptr + rows_M * DIM, 1) + gl.expand_dims(offs_D, 0),
-            (acc_MD * gl.expand_dims(1.0 / divisor_M, 1)).to(out_ptr.dtype.element_ty),
-            mask=mask_MD,
+        _store(
+            acc_MD,
+            max2_M,
+            sum_M,
+            out_ptr,
+            lse_ptr,
+            carry_out_ptr,
+            carry_lse_ptr,
+            rows_M,
+            is_row_M,
+            DIM,
+            CARRIED,
+            O_LAYOUT,
         )
-        lse_M = gl.where(seen_M, (max2_M + gl.log2(divisor_M)) * _LN_2, float("-inf"))
-        gl.store(lse_ptr + rows_M, lse_M, mask=is_row_M)

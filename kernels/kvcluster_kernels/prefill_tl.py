@@ -167,7 +167,8 @@ def _launch(
         PADDED_VALUE_DIM=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_TOKENS=0 if keys.block_ids_N is None else keys.block_tokens,
         PAGE_BLOCKS=keys.blocks_per_page,
-        AHEAD=tiles.is_ahead,
+        # With more rules, the assembler takes registers of products that are under way.
+        AHEAD=tiles.is_ahead and rule.window is None and bound is None,
         CAUSAL=rules.causal is not None,
         WINDOWED=rule.window is not None,
         BOUND_TOKENS=bound.block_tokens if bound else 0,
