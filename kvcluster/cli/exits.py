@@ -20,6 +20,7 @@ from kvcluster.errors import (
     RankLost,
     RequestError,
     ServerUnavailable,
+    SpillError,
     StoreUnavailable,
 )
 
@@ -58,7 +59,7 @@ def exit_code(error: KvClusterError) -> ExitCode:
             return ExitCode.REFUSED
         case DeadlineExceeded():
             return ExitCode.ENDED_EARLY
-        case RankLost() | ServerUnavailable() | ClientTooSlow() | StoreUnavailable():
+        case RankLost() | ServerUnavailable() | ClientTooSlow() | StoreUnavailable() | SpillError():
             return ExitCode.UNAVAILABLE
     return ExitCode.BUG
 
