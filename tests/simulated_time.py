@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kvcluster.engine.api import Output
+from kvcluster.engine.api import CacheMode, Output
 from kvcluster.engine.plan import StepPlan
 from kvcluster.engine.step_cost import CostModel
 from kvcluster.tenancy.limits import NO_LIMITS
@@ -77,6 +77,8 @@ class SimulatedTime:
                 tenant=tenant,
                 input_tokens=num_tokens,
                 priority=priority,
+                # What is found in a cache takes no time.
+                cache_mode=CacheMode.BYPASS,
                 limits=msgspec.structs.replace(NO_LIMITS, weight=weight),
                 disconnect_grace_s=3600.0,
             )

@@ -8,7 +8,7 @@ holds after every call (`check`).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from operator import gt
+from operator import le
 from typing import Protocol
 
 from kvcluster.tenancy.limits import UNLIMITED
@@ -78,8 +78,7 @@ class _Account:
 
 @dataclass(slots=True)
 class _Group:
-    """Mutable: one group of units. `unfilled`, `unfilled_chunks`: what all floors still claim, in
-    units and in whole chunks."""
+    """Mutable: one group of units, and what all floors still claim, in units and in chunks."""
 
     total: int
     unit_bytes: int
@@ -187,9 +186,11 @@ class TierLedger:
     def has_room(self, tenant: TenantId, counts: Sequence[int]) -> bool:
         """Whether the tenant could take so many units of each group, all of them, after eviction
         of all that may be evicted for it."""
-        return self.is_below_limit(tenant, counts) and not any(
-            map(gt, counts, self.obtainable(tenant))
-        )
+        if not self.is_below_limit(tenant, counts):
+            return False
+        # Caches are asked, which takes time, only where what is free does not do.
+        ways = (self.available, self.obtainable)
+        return any(all(map(le, counts, way(tenant))) for way in ways)
 
     def is_below_limit(self, tenant: TenantId, counts: Sequence[int]) -> bool:
         """Whether so many more units of each group are within the tenant's limit, once all that is
@@ -197,9 +198,11 @@ class TierLedger:
         account = self._accounts.get(tenant)
         if account is None or account.share.limit_bytes == UNLIMITED:
             return True
+        held = self._bytes(account.used) + self._bytes(account.beside) + self._bytes(counts)
+        if held <= account.share.limit_bytes:
+            return True
         idle = map(account.idle, range(len(self._groups)))
-        held = self._bytes(account.used) + self._bytes(account.beside) - self._bytes(idle)
-        return held + self._bytes(counts) <= account.share.limit_bytes
+        return held - self._bytes(idle) <= account.share.limit_bytes
 
     def capacity(self, tenant: TenantId) -> tuple[int, ...]:
         """Most units per group that the tenant could ever hold under the shares of now."""
@@ -224,8 +227,7 @@ class TierLedger:
         return any(self._below_limit(tenant, group) < 1 for group in range(len(self._groups)))
 
     def take(self, tenant: TenantId, group: int, count: int) -> bool:
-        """Count so many more units as the tenant's. False, and nothing changed: it may not have
-        them without eviction."""
+        """Count so many more as the tenant's. False, and nothing changed: not without eviction."""
         if count > self.available_in(tenant, group):
             return False
         self._move(tenant, group, count)
