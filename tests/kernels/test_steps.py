@@ -22,6 +22,7 @@ from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.model import decode_graphs
 from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.types import LayerGeometry, Policy, Route
+from tests import thread_ring
 from tests.codec_models import CPU
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import VOCAB_SIZE, ScriptedModel
@@ -184,6 +185,7 @@ def outputs(
     return model.calls
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("policies", "num_ranks", "route", "owners"),
     [
@@ -200,8 +202,11 @@ def test_a_step_through_kernels_is_the_step_in_torch(
     num_ranks: int,
     route: Route,
     owners: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
     interpreted: torch.device,
 ) -> None:
+    # Ranks wait for the interpreter and for each other, on a busy machine for minutes.
+    monkeypatch.setattr(thread_ring, "TIMEOUT_S", 280.0)
     by_kernels, plain = (
         outputs(policies, implementation, num_ranks=num_ranks, route=route, owners=owners)
         for implementation in (InterpretedAttention, in_torch)
