@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable
-from kvcluster.cache.partition import block_bytes_per_group
+from kvcluster.cache.capacity import block_bytes_per_group
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import (

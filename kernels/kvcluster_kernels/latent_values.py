@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvcluster_kernels.codes import dot
 from kvcluster_kernels.integer_decode import IntegerPages, code_bits
-from kvcluster_kernels.integer_tiles import load_tile
+from kvcluster_kernels.integer_loads import load_tile
 from kvcluster_kernels.latent_pages import LatentPages
 from kvcluster_kernels.latent_tiles import weigh_integers, weigh_latents
 from kvcluster_kernels.levels import unpack_levels

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from kvcluster_kernels.codes import dot, has_assembly, num_fields
 from kvcluster_kernels.combine import combine
+from kvcluster_kernels.integer_loads import load_levels, load_scales
 from kvcluster_kernels.integer_tiles import (
     HEADROOM,
     equal_rows_product,
-    load_levels,
     load_query_fields,
-    load_scales,
 )
 from kvcluster_kernels.levels import BITS
 from kvcluster_kernels.packed_gluon_launch import Codes, Planes, pointers, reason_against

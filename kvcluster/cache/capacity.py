@@ -21,3 +21,11 @@ def blocks_per_group(spec: ModelSpec, cache: CacheConfig, engine: EngineConfig) 
     )
     # Memory comes in pages.
     return tuple(-(-count // PAGE_BLOCKS) * PAGE_BLOCKS for count in counts)
+
+
+def block_bytes_per_group(spec: ModelSpec, block_size: int) -> tuple[int, ...]:
+    """Bytes of one block of exact K and V, in all layers of each group together."""
+    elements = [0] * len(spec.windows)
+    for layer in (spec.layers[index] for index in spec.storing_layers):
+        elements[spec.group_of(layer)] += layer.kv_elements_per_token
+    return tuple(block_size * spec.bytes_per_element * count for count in elements)

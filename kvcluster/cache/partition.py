@@ -15,7 +15,7 @@ from kvcluster.cache.encoded_pool import EncodedPool
 from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.pool_tier import RankStatistics, pool_ledger, rank_statistics
 from kvcluster.cache.tier import Reclaimable, TierLedger, TierUse
-from kvcluster.types import EXACT, NO_BLOCK, PAGE_BLOCKS, BlockId, ModelSpec, Rank, TenantId
+from kvcluster.types import EXACT, NO_BLOCK, PAGE_BLOCKS, BlockId, Rank, TenantId
 
 
 def _no_codec(codec: str) -> Sequence[int]:
@@ -394,11 +394,3 @@ def entries_per_group(
         else min(entries, -(-(window + chunk_tokens) // block_size) + 1)
         for window in windows
     )
-
-
-def block_bytes_per_group(spec: ModelSpec, block_size: int) -> tuple[int, ...]:
-    """Bytes of one block of exact K and V, in all layers of each group together."""
-    elements = [0] * len(spec.windows)
-    for layer in (spec.layers[index] for index in spec.storing_layers):
-        elements[spec.group_of(layer)] += layer.kv_elements_per_token
-    return tuple(block_size * spec.bytes_per_element * count for count in elements)

@@ -27,6 +27,7 @@ from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
 from kvcluster.cache.zeroed_blocks import zero_blocks
 from kvcluster.cluster.scoring import ScoredPiece, scored_by, scored_pieces, scores
+from kvcluster.cluster.thread_share import ThreadShare
 from kvcluster.engine.plan import (
     EncodingError,
     NewBlock,
@@ -46,25 +47,6 @@ from kvcluster.types import EXACT, Policy
 
 if TYPE_CHECKING:
     from kvcluster.model.decode_graphs import DecodeGraphs
-
-
-@dataclass(frozen=True)
-class ThreadShare:
-    """How the ranks of one machine share its cores: those with rows in a step split them."""
-
-    num_cores: int
-    ranks: frozenset[int]
-    """The ranks on this machine."""
-    fixed: int = 0
-    """Threads of each rank whatever the others do; 0: share."""
-
-    def threads(self, rank: int, busy_ranks: Sequence[int]) -> int:
-        """Threads of a rank in a step. One that only answers queries leaves the cores to those
-        that run the model."""
-        if rank not in busy_ranks:
-            return 1
-        num_busy = len(self.ranks.intersection(busy_ranks))
-        return self.fixed or max(1, self.num_cores // num_busy)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from kvcluster.attention.ring import LoneRing
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.control import LEADER, ControlChannel
-from kvcluster.cluster.runner import StepRunner, ThreadShare
+from kvcluster.cluster.runner import StepRunner
 from kvcluster.cluster.socket_ring import SocketRing
+from kvcluster.cluster.thread_share import ThreadShare
 from kvcluster.cluster.torch_ring import TorchRing
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.config import ClusterConfig, TransportKind

@@ -1,6 +1,6 @@
 """A context as its owner sees it."""
 
-from kvcluster.cache.partition import block_bytes_per_group
+from kvcluster.cache.capacity import block_bytes_per_group
 from kvcluster.engine.context import Context
 from kvcluster.engine.context_api import ContextRecord, ContextState
 from kvcluster.engine.prefixes import Prefixes

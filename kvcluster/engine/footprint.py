@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvcluster.cache.block_table import BlockTable
-from kvcluster.cache.partition import Partition, block_bytes_per_group, entries_per_group
+from kvcluster.cache.capacity import block_bytes_per_group
+from kvcluster.cache.partition import Partition, entries_per_group
 from kvcluster.engine.kept_beside import KeptBeside
 from kvcluster.engine.survivor_table import group_by_score
 from kvcluster.retention.base import Budgeted

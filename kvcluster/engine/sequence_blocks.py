@@ -6,7 +6,8 @@ from operator import le
 from typing import Final
 
 from kvcluster.cache.block_table import BlockTable
-from kvcluster.cache.partition import Partition, block_bytes_per_group
+from kvcluster.cache.capacity import block_bytes_per_group
+from kvcluster.cache.partition import Partition
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.footprint import blocks_beside, footprint, held_bytes

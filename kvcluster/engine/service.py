@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from kvcluster.cache.partition import block_bytes_per_group
+from kvcluster.cache.capacity import block_bytes_per_group
 from kvcluster.engine.api import (
     BackendStatus,
     Estimate,

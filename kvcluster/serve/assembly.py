@@ -2,8 +2,7 @@
 
 from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
-from kvcluster.cache.capacity import blocks_per_group
-from kvcluster.cache.partition import block_bytes_per_group
+from kvcluster.cache.capacity import block_bytes_per_group, blocks_per_group
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.codec.registry import CODEC_METHODS, SHARING_METHODS
 from kvcluster.config import ClusterConfig

@@ -8,9 +8,8 @@ import msgspec
 import pytest
 import torch
 
-from kvcluster.cache.capacity import blocks_per_group
+from kvcluster.cache.capacity import block_bytes_per_group, blocks_per_group
 from kvcluster.cache.encoded_pages import blocks_per_page
-from kvcluster.cache.partition import block_bytes_per_group
 from kvcluster.cache.store import KVStore
 from kvcluster.codec.calibration import Calibration
 from kvcluster.config import CacheConfig, EngineConfig

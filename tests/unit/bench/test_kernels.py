@@ -23,8 +23,8 @@ def test_every_suite_is_a_module_with_measure(module: str) -> None:
 
 
 def test_an_unknown_suite_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="no suite 'encode'; there are decode"):
-        run(["encode"])
+    with pytest.raises(ConfigError, match="no suite 'decodes'; there are decode"):
+        run(["decodes"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -48,7 +48,7 @@ def test_a_report_says_where_and_how_its_numbers_were_taken() -> None:
 
 def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
     with pytest.raises(
-        ConfigError, match="no benchmark 'e3e'; there are e2e, upload, memory, step, kernels"
+        ConfigError, match="no benchmark 'e3e'; there are e2e, context, upload, memory, step"
     ):
         benchmark("e3e")
 

@@ -2,7 +2,8 @@ import pytest
 
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable
-from kvcluster.cache.partition import Partition, block_bytes_per_group, entries_per_group
+from kvcluster.cache.capacity import block_bytes_per_group
+from kvcluster.cache.partition import Partition, entries_per_group
 from kvcluster.cache.pool_tier import pool_ledger
 from kvcluster.cache.tier import TierShare
 from kvcluster.tenancy.limits import UNLIMITED

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcluster.cache.partition import block_bytes_per_group
+from kvcluster.cache.capacity import block_bytes_per_group
 from kvcluster.cache.tier import TierShare
 from kvcluster.config import EngineConfig
 from kvcluster.engine.api import FinishReason
