@@ -27,7 +27,7 @@ from kvcluster.codec.calibration import Basis
 from kvcluster.codec.checks import shape_of_blocks
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.filling import Grade
-from kvcluster.codec.inner import inner_values
+from kvcluster.codec.inner import Decoded, inner_values
 from kvcluster.codec.quantized import ChannelQuantizer
 from kvcluster.codec.rotated import Rotated
 from kvcluster.codec.rounding import MAX_HALF, power_of_two_at_least
@@ -118,6 +118,9 @@ class LatentValues:
         self._down = _FixedPointMatrix(basis.down_FC)
         self._up = _FixedPointMatrix(basis.up_CF)
         self._stored = storage.codec(rank)
+        # What is inside a rotated latent is no latent yet.
+        is_rotated = isinstance(self._stored, Rotated)
+        self._read = Decoded(self._stored) if is_rotated else inner_values(self._stored)
 
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         if (shape.num_heads, shape.dim) != (self.num_heads, self.dim):
@@ -142,7 +145,7 @@ class LatentValues:
 
     def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """latent_B1SC, which all heads share: what is stored, without the way back."""
-        return inner_values(self._stored).inner(planes, positions_BS)
+        return self._read.inner(planes, positions_BS)
 
     def approximate(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """x_BKSD to the rounding of float32: `decode` whose last bits depend on the batch."""

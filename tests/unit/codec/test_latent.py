@@ -100,7 +100,8 @@ CODECS: dict[str, ArrayCodec] = {
     "values": latent_values(),
     "values-4": latent_values(bits=4),
     "values-3": latent_values(rank=24, bits=3),
-    "values-rotated": latent_values(rank=24, bits=2, is_rotated=True),
+    "values-rotated": latent_values(rank=16, bits=2, is_rotated=True),
+    "values-rotated-sections": latent_values(rank=24, bits=2, is_rotated=True),
     "values-graded": latent_values(rank=32, grades=(Grade(4, 16), Grade(3, 8), Grade(2, 8))),
 }
 
