@@ -121,6 +121,9 @@ def rotated(name: str, bits: int, num_warps: int, *, dim: int = 128) -> Configur
 _IS_SERVED_WITH = triton.__version__.startswith("3.6.")
 """Whether this is the Triton that GPUs are served with."""
 
+_OTHER = 0.0 if _IS_SERVED_WITH else 0.4
+"""What products of floats take more with another Triton: it moves numbers between lanes."""
+
 BUDGETS = (
     (rotated("rotated4", 4, 1), 4.6),
     (rotated("rotated3", 3, 2), 7.5),
@@ -128,14 +131,14 @@ BUDGETS = (
     (integers("int8", 8, 2), 3.8),
     (integers("int2 D64", 2, 2, dim=64), 8.5),
     (integers("int4 8 tokens", 4, 4, rows=64), 10.8),
-    (float8("fp8"), 3.0),
-    (float8("fp8 D64", dim=64), 4.9),
+    (float8("fp8"), 3.0 + _OTHER),
+    (float8("fp8 D64", dim=64), 4.9 + _OTHER),
     (float8("fp8 8 tokens", rows=64), 8.0),
 )
 """Instructions of a thread for each number of K and V, which must not grow unseen. With 8 tokens, a
 program of integers works for four of them. On Hopper only floats are served with these kernels:
 `test_packed_gluon_code.py`."""
-_SPILLS = {} if _IS_SERVED_WITH else {"rotated4": 4, "rotated2": 8}
+_SPILLS = {} if _IS_SERVED_WITH else {"rotated4": 26, "rotated2": 8}
 """One warp holds all that a block of 4 bits becomes, in 255 registers. What Triton 3.6 makes fits;
 of what 3.9 makes, a few instructions move numbers to local memory and back."""
 
