@@ -20,7 +20,7 @@ from kvcluster.types import PAGE_BLOCKS
 from tests.thread_executor import hear, running_engine
 from tests.unit.quality.toys import character_tokenizer, tiny_model
 
-CACHE = CacheConfig(block_size=16, capacity_tokens=4096, exact_recent_tokens=32)
+CACHE = CacheConfig(block_size=16, capacity_tokens=4096, exact_recent_tokens=32, prefix_cache=False)
 OUTPUT_TOKENS = 12
 PROSE = "Some words, one after another, and then some more of them. "
 TEXTS = tuple(
