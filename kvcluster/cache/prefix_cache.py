@@ -247,15 +247,25 @@ class PrefixCache:
         block.copies.append(added)
 
     def _next_victim(self) -> CachedBlock | None:
-        return next(
-            (
-                block
-                for queue in (self._idle, self._of_contexts)
-                for block in queue.values()
-                if not block.num_children and not block.is_pinned and self._is_free(block)
-            ),
-            None,
-        )
+        # A last block that is in use frees nothing itself, but may stand behind what nobody uses: a
+        # window has moved on, or a codec reads another form.
+        for queue in (self._idle, self._of_contexts):
+            for may_go in (self._is_free, self._has_idle_before):
+                for block in queue.values():
+                    if not block.num_children and not block.is_pinned and may_go(block):
+                        return block
+        return None
+
+    def _has_idle_before(self, block: CachedBlock) -> bool:
+        """Whether anything of the block, or of those before it, is used by nobody else."""
+        at: CachedBlock | None = block
+        while at is not None:
+            for copy in at.copies:
+                for group, held in enumerate(copy.held()):
+                    if self.shared.num_users(at.codec, held, group) == 1:
+                        return not at.is_pinned
+            at = at.parent
+        return False
 
     def _is_free(self, block: CachedBlock) -> bool:
         """Whether nobody else uses the block."""

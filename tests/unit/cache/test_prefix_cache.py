@@ -86,6 +86,20 @@ def test_what_somebody_uses_is_not_given_up(kept: Kept) -> None:
     assert kept.partition.num_used == 0
 
 
+def test_what_nobody_uses_is_given_up_though_what_follows_it_is_in_use(kept: Kept) -> None:
+    keys = kept.keep([1] * 12)
+    _, known = named([1] * 12)
+    *_, last = kept.cache.match(keys.keys, known)
+    kept.cache.shared.retain("exact", last.copies[0])
+
+    assert kept.cache.idle_units() == (2,)
+    kept.cache.evict(0, 1)
+
+    # The last block is not found any more, and still its user's.
+    assert kept.num_matched([1] * 12) == 1
+    assert kept.partition.num_used == 2
+
+
 def test_contexts_outlive_other_blocks_and_pinned_ones_everything(kept: Kept) -> None:
     held = kept.keep([1] * 8)
     pinned = kept.keep([2] * 8)

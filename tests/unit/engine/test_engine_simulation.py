@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -362,6 +362,15 @@ TestEngineSimulation = pytest.mark.timeout(600)(EngineSimulation.TestCase)
     shard_min=st.sampled_from([1, 20, 1000]),
     windows=st.sampled_from(WINDOWS),
     lookahead=st.integers(1, 3),
+)
+@example(  # What is kept of a window stands before a block that its request goes on reading.
+    lengths=[(3, 11), (49, 5)],
+    spare_blocks=1,
+    block_size=4,
+    num_ranks=1,
+    shard_min=1,
+    windows=(None, 6),
+    lookahead=1,
 )
 @settings(max_examples=150, deadline=None)
 def test_requests_that_fight_for_blocks_all_get_their_own_tokens(
