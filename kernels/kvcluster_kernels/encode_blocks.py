@@ -100,7 +100,8 @@ def half_at_least(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def half_at_most(x: tl.tensor) -> tl.tensor:
     """Largest float16 that is not above x, likewise."""
-    above = half_at_least(-x).to(tl.int16, bitcast=True)
+    # Not -x, which Triton 3.6 takes for 0 - x: its 0 has another sign.
+    above = half_at_least(x * -1.0).to(tl.int16, bitcast=True)
     return (above ^ -0x8000).to(tl.int16).to(tl.float16, bitcast=True)
 
 

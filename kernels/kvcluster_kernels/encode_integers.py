@@ -149,6 +149,9 @@ def _ranges(
             best = tl.where(error < least, inset, best)
         low = low + best
         high = high - best
+    else:
+        # Of zeros of both signs, devices differ in which is the least; the sum of both is 0.
+        low = low + 0.0
     return low, high
 
 

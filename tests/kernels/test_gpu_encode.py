@@ -9,6 +9,7 @@ from kvcluster.codec.rotated import Rotated
 from tests.kernels.test_encode_floats import check_float8, check_halves
 from tests.kernels.test_encode_integers import SPANS
 from tests.kernels.test_encode_integers import check as check_integers
+from tests.kernels.test_encode_integers import check_zeros
 from tests.kernels.test_encode_latents import FORMS
 from tests.kernels.test_encode_latents import check as check_latents
 from tests.kernels.test_encode_rotated import check as check_rotated
@@ -31,6 +32,11 @@ def test_integers(
     form = IntegerFormat(bits, 32, scale_bits, SPANS.get(bits, ()), is_transposed)
 
     check_integers(form, SHAPES[dim], gpu, dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_zeros_of_both_signs(bits: int, gpu: torch.device) -> None:
+    check_zeros(IntegerFormat(bits, 16, spans=SPANS.get(bits, ())), gpu)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
