@@ -235,6 +235,10 @@ class ClusterConfig:
     dtype: str = "auto"
     """Weights and cache: float32, bfloat16, float16; auto: float32 on CPU, the model's on GPU."""
 
+    weights: str = "files"
+    """`files`: the model's own; `random`: random numbers of its shape, of which only config.json is
+    read. For measuring speed: what such a model says means nothing."""
+
     calibration: str = ""
     """File that `kvcluster calibrate` wrote for the model: latent codecs and `auto` need it."""
 
@@ -262,6 +266,7 @@ class ClusterConfig:
         if not self.model:
             raise ConfigError("model: want a name, a directory or a GGUF file, got nothing")
         _want_one_of(("auto", "float32", "bfloat16", "float16"), "dtype", self.dtype)
+        _want_one_of(("files", "random"), "weights", self.weights)
         if "" in self.tenant_policies:
             raise ConfigError("tenant_policies: want the id of a tenant, got nothing")
 

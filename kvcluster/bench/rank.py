@@ -25,7 +25,11 @@ from kvcluster.types import EXACT, Policy
 SHAPES: Final = ("1b", "8b")
 LENGTHS: Final = (4096, 32_768, 131_072)
 POLICIES: Final = (EXACT, "int8", "int4")
-_CHUNK_TOKENS: Final = 8192
+CHUNK_TOKENS: Final = 12_672
+"""Rows of a prefill chunk. With 32 query heads they are 16 rounds of tiles of 192 rows for the 132
+processors of an H100 (heads of 64), and 24 rounds of tiles of 128 (heads of 128): none of them
+waits for others in a last round that is not full. With 8,192 rows that is 6 % and 3 % of the time.
+"""
 _WARM_UP_STEPS: Final = 3
 _STEPS: Final = 64
 """Tokens of a block, so that one of them leaves a block full."""
@@ -85,11 +89,11 @@ def measure(
     for policy in policies:
         for length in lengths:
             torch.cuda.empty_cache()
-            rank = LoneRank(model, Policy(codec=policy), capacity=length + 8192)
+            rank = LoneRank(model, Policy(codec=policy), capacity=length + CHUNK_TOKENS)
             rank.fill()
             name = f"{shape} {policy} {length >> 10}K"
             if with_prefill:
-                chunk = min(_CHUNK_TOKENS, length)
+                chunk = min(CHUNK_TOKENS, length)
                 ids = [7] * chunk
                 # The first one is compiled for, at the first lengths.
                 repeats = 2 if length <= max(LENGTHS) else 1

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "memory": "what the worker processes hold of a cache, under policies",
     "step": "the control path's time a step, without model work",
     "rank": "a rank's prefill and decode on a GPU, a model of Llama 3.2 1B's shape",
+    "serve": "first token and tokens of long prompts through gRPC and Ray, on a GPU",
     "fairness": "short prompts of one tenant while another sends the longest ones",
     "kernels": "attention kernels on a GPU beside the best there are",
 }

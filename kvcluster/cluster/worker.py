@@ -96,7 +96,12 @@ class Worker:
         """
         disable_progress_bar()  # type: ignore[no-untyped-call]
         torch.set_num_threads(self._share.threads(self._rank, tuple(self._share.ranks)))
-        self._model = load_model(self._config.model, dtype=self._config.dtype, device=self.device)
+        self._model = load_model(
+            self._config.model,
+            dtype=self._config.dtype,
+            device=self.device,
+            has_random_weights=self._config.weights == "random",
+        )
         self._codecs = load_codecs(self._model, self._config.calibration)
         return self._model.spec
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from kvcluster.model.attention_hook import LayerAttention, forward
 from kvcluster.model.probe import probe
 from kvcluster.model.source import LOAD_ERRORS, ModelFiles, find_model, first_line
 from kvcluster.types import ModelSpec
+
+_SEED: Final = 0
+"""Of random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +58,19 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, dtype: str, device: str, cache_dir: Path | None = None
+    source: str,
+    *,
+    dtype: str,
+    device: str,
+    cache_dir: Path | None = None,
+    has_random_weights: bool = False,
 ) -> LoadedModel:
     """Load a model by short name, directory or GGUF file, and check that it can be served.
 
     `dtype` is `auto`, `float32`, `bfloat16` or `float16`; auto: float32 on the CPU, elsewhere the
     checkpoint's (which for a GGUF file is float32). Converted files go to `cache_dir`, by default
-    ~/.cache/kvcluster. Takes seconds, blocks.
+    ~/.cache/kvcluster. `has_random_weights`: whatever weights there are, they are not read; equal
+    ones on all ranks with devices of one kind. Takes seconds, blocks.
     Raises: ConfigError (dtype), ModelNotFound, ModelUnsupported.
     """
     target = torch.device(device)
@@ -70,8 +79,11 @@ def load_model(
     wanted: torch.dtype | str = DTYPES.get(dtype, "auto")
     if dtype == "auto" and target.type == "cpu":
         wanted = torch.float32
-    files = find_model(source, cache_dir)
-    module = _from_directory(files, wanted).to(target).eval()
+    files = find_model(source, cache_dir, needs_weights=not has_random_weights)
+    if has_random_weights:
+        module = _of_random_numbers(files, wanted, target).eval()
+    else:
+        module = _from_directory(files, wanted).to(target).eval()
     return LoadedModel(spec=_spec(files, module), module=module, device=target)
 
 
@@ -88,6 +100,27 @@ def _from_directory(files: ModelFiles, dtype: torch.dtype | str) -> Any:
     except LOAD_ERRORS as error:
         raise ModelUnsupported(
             f"transformers cannot load {files.directory}: {first_line(error)}"
+        ) from error
+
+
+def _of_random_numbers(files: ModelFiles, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """Made on the device: a model of billions of weights would take the CPU minutes."""
+    try:
+        config = AutoConfig.from_pretrained(
+            files.directory, trust_remote_code=False, local_files_only=True
+        )
+        wanted = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.device(device),
+        ):
+            torch.manual_seed(_SEED)
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=wanted, trust_remote_code=False
+            )
+    except LOAD_ERRORS as error:
+        raise ModelUnsupported(
+            f"transformers cannot make {files.directory}: {first_line(error)}"
         ) from error
 
 

@@ -67,11 +67,14 @@ class ModelFiles:
         return bool(self.tokenizer_digest)
 
 
-def find_model(source: str, cache_dir: Path | None = None) -> ModelFiles:
+def find_model(
+    source: str, cache_dir: Path | None = None, *, needs_weights: bool = True
+) -> ModelFiles:
     """Find a model by short name, directory or GGUF file; convert it where that is needed.
 
     Conversion happens once: it takes seconds to minutes and 4 bytes of `cache_dir` a weight, and
-    other processes that want the same model wait for it. Raises: ModelNotFound, ModelUnsupported.
+    other processes that want the same model wait for it. `needs_weights`: a directory without any
+    is no model. Raises: ModelNotFound, ModelUnsupported.
     """
     path = Path(source).expanduser()
     if source in PACKAGED_MODELS:
@@ -86,7 +89,7 @@ def find_model(source: str, cache_dir: Path | None = None) -> ModelFiles:
             f"{', '.join(sorted(PACKAGED_MODELS))}"
         )
     weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
+    if needs_weights and not weights:
         raise ModelNotFound(f"{directory} has no .safetensors weights")
     return ModelFiles(
         name=source if source in PACKAGED_MODELS else _display_name(path),

@@ -174,7 +174,7 @@ def load_tokenizer(source: str, cache_dir: Path | None = None) -> TextTokenizer 
     None when the model has none: it then serves token ids only. A GGUF file is converted first,
     as `load_model` does. Raises: ModelNotFound, ModelUnsupported.
     """
-    files = find_model(source, cache_dir)
+    files = find_model(source, cache_dir, needs_weights=False)
     if not files.has_tokenizer:
         return None
     try:

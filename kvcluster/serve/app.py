@@ -79,7 +79,7 @@ def running(config: ClusterConfig) -> Iterator[RunningApp]:
     connected to; else connects to `config.ray_address` or starts one, and ends it afterwards."""
     check_together(config.tls, config.oidc, has_tenants=bool(config.tenancy.database))
     checked_address(config.router, has_keys=bool(config.tenancy.database), has_tls=config.tls.is_on)
-    find_model(config.model)
+    find_model(config.model, needs_weights=config.weights != "random")
     owns_ray = not ray.is_initialized()
     if owns_ray:
         _connect_ray(config)
