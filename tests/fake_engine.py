@@ -286,6 +286,12 @@ class FakeCluster:
             for group in range(len(self.spec.windows)):
                 cache.evict(group, 1 << 30)
 
+    def check_books(self) -> None:
+        """Assert that what is counted of blocks, used and idle, is exact."""
+        self.partitions.check()
+        for cache in self.engine._scheduler.prefixes._caches.values():
+            cache.check()
+
     @property
     def num_leaked(self) -> int:
         """Blocks in use, in the engine's books and on the ranks, without those that are kept for

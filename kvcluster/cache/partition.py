@@ -67,6 +67,7 @@ class Partition:
         self._encoded: dict[str, tuple[tuple[EncodedPool, ...], ...]] = {}
         self.freed: list[FreedBlock] = []
         """To be zeroed by the next step, before anything is written."""
+        self.on_users_changed: Callable[[str, int, HeldBlock], None] = lambda *_: None
 
     @property
     def num_ranks(self) -> int:
@@ -363,6 +364,7 @@ class Partition:
             self._ledger.give_back(self.tenant, group, PAGE_BLOCKS * num_freed)
             if not encoded.num_pages:
                 self._forget_empty(codec)
+        self.on_users_changed(codec, group, held)
 
     def _forget_empty(self, codec: str) -> None:
         """Requests choose a codec's parameters, so there is no end of codecs."""

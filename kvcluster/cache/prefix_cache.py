@@ -15,6 +15,7 @@ from typing import NamedTuple
 from kvcluster.cache.block_keys import BlockKey, block_tokens
 from kvcluster.cache.block_table import BlockTable, TableEntry
 from kvcluster.cache.held_forms import Form, FormsAt, HeldForms, has, restricted
+from kvcluster.cache.idle_blocks import IdleBlocks
 from kvcluster.cache.partition import Partition
 from kvcluster.cache.shared_blocks import SharedBlocks
 from kvcluster.types import NO_BLOCK
@@ -66,6 +67,7 @@ class PrefixCache:
         # Least recently used first, and of one prefix the last block first.
         self._idle: OrderedDict[BlockKey, CachedBlock] = OrderedDict()
         self._of_contexts: OrderedDict[BlockKey, CachedBlock] = OrderedDict()
+        self._unused = IdleBlocks(self.shared)
         self._num_hits = 0
         self._num_evicted = 0
         partition.plug(self)
@@ -144,6 +146,7 @@ class PrefixCache:
             del self._queue_of(block)[block.key]
             block.holders[holder] = pinned
             self._queue_of(block)[block.key] = block
+            self._unused.pins_changed(block)
 
     def let_go(self, keys: Sequence[BlockKey], holder: str) -> None:
         """A context holds none of these blocks any more."""
@@ -151,6 +154,7 @@ class PrefixCache:
             del self._queue_of(block)[block.key]
             block.holders.pop(holder, None)
             self._queue_of(block)[block.key] = block
+            self._unused.pins_changed(block)
 
     def evict(self, group: int, count: int) -> None:
         """Give up blocks until so many exact blocks' worth of a KV group is free, or nothing more
@@ -164,32 +168,12 @@ class PrefixCache:
             self._num_evicted += 1
 
     def idle_units(self) -> tuple[int, ...]:
-        """Per KV group, exact blocks' worth that `evict` could free. Looks at every block."""
-        idle = [0.0] * self._partition.num_groups
-        for group, _, share in self._idle_shares():
-            idle[group] += share
-        return tuple(map(int, idle))
+        """Per KV group, exact blocks' worth that `evict` could free."""
+        return self._unused.units()
 
     def idle_on_ranks(self) -> tuple[int, ...]:
         """The same per rank."""
-        idle = [0.0] * self._partition.num_ranks
-        for _, rank, share in self._idle_shares():
-            idle[rank] += share
-        return tuple(map(int, idle))
-
-    def _idle_shares(self) -> Iterator[tuple[int, int, float]]:
-        """Group, rank and exact blocks' worth of whatever nobody uses."""
-        for block in self._blocks.values():
-            if block.is_pinned:
-                continue
-            share = self._partition.stored_share(block.codec)
-            for copy in block.copies:
-                for group, held in enumerate(copy.held()):
-                    if self.shared.num_users(block.codec, held, group) == 1:
-                        exact, encoded = (
-                            each != NO_BLOCK for each in (held.block_id, held.encoded_id)
-                        )
-                        yield group, copy.rank, exact + share * encoded
+        return self._unused.on_ranks()
 
     def drop_tree(self, key: BlockKey) -> list[Dropped]:
         """Forget a block that no context holds and all that follow it; returns their codecs and
@@ -199,7 +183,9 @@ class PrefixCache:
             return []
         dropped: list[Dropped] = []
         for block in self._tree_of(root):
-            dropped += [Dropped(block.codec, copy) for copy in block.copies]
+            for copy in block.copies:
+                self._unused.remove(block, copy)
+                dropped.append(Dropped(block.codec, copy))
             block.copies = []
             self._drop(block)
         return dropped
@@ -212,10 +198,15 @@ class PrefixCache:
         """Forget everything: the ranks have lost it."""
         for block in self._blocks.values():
             for copy in block.copies:
+                self._unused.remove(block, copy)
                 self.shared.release(block.codec, copy)
         self._blocks.clear()
         self._idle.clear()
         self._of_contexts.clear()
+
+    def check(self) -> None:
+        """Assert that the count of what is idle is exact."""
+        self._unused.check(self._blocks.values())
 
     def statistics(self) -> PrefixCacheStatistics:
         return PrefixCacheStatistics(len(self._blocks), self._num_hits, self._num_evicted)
@@ -240,11 +231,14 @@ class PrefixCache:
         for place, copy in enumerate(block.copies):
             if copy.rank == added.rank:
                 missing = _missing(copy, added)
+                self._unused.remove(block, copy)
                 self.shared.retain(block.codec, missing)
                 block.copies[place] = _joined(copy, missing)
+                self._unused.add(block, block.copies[place])
                 return
         self.shared.retain(block.codec, added)
         block.copies.append(added)
+        self._unused.add(block, added)
 
     def _next_victim(self) -> CachedBlock | None:
         # A last block that is in use frees nothing itself, but may stand behind what nobody uses: a
@@ -277,6 +271,7 @@ class PrefixCache:
 
     def _drop(self, block: CachedBlock) -> None:
         for copy in block.copies:
+            self._unused.remove(block, copy)
             self.shared.release(block.codec, copy)
         if block.parent is not None:
             block.parent.num_children -= 1

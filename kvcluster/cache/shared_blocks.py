@@ -22,6 +22,7 @@ class SharedBlocks:
             if held.encoded_id != NO_BLOCK:
                 encoded = self.partition.encoded_pool(codec, held.rank, group)
                 encoded.retain(held.encoded_id)
+            self.partition.on_users_changed(codec, group, held)
 
     def release(self, codec: str, entry: TableEntry) -> None:
         """Take one user of every block of an entry away."""

@@ -284,7 +284,7 @@ class EngineSimulation(RuleBasedStateMachine):
     @invariant()
     def books_are_exact_and_no_floor_loses_a_block(self) -> None:
         if hasattr(self, "cluster"):
-            self.cluster.partitions.check()
+            self.cluster.check_books()
             # Less only after a change of shares: what was borrowed before comes back by and by.
             assert lacking(self.cluster) <= self.lacking
             self.lacking = lacking(self.cluster)
