@@ -1,5 +1,5 @@
 # make demo   a local cluster with three ranks answers a question about a long text
-# make test   style, types, layers, generated stubs and all tests
+# make test   style, types, layers, protos with their stubs, and all tests
 #
 # Both create .venv first (minutes once, nothing after) and need Python >= 3.11; a GPU is optional.
 # Another Python or torch: make demo PYTHON=python3.12 TORCH="torch==2.12.1 --index-url https://..."
@@ -22,6 +22,7 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python protos/lint.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not ray and not long and not gpu"
 	$(BIN)/pytest -m ray
 
