@@ -1,7 +1,8 @@
 """Prefill attention over a history of encoded blocks, the faster way.
 
 Where many query rows share keys, these are restored once, at the speed of memory, and the kernels
-for 16-bit numbers attend to them; where few do, blocks are read as they are stored.
+for 16-bit numbers attend to them: so many at a time as a workspace of a fixed size holds, which is
+all the memory that it takes. Where few do, blocks are read as they are stored; latents never are.
 
 Shape letters: those of `packed_prefill.py`.
 """
@@ -12,6 +13,12 @@ import torch
 from torch import Tensor
 
 from kvcluster_kernels import prefill_gluon, prefill_tl
+from kvcluster_kernels.latent_history import (
+    LatentHistory,
+    check_latents,
+    in_order_of,
+    restore_latents,
+)
 from kvcluster_kernels.packed_prefill import History, check_history, prefill_packed
 from kvcluster_kernels.packed_restore import restore
 from kvcluster_kernels.prefill_arguments import Keys, PartialAttention
@@ -25,7 +32,7 @@ _WORKSPACE_BYTES = 1 << 30
 
 def prefill_history(
     q_THD: Tensor,
-    history: History,
+    history: History | LatentHistory,
     *,
     scale: float,
     carry: PartialAttention | None = None,
@@ -35,6 +42,8 @@ def prefill_history(
 
     Raises: ValueError when shapes do not fit.
     """
+    if isinstance(history, LatentHistory):
+        return prefill_restored(q_THD, history, scale=scale, carry=carry, out_dtype=out_dtype)
     check_history(q_THD, history, scale, carry)
     rows = q_THD.shape[0] * (q_THD.shape[1] // history.num_kv_heads)
     attend = prefill_restored if rows >= MIN_RESTORED_ROWS else prefill_packed
@@ -43,7 +52,7 @@ def prefill_history(
 
 def prefill_restored(
     q_THD: Tensor,
-    history: History,
+    history: History | LatentHistory,
     *,
     scale: float,
     carry: PartialAttention | None = None,
@@ -55,27 +64,32 @@ def prefill_restored(
 
     Raises: ValueError when shapes do not fit.
     """
-    check_history(q_THD, history, scale, carry)
+    if isinstance(history, LatentHistory):
+        check_latents(q_THD, history)
+        q_THD = in_order_of(q_THD, history.expansion)
+    else:
+        check_history(q_THD, history, scale, carry)
     dim = q_THD.shape[2]
     bytes_per_token = history.num_kv_heads * (dim + history.value_dim) * q_THD.element_size()
     pieces = list(_pieces(history, max(1, workspace_bytes // bytes_per_token)))
     for index, piece in enumerate(pieces):
         is_last = index == len(pieces) - 1
-        keys = restore(piece, dim, q_THD.dtype)
+        if isinstance(piece, LatentHistory):
+            keys = restore_latents(piece, q_THD.dtype)
+        else:
+            keys = restore(piece, dim, q_THD.dtype)
         carry = _attend(q_THD, keys, scale, carry, out_dtype if is_last else torch.float32)
     assert carry is not None
     return carry
 
 
-def _pieces(history: History, num_tokens: int) -> Iterator[History]:
+def _pieces(history: History | LatentHistory, num_tokens: int) -> Iterator[History | LatentHistory]:
     """Histories of at most so many tokens, or of one block; one of nothing where there is none."""
     blocks = max(1, num_tokens // history.block_tokens)
     for first in range(0, max(1, history.num_keys), blocks * history.block_tokens):
         first_block = first // history.block_tokens
-        yield history._replace(
-            blocks_N=history.blocks_N[first_block : first_block + blocks],
-            num_keys=min(history.num_keys - first, blocks * history.block_tokens),
-        )
+        num_keys = min(history.num_keys - first, blocks * history.block_tokens)
+        yield history.part(first_block, first_block + blocks, num_keys)
 
 
 def _attend(

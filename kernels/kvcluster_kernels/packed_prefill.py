@@ -50,6 +50,10 @@ class History(NamedTuple):
     def value_dim(self) -> int:
         return int(_stored(self.values).shape[3])
 
+    def part(self, first: int, end: int, num_keys: int) -> "History":
+        """Of some blocks."""
+        return self._replace(blocks_N=self.blocks_N[first:end], num_keys=num_keys)
+
 
 class PackedTiles(NamedTuple):
     """How a prefill over encoded blocks is cut for the processor. Changes the speed alone."""

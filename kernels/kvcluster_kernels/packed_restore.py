@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcluster_kernels.codes import has_assembly
+from kvcluster_kernels.float8_decode import Float8Pages
+from kvcluster_kernels.integer_decode import IntegerPages
 from kvcluster_kernels.packed_launch import page_strides
 from kvcluster_kernels.packed_prefill import (
     History,
@@ -25,6 +27,9 @@ from kvcluster_kernels.packed_tiles import block_tile, place_of_column, place_of
 from kvcluster_kernels.prefill_arguments import Keys
 
 _NUM_WARPS = 8
+_MAX_WARPS = 16
+_WARP_NUMBERS = 2048
+"""Of a tile, for each warp: what its threads have registers for."""
 
 
 def restore(history: History, key_dim: int, dtype: torch.dtype) -> Keys:
@@ -35,112 +40,114 @@ def restore(history: History, key_dim: int, dtype: torch.dtype) -> Keys:
     """
     form = format_of(history, key_dim)
     num_heads, block_tokens = history.num_kv_heads, history.block_tokens
-    num_blocks = triton.cdiv(history.num_keys, block_tokens)
+    blocks_N = history.blocks_N[: triton.cdiv(history.num_keys, block_tokens)]
     # Whole blocks: their last tokens are behind the keys, and nothing reads them.
     k_KSD, v_KSD = (
-        _empty(history.blocks_N, (num_heads, num_blocks * block_tokens, dim), dtype)
+        blocks_N.new_empty((num_heads, len(blocks_N) * block_tokens, dim), dtype=dtype)
         for dim in (key_dim, history.value_dim)
     )
-    keys, values = planes_of(history.keys), planes_of(history.values)
-    if num_blocks:
-        _restore_kernel[(num_blocks, num_heads)](
-            *keys,
-            *values,
-            history.blocks_N,
-            k_KSD,
-            v_KSD,
-            num_blocks * block_tokens,
-            *page_strides(keys),
-            *page_strides(values),
-            BLOCK_TOKENS=block_tokens,
-            PAGE_BLOCKS=keys[0].shape[1],
-            KEY_DIM=key_dim,
-            VALUE_DIM=history.value_dim,
-            K_BITS=form.k_bits,
-            V_BITS=form.v_bits,
-            K_GROUPS=form.k_groups,
-            V_GROUPS=form.v_groups,
-            SCALE_BITS=form.scale_bits,
-            K_COLUMNS=padded_columns(key_dim, form.k_bits),
-            V_ROWS=padded_rows(history.value_dim, form.v_groups),
-            IS_GPU=has_assembly(_restore_kernel),
-            num_warps=_NUM_WARPS,
-        )
+    restore_rows(history.keys, blocks_N, k_KSD, form.k_bits)
+    restore_columns(history.values, blocks_N, v_KSD, form.v_bits)
     return Keys(k_KSD[None], v_KSD[None], history.num_keys)
 
 
-def _empty(like: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    return like.new_empty(shape, dtype=dtype)
+def restore_rows(
+    pages: IntegerPages | Float8Pages, blocks_N: Tensor, x_KSD: Tensor, bits: int
+) -> None:
+    """Write whole blocks, of which a row is the numbers of a token, in line. `bits`: of a code, 0
+    for floats."""
+    _launch(pages, blocks_N, x_KSD, bits, is_transposed=False)
+
+
+def restore_columns(
+    pages: IntegerPages | Float8Pages, blocks_N: Tensor, x_KSD: Tensor, bits: int
+) -> None:
+    """The same of blocks of which a column is the numbers of a token, as values are stored."""
+    _launch(pages, blocks_N, x_KSD, bits, is_transposed=True)
+
+
+def _launch(
+    pages: IntegerPages | Float8Pages,
+    blocks_N: Tensor,
+    x_KSD: Tensor,
+    bits: int,
+    *,
+    is_transposed: bool,
+) -> None:
+    if not len(blocks_N):
+        return
+    num_heads, num_slots, dim = x_KSD.shape
+    planes = planes_of(pages)
+    is_integer = isinstance(pages, IntegerPages)
+    groups = int(pages.scale.shape[3]) if is_integer else 1
+    block_tokens = num_slots // len(blocks_N)
+    most = block_tokens * int(triton.next_power_of_2(dim)) // _WARP_NUMBERS
+    _restore_kernel[(len(blocks_N), num_heads)](
+        *planes,
+        blocks_N,
+        x_KSD,
+        num_slots,
+        *page_strides(planes),
+        BLOCK_TOKENS=block_tokens,
+        PAGE_BLOCKS=planes[0].shape[1],
+        DIM=dim,
+        BITS=bits,
+        GROUPS=groups,
+        SCALE_BITS=8 if is_integer and pages.unit is not None else 16,
+        COLUMNS=padded_columns(dim, bits),
+        ROWS=padded_rows(dim, groups),
+        IS_TRANSPOSED=is_transposed,
+        IS_GPU=has_assembly(_restore_kernel),
+        num_warps=max(_NUM_WARPS, min(_MAX_WARPS, most)),
+    )
 
 
 @triton.jit(do_not_specialize=("num_slots",))
 def _restore_kernel(
-    k_codes_ptr: tl.tensor,
-    k_scale_ptr: tl.tensor,
-    k_zero_ptr: tl.tensor,
-    k_unit_ptr: tl.tensor,
-    v_codes_ptr: tl.tensor,
-    v_scale_ptr: tl.tensor,
-    v_zero_ptr: tl.tensor,
-    v_unit_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    unit_ptr: tl.tensor,
     blocks_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
+    x_ptr: tl.tensor,
     num_slots: tl.tensor,
-    stride_k_codes: tl.tensor,
-    stride_k_scale: tl.tensor,
-    stride_k_zero: tl.tensor,
-    stride_k_unit: tl.tensor,
-    stride_v_codes: tl.tensor,
-    stride_v_scale: tl.tensor,
-    stride_v_zero: tl.tensor,
-    stride_v_unit: tl.tensor,
+    stride_codes: tl.tensor,
+    stride_scale: tl.tensor,
+    stride_zero: tl.tensor,
+    stride_unit: tl.tensor,
     BLOCK_TOKENS: tl.constexpr,
     PAGE_BLOCKS: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
     SCALE_BITS: tl.constexpr,
-    K_COLUMNS: tl.constexpr,
-    V_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> None:
     index, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     block = tl.load(blocks_ptr + index)
     page = (block // PAGE_BLOCKS).to(tl.int64)
     place = block % PAGE_BLOCKS * num_heads + head
-    k_planes = (
-        k_codes_ptr, k_scale_ptr, k_zero_ptr, k_unit_ptr,
-        stride_k_codes, stride_k_scale, stride_k_zero, stride_k_unit,
+    planes = (
+        codes_ptr, scale_ptr, zero_ptr, unit_ptr,
+        stride_codes, stride_scale, stride_zero, stride_unit,
     )  # fmt: skip
-    v_planes = (
-        v_codes_ptr, v_scale_ptr, v_zero_ptr, v_unit_ptr,
-        stride_v_codes, stride_v_scale, stride_v_zero, stride_v_unit,
-    )  # fmt: skip
+    if IS_TRANSPOSED:
+        x_DS, factor = block_tile(
+            planes, page, place, DIM, BLOCK_TOKENS, BITS, GROUPS, SCALE_BITS, tl.float32, IS_GPU
+        )
+        x_SD = tl.trans(x_DS)
+        place_D = place_of_row(ROWS, DIM, GROUPS)
+    else:
+        x_SD, factor = block_tile(
+            planes, page, place, BLOCK_TOKENS, DIM, BITS, GROUPS, SCALE_BITS, tl.float32, IS_GPU
+        )
+        place_D = place_of_column(COLUMNS, DIM, BITS)
     slots_S = head.to(tl.int64) * num_slots + index * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    k_SD, factor = block_tile(
-        k_planes, page, place, BLOCK_TOKENS, KEY_DIM, K_BITS, K_GROUPS, SCALE_BITS, tl.float32,
-        IS_GPU,
-    )  # fmt: skip
-    place_D = place_of_column(K_COLUMNS, KEY_DIM, K_BITS)
-    _store(k_ptr, k_SD * factor, slots_S, place_D, KEY_DIM)
-    v_DS, factor = block_tile(
-        v_planes, page, place, VALUE_DIM, BLOCK_TOKENS, V_BITS, V_GROUPS, SCALE_BITS, tl.float32,
-        IS_GPU,
-    )  # fmt: skip
-    place_D = place_of_row(V_ROWS, VALUE_DIM, V_GROUPS)
-    _store(v_ptr, tl.trans(v_DS) * factor, slots_S, place_D, VALUE_DIM)
-
-
-@triton.jit
-def _store(
-    ptr: tl.tensor, x_SD: tl.tensor, slots_S: tl.tensor, place_D: tl.tensor, DIM: tl.constexpr
-) -> None:
     tl.store(
-        ptr + slots_S[:, None] * DIM + place_D[None, :],
-        x_SD.to(ptr.dtype.element_ty),
+        x_ptr + slots_S[:, None] * DIM + place_D[None, :],
+        (x_SD * factor).to(x_ptr.dtype.element_ty),
         mask=(place_D < DIM)[None, :],
     )

@@ -93,7 +93,8 @@ def float8_pages(shape: DecodeShape, device: torch.device) -> tuple[Float8Pages,
         values = torch.empty((*blocks, *axes), dtype=torch.float8_e4m3fn, device=device)
         for page in values:
             page.copy_(torch.randn(page.shape, device=device))
-        return Float8Pages(values, torch.ones(blocks, device=device))
+        # No powers of two: numbers of few digits cost matrix units less power than a cache's do.
+        return Float8Pages(values, torch.rand(blocks, device=device) + 0.5)
 
     return pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
 

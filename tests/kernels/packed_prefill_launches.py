@@ -2,12 +2,16 @@
 (`launches`): of the sizes that are served, and all that the tests on a GPU make."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
+from kvcluster_kernels.latent_history import restore_latents
 from kvcluster_kernels.packed_prefill import prefill_packed
 from kvcluster_kernels.packed_restore import restore
 
+from tests.kernels.latent_history_cases import GPU_CASES as LATENT_CASES
+from tests.kernels.latent_history_cases import LatentCase, latent_arguments
 from tests.kernels.packed_prefill_cases import (
     GPU_CASES,
     SCALE,
@@ -42,9 +46,27 @@ def _restored(case: PackedCase) -> object:
     return restore(packed_arguments(case, _CPU).history, case.dim, case.dtype)
 
 
+def _latents(case: LatentCase) -> object:
+    _, history, _ = latent_arguments(case, _CPU)
+    return restore_latents(history, case.dtype)
+
+
+def _expanded(case: LatentCase) -> object:
+    """The second kernel that is launched is the first one of latents that are no codes."""
+    return _latents(replace(case, bits=None))
+
+
+EXPANDED = {
+    "latent": LatentCase(rank=256, dim=128, num_heads=32, num_kv_heads=8, dtype=torch.bfloat16),
+    "latent D64": LatentCase(rank=128, num_heads=32, num_kv_heads=8, dtype=torch.bfloat16),
+}
+
 LAUNCHES: dict[str, Callable[[], object]] = {
     **{f"packed {name}": partial(_packed, case) for name, case in SERVED.items()},
     **{f"restore {name}": partial(_restored, case) for name, case in SERVED.items()},
+    **{f"restore {name}": partial(_latents, replace(EXPANDED[name], bits=4)) for name in EXPANDED},
+    **{f"expand {name}": partial(_expanded, case) for name, case in EXPANDED.items()},
+    **{f"test of {case}": partial(_latents, case) for case in LATENT_CASES},
     **{f"test of packed {case}": partial(_packed, case) for case in GPU_CASES},
     **{f"test of restore {case}": partial(_restored, case) for case in GPU_CASES},
 }

@@ -5,7 +5,6 @@ import torch
 import triton.language as tl
 from kvcluster_kernels.encode_blocks import Blocks
 from kvcluster_kernels.encode_integers import IntegerFormat, encode_integers
-from pytest import MonkeyPatch
 from triton.language.semantic import TritonSemantic
 
 from kvcluster.codec.array import BlockShape
@@ -71,13 +70,18 @@ def test_heads_whose_size_is_no_power_of_two(
 
 
 def _negated_as_in_triton_3_6(semantic: TritonSemantic, x: tl.tensor) -> tl.tensor:
-    return semantic.sub(semantic.to_tensor(0.0 if x.dtype.is_floating() else 0), x, True)
+    return semantic.sub(
+        semantic.to_tensor(0.0 if x.dtype.is_floating() else 0), x, sanitize_overflow=True
+    )
 
 
 @pytest.mark.parametrize("is_negated_from_zero", [False, True])
 @pytest.mark.parametrize("bits", [4, 2])
 def test_zeros_of_both_signs(
-    bits: int, is_negated_from_zero: bool, interpreted: torch.device, monkeypatch: MonkeyPatch
+    bits: int,
+    is_negated_from_zero: bool,
+    interpreted: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if is_negated_from_zero:
         monkeypatch.setattr(TritonSemantic, "minus", _negated_as_in_triton_3_6)

@@ -7,9 +7,8 @@ from kvcluster_kernels.encode_integers import IntegerFormat
 from kvcluster.codec.array import BlockShape
 from kvcluster.codec.rotated import Rotated
 from tests.kernels.test_encode_floats import check_float8, check_halves
-from tests.kernels.test_encode_integers import SPANS
+from tests.kernels.test_encode_integers import SPANS, check_zeros
 from tests.kernels.test_encode_integers import check as check_integers
-from tests.kernels.test_encode_integers import check_zeros
 from tests.kernels.test_encode_latents import FORMS
 from tests.kernels.test_encode_latents import check as check_latents
 from tests.kernels.test_encode_rotated import check as check_rotated

@@ -7,6 +7,9 @@ from kvcluster_kernels.packed_history import prefill_history, prefill_restored
 from kvcluster_kernels.packed_prefill import prefill_packed
 from kvcluster_kernels.packed_restore import restore
 
+from tests.kernels.latent_history_cases import GPU_CASES as LATENT_CASES
+from tests.kernels.latent_history_cases import LatentCase
+from tests.kernels.latent_history_cases import check as check_latents
 from tests.kernels.packed_prefill_cases import (
     GPU_CASES,
     SCALE,
@@ -65,3 +68,12 @@ def test_whichever_is_faster(num_tokens: int, gpu: torch.device) -> None:
     found = prefill_history(given.q_THD, given.history, scale=SCALE)
 
     assert_close_to_definition(found, given, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", LATENT_CASES, ids=str)
+def test_latents(case: LatentCase, gpu: torch.device) -> None:
+    check_latents(case, gpu)
+
+
+def test_latents_in_pieces(gpu: torch.device) -> None:
+    check_latents(LATENT_CASES[2], gpu, workspace_bytes=1 << 20)

@@ -5,7 +5,7 @@ import pytest
 import triton
 
 from tests.kernels import launches
-from tests.kernels.packed_prefill_launches import LAUNCHES, SERVED
+from tests.kernels.packed_prefill_launches import EXPANDED, LAUNCHES, SERVED
 from tests.kernels.sm90 import MAX_SHARED_BYTES, MachineCode
 
 # Whoever asks first compiles for all.
@@ -48,7 +48,7 @@ def test_nothing_is_spilled_where_blocks_are_multiplied(
 
 
 @pytest.mark.skipif(not _IS_SERVED_WITH, reason="GPUs are served with another Triton")
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [*SERVED, *EXPANDED])
 def test_several_programs_that_restore_fit_a_processor(
     codes: dict[str, MachineCode], name: str
 ) -> None:
@@ -57,3 +57,14 @@ def test_several_programs_that_restore_fit_a_processor(
     assert code.num_spills == 0
     assert code.num_registers <= 128
     assert code.shared_bytes <= MAX_SHARED_BYTES // 4
+
+
+@pytest.mark.skipif(not _IS_SERVED_WITH, reason="GPUs are served with another Triton")
+@pytest.mark.parametrize("name", EXPANDED)
+def test_latents_are_expanded_on_the_matrix_unit(codes: dict[str, MachineCode], name: str) -> None:
+    code = codes[f"expand {name}"]
+
+    assert code.early_touches == []
+    assert code.num_spills == 0
+    assert code.count("HGMMA") > 0
+    assert code.shared_bytes <= MAX_SHARED_BYTES // 2
