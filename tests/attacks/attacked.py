@@ -9,6 +9,8 @@ from kvcluster.audit.scene import Target, staged
 from kvcluster.config import CacheConfig, EngineConfig, RouterConfig, TenancyConfig
 from kvcluster.config_access import OidcConfig
 from kvcluster.engine.api import Backend
+from kvcluster.policy import Menu
+from kvcluster.retention.offered import RETENTION_METHODS
 from kvcluster.router.front_door import FrontDoor
 from tests.fake_engine import FakeCluster, model_spec
 from tests.unit.engine.serving import serve
@@ -25,6 +27,7 @@ async def real_engine() -> AsyncIterator[Backend]:
         cache=CacheConfig(block_size=8, exact_recent_tokens=0),
         config=EngineConfig(prefill_chunk_tokens=256, shard_min_tokens=16),
         num_blocks=4096,
+        menu=Menu(RETENTION_METHODS),
     )
     async with aclosing(serve(fake)) as serving:
         async for served in serving:
