@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from kvcluster.audit.attack import Attack, Outcome
@@ -66,12 +67,15 @@ async def outcome_of(
     backend: Backend | None = None,
     *,
     oidc: OidcConfig | None = None,
+    num_samples: int = NUM_SAMPLES,
     **router: object,
 ) -> Outcome:
     """What comes of one attack on a server in front of `backend`; None: of a real engine."""
     if backend is None:
         async with real_engine() as engine:
-            return await outcome_of(attack, folder, engine, oidc=oidc, **router)
+            return await outcome_of(
+                attack, folder, engine, oidc=oidc, num_samples=num_samples, **router
+            )
     serving = attacked(folder, backend, oidc=oidc, **router)
-    async with serving as target, staged(target) as scene:
+    async with serving as target, staged(replace(target, num_samples=num_samples)) as scene:
         return await attack.run(scene)

@@ -19,6 +19,13 @@ from kvcluster.types import GenerationId, TenantId
 from tests.unit.router.fake_backend import FakeBackend, FakeGeneration
 
 
+def spin(seconds: float) -> None:
+    """A sleep of so little would take longer."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
 class ForgetsTenants(FakeBackend):
     """Finds a generation by its id alone."""
 
@@ -73,9 +80,7 @@ class TellsByTime(FakeBackend):
 
     async def get(self, tenant: TenantId, name: GenerationId) -> GenerationRecord:
         if name in self.generations and self.generations[name].record.tenant != tenant:
-            end = time.perf_counter() + self.delay_s
-            while time.perf_counter() < end:
-                pass
+            spin(self.delay_s)
         return await super().get(tenant, name)
 
 
@@ -119,6 +124,21 @@ class Caches(FakeBackend):
         async for batch in super().watch(tenant, name, after_sequence):
             is_said = self._says_cached and name in self._was_hit
             yield tuple(map(_with_hit, batch)) if is_said else batch
+
+
+class CachesAndTells(Caches):
+    """Each tenant's hits are its own, but a prompt that another tenant has cached takes a little
+    longer."""
+
+    compute_s = 0.001
+    delay_s = 20e-6
+
+    async def finish_prompt(self, name: GenerationId, upload: int) -> None:
+        generation = self.generations[name]
+        prompt, own = generation.ids.tobytes(), generation.request.tenant
+        if any(prompt in cache for tenant, cache in self._cached.items() if tenant != own):
+            spin(self.delay_s)
+        await super().finish_prompt(name, upload)
 
 
 def _with_hit(event: GenerationEvent) -> GenerationEvent:
