@@ -78,16 +78,19 @@ class PrefixCache:
     def match(
         self, keys: Sequence[BlockKey], tokens: "array[int]", start: int = 0
     ) -> list[CachedBlock]:
-        """The kept blocks of the longest prefix, from block `start` on. Tokens are compared."""
+        """The kept blocks of the longest prefix, from block `start` on. Tokens are compared, and
+        that they follow what they followed when they were computed: keys may collide."""
         found: list[CachedBlock] = []
+        parent = self._blocks.get(keys[start - 1]) if start else None
         for index in range(start, len(keys)):
             block = self._blocks.get(keys[index])
-            if block is None:
+            if block is None or block.parent is not parent:
                 break
             size = len(block.tokens) // tokens.itemsize
             if block.tokens != block_tokens(tokens, index, size):
                 break
             found.append(block)
+            parent = block
         return found
 
     def usable(
@@ -124,7 +127,7 @@ class PrefixCache:
                 self._blocks[block.key] = self._idle[block.key] = block
                 if parent is not None:
                     parent.num_children += 1
-            elif block.tokens != own:
+            elif block.tokens != own or block.parent is not parent:
                 break
             self._add_copy(block, restricted(entry, at.needs(index)), at.needs(index))
             path.append(block)
