@@ -78,8 +78,9 @@ def _launch(
         return
     num_heads, num_slots, dim = x_KSD.shape
     planes = planes_of(pages)
-    is_integer = isinstance(pages, IntegerPages)
-    groups = int(pages.scale.shape[3]) if is_integer else 1
+    groups, scale_bits = 1, 16
+    if isinstance(pages, IntegerPages):
+        groups, scale_bits = int(pages.scale.shape[3]), 16 if pages.unit is None else 8
     block_tokens = num_slots // len(blocks_N)
     most = block_tokens * int(triton.next_power_of_2(dim)) // _WARP_NUMBERS
     _restore_kernel[(len(blocks_N), num_heads)](
@@ -93,7 +94,7 @@ def _launch(
         DIM=dim,
         BITS=bits,
         GROUPS=groups,
-        SCALE_BITS=8 if is_integer and pages.unit is not None else 16,
+        SCALE_BITS=scale_bits,
         COLUMNS=padded_columns(dim, bits),
         ROWS=padded_rows(dim, groups),
         IS_TRANSPOSED=is_transposed,

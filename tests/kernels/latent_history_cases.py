@@ -1,7 +1,7 @@
 """Histories of latents, as the cache's codecs write them, and how far a prefill over one may be
 from its definition."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from kvcluster_kernels import latent_plain, packed_plain, prefill_reference
@@ -54,10 +54,10 @@ _LONG = LatentCase(
     num_tokens=300, num_keys=2_003, num_heads=8, dim=128, rank=256, dtype=torch.bfloat16
 )
 GPU_CASES = (
-    *(LatentCase(**{**vars(_LONG), "bits": bits}) for bits in (None, 8, 4)),
-    *(LatentCase(**{**vars(_LONG), "values": values, "rank": 100}) for values in VALUES),
-    LatentCase(**{**vars(_LONG), "dim": 96, "rotation": "partial", "bits": 4}),
-    LatentCase(**{**vars(_LONG), "rank": 512, "bits": 4, "scale_bits": 8, "num_kv_heads": 4}),
+    *(replace(_LONG, bits=bits) for bits in (None, 8, 4)),
+    *(replace(_LONG, values=values, rank=100) for values in VALUES),
+    replace(_LONG, dim=96, rank=96, rotation="partial", bits=4),
+    replace(_LONG, num_kv_heads=4, rank=512, bits=4, scale_bits=8),
 )
 
 
