@@ -15,6 +15,7 @@ BENCHMARKS = {
     "step": "the control path's time a step, without model work",
     "rank": "a rank's prefill and decode on a GPU, a model of Llama 3.2 1B's shape",
     "serve": "first token and tokens of long prompts through gRPC and Ray, on a GPU",
+    "retrieval": "needles at all depths of a million tokens through gRPC and Ray",
     "fairness": "short prompts of one tenant while another sends the longest ones",
     "kernels": "attention kernels on a GPU beside the best there are",
 }

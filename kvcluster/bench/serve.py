@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -139,21 +140,29 @@ def measure(settings: ServeSettings) -> Iterator[Measurement]:
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         begin = time.perf_counter()
-        with running(_cluster(settings, directory)) as app:
+        with running(_cluster(settings, directory)) as app, asyncio.Runner() as loop:
             seconds = time.perf_counter() - begin
             yield _seconds(f"{settings.shape} until it serves", seconds)
             for policy in settings.policies:
-                yield from _measure_policy(settings, model, app.address, policy)
+                served = partial(_generated, loop, app.address, policy)
+                yield from _measure_policy(settings, model, policy, served)
+
+
+def _generated(loop: asyncio.Runner, address: str, policy: str, prompt: "array[int]") -> Served:
+    return loop.run(generate(address, prompt, policy))
 
 
 def _measure_policy(
-    settings: ServeSettings, model: "LlamaConfig", address: str, policy: str
+    settings: ServeSettings,
+    model: "LlamaConfig",
+    policy: str,
+    serve: Callable[["array[int]"], Served],
 ) -> Iterator[Measurement]:
     begin = time.perf_counter()
     for length in (_WARM_UP_PROMPT, *settings.lengths):
         prompt = array("I", (place * _STRIDE % model.vocab_size for place in range(length)))
         with MemoryPeak() as memory:
-            served = asyncio.run(generate(address, prompt, policy))
+            served = serve(prompt)
         if length == _WARM_UP_PROMPT:
             name = f"{settings.shape} {policy} warm-up"
             yield _seconds(name, time.perf_counter() - begin)
