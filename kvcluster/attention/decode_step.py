@@ -11,9 +11,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from kvcluster_kernels.merge import merge
 from kvcluster_kernels.paging import PagedRows
-from kvcluster_kernels.prefill_arguments import PartialAttention
+from kvcluster_kernels.rotated_rows import Slots, rotate_and_write
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -207,10 +206,13 @@ class DecodeAttention:
         self.queries[layer] = q_THD
         if geometry.kv_layer is None:
             self._store.write(layer, self._places[group], k_TKD, v_TKD)
-        partials = self._rows.partials(layer, q_THD, self._tables[group])
-        whole = merge(
-            [PartialAttention(*partial) for partial in partials],
-            sinks_H=sinks_H,
-            out_dtype=q_THD.dtype,
-        )
-        return whole.out_THD
+        return self._rows.attend_whole(layer, q_THD, self._tables[group], sinks_H)
+
+    def attend_turning(self, layer: int, qkv_RXD: Tensor, cos_RD: Tensor, sin_RD: Tensor) -> Tensor:
+        """The same for heads of queries, keys and values in one row that are still to be turned to
+        their positions, in a layer that keeps its own keys. out_RHD."""
+        group = self._spec.group_of(self._spec.layers[layer])
+        slots = Slots(*self._store.planes(layer), *self._places[group])
+        q_RHD = rotate_and_write(qkv_RXD, cos_RD, sin_RD, slots)
+        self.queries[layer] = q_RHD
+        return self._rows.attend_whole(layer, q_RHD, self._tables[group], None)

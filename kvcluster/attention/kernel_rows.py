@@ -5,15 +5,18 @@ Shape letters: R rows, H query heads, K KV heads, D head dimension.
 
 from collections.abc import Callable, Sequence
 
+from kvcluster_kernels.combine_pools import combine_pools
 from kvcluster_kernels.decode import ExactPages, decode
+from kvcluster_kernels.merge import merge
 from kvcluster_kernels.paging import Attention
 from kvcluster_kernels.paging import Partial as RowPartial
-from kvcluster_kernels.prefill_arguments import MAX_HEAD_DIM
+from kvcluster_kernels.prefill_arguments import MAX_HEAD_DIM, PartialAttention
 from torch import Tensor
 
 from kvcluster.attention.packed_keys import PackedPages, packed_pages
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
+from kvcluster.attention.row_splits import pool_splits
 from kvcluster.attention.row_tables import RowTables, row_tables
 from kvcluster.cache.store import KVStore
 from kvcluster.types import EXACT
@@ -78,6 +81,24 @@ class KernelRows:
             assert packed is not None, "asked for what is not served"
             found.append(_in_line(packed.decode(q_R1HD, rows, asked)))
         return found
+
+    def attend_whole(
+        self, layer: int, q_RHD: Tensor, tables: RowTables, sinks_H: Tensor | None
+    ) -> Tensor:
+        """out_RHD of all rows over all that they read, in q's dtype."""
+        geometry = self._spec.layers[layer]
+        pages = ExactPages(*self._store.planes(layer), self._store.block_size)
+        pools = pool_splits(
+            q_RHD.contiguous()[:, None],
+            (pages, tables.exact),
+            {codec: (self.packed(layer, codec), rows) for codec, rows in tables.encoded.items()},
+            Attention(geometry.scale, geometry.softcap),
+        )
+        if pools is not None:
+            out_R1HD = combine_pools(pools, num_tokens=1, out_dtype=q_RHD.dtype, sinks_H=sinks_H)
+            return out_R1HD[:, 0]
+        partials = [PartialAttention(*each) for each in self.partials(layer, q_RHD, tables)]
+        return merge(partials, sinks_H=sinks_H, out_dtype=q_RHD.dtype).out_THD
 
     def packed(self, layer: int, codec: str) -> PackedPages | None:
         """A layer's blocks of this codec for kernels; None: there is none that reads them."""

@@ -322,10 +322,11 @@ class StepRunner:
         for layer, q_RHD in outcome.queries.items() if encoding.is_due else ():
             encoding.encode_full(layer, q_RHD)
         sampling = [index for index, row in enumerate(rows) if row.step.samples]
-        logits_RV = outcome.logits_RV
+        logits_RV, likeliest_R = outcome.logits_RV, outcome.likeliest_R
         if len(sampling) < len(rows):
-            logits_RV = logits_RV[sampling]
-        sampled = self._sample([rows[index] for index in sampling], logits_RV)
+            logits_RV, likeliest_R = logits_RV[sampling], likeliest_R[sampling]
+        here = [rows[index] for index in sampling]
+        sampled = self._sample(here, logits_RV, likeliest_R)
         return RankAnswer(tuple(sampled), (), _encoding_errors(rows, encoding.errors()))
 
     def _token_ids(self, row: _Rows) -> Tensor:
@@ -338,13 +339,16 @@ class StepRunner:
         row.state.sampling.append(ids)
         return torch.tensor(ids, dtype=torch.long)
 
-    def _sample(self, here: Sequence[_Rows], logits_RV: Tensor) -> list[SampledToken]:
+    def _sample(
+        self, here: Sequence[_Rows], logits_RV: Tensor, likeliest_R: Tensor | None = None
+    ) -> list[SampledToken]:
         if not here:
             return []
         for row in here:
             row.state.sampling.num_prompt_tokens = row.step.num_prompt_tokens
         positions = [row.step.start + row.step.num_tokens for row in here]
-        choices = sample(logits_RV, [row.state.sampling for row in here], positions)
+        states = [row.state.sampling for row in here]
+        choices = sample(logits_RV, states, positions, likeliest_R=likeliest_R)
         return [
             SampledToken(
                 row.step.sequence,

@@ -20,6 +20,7 @@ from kvcluster.cache.store import KVStore
 from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.model.compiled_layers import CompiledLayers
 from kvcluster.model.loader import LoadedModel
+from kvcluster.model.row_layers import row_layers
 
 ROW_COUNTS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 """Rows of recordings. A step has some of its rows twice to have as many."""
@@ -32,6 +33,8 @@ class DecodeOutcome(NamedTuple):
 
     logits_RV: Tensor
     """Float32, of all rows."""
+    likeliest_R: Tensor
+    """The token of the largest logit of each row, int64."""
     queries: dict[int, Tensor]
     """q_RHD by layer."""
 
@@ -52,6 +55,7 @@ class DecodeGraphs:
         self._recordings: dict[DecodeShape, _Recording] = {}
         self._can_record = model.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._can_record else None
+        self._row_layers = row_layers(model)
         self._layers: CompiledLayers | None = None
         if self._can_record:
             self._layers = CompiledLayers(model.module)
@@ -81,17 +85,21 @@ class DecodeGraphs:
         else:
             recording.graph.replay()
             outcome = recording.outcome
-        return outcome._replace(logits_RV=outcome.logits_RV[: len(parts)])
+        return outcome._replace(
+            logits_RV=outcome.logits_RV[: len(parts)],
+            likeliest_R=outcome.likeliest_R[: len(parts)],
+        )
 
     def _run(self, shape: DecodeShape) -> DecodeOutcome:
         attention = DecodeAttention(self._store, self._rows, self._inputs, shape)
-        logits_RV = self.compiled(
-            self._inputs.token_ids(shape.num_rows),
-            self._inputs.positions(shape.num_rows),
-            self._logit_rows_R[: shape.num_rows],
-            attention,
-        )
-        return DecodeOutcome(logits_RV, attention.queries)
+        token_ids_R = self._inputs.token_ids(shape.num_rows)
+        positions_R = self._inputs.positions(shape.num_rows)
+        if self._row_layers is not None and shape.num_rows == 1:
+            logits_RV = self._row_layers.forward(token_ids_R, positions_R, attention)
+        else:
+            rows_R = self._logit_rows_R[: shape.num_rows]
+            logits_RV = self.compiled(token_ids_R, positions_R, rows_R, attention)
+        return DecodeOutcome(logits_RV, logits_RV.argmax(dim=-1), attention.queries)
 
     def compiled(
         self,

@@ -105,16 +105,21 @@ class TokenCounts:
 
 
 def sample(
-    logits_RV: Tensor, states: Sequence[SequenceSampling], positions: Sequence[int]
+    logits_RV: Tensor,
+    states: Sequence[SequenceSampling],
+    positions: Sequence[int],
+    *,
+    likeliest_R: Tensor | None = None,
 ) -> list[TokenChoice]:
     """Choose a token for every row.
 
     `logits_RV` is float32 and is left unchanged; `positions` are the places that the chosen
-    tokens will take in their sequences. The caller appends the chosen tokens to the states.
+    tokens will take in their sequences. `likeliest_R`: the token of each row's largest logit, where
+    that is known. The caller appends the chosen tokens to the states.
     """
     if not states:
         return []
-    likeliest = logits_RV.argmax(dim=-1).tolist()
+    likeliest = (logits_RV.argmax(dim=-1) if likeliest_R is None else likeliest_R).tolist()
     return [
         TokenChoice(token_id=token_id)
         if state.is_plain_greedy
