@@ -104,6 +104,9 @@ class Caches(FakeBackend):
     def _cache_of(self, tenant: TenantId) -> OrderedDict[bytes, None]:
         return self._cached.setdefault(TenantId("") if self._is_shared else tenant, OrderedDict())
 
+    async def _compute(self) -> None:
+        await asyncio.sleep(self.compute_s)
+
     async def finish_prompt(self, name: GenerationId, upload: int) -> None:
         generation = self.generations[name]
         cache = self._cache_of(generation.request.tenant)
@@ -112,7 +115,7 @@ class Caches(FakeBackend):
             self._was_hit.add(name)
             cache.move_to_end(prompt)
         else:
-            await asyncio.sleep(self.compute_s)
+            await self._compute()
             cache[prompt] = None
             while len(cache) > self._capacity:
                 cache.popitem(last=False)
@@ -126,11 +129,20 @@ class Caches(FakeBackend):
             yield tuple(map(_with_hit, batch)) if is_said else batch
 
 
-class CachesAndTells(Caches):
+class CachesEvenly(Caches):
+    """Takes the same time for each prompt that is not cached: a timer's would differ by more than
+    the leaks that are looked for."""
+
+    compute_s = 300e-6
+
+    async def _compute(self) -> None:
+        spin(self.compute_s)
+
+
+class CachesAndTells(CachesEvenly):
     """Each tenant's hits are its own, but a prompt that another tenant has cached takes a little
     longer."""
 
-    compute_s = 0.001
     delay_s = 20e-6
 
     async def finish_prompt(self, name: GenerationId, upload: int) -> None:

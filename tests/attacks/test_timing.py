@@ -10,7 +10,7 @@ from kvcluster.audit.attack import Outcome, Verdict
 from kvcluster.audit.statistics import P_THRESHOLD, T_THRESHOLD
 from kvcluster.engine.api import Backend
 from tests.attacks.attacked import outcome_of
-from tests.attacks.broken_backends import Caches, CachesAndTells, TellsByTime
+from tests.attacks.broken_backends import CachesAndTells, CachesEvenly, TellsByTime
 from tests.unit.router.fake_backend import FakeBackend
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -20,12 +20,6 @@ LEAK_S = 20e-6
 def tells() -> Backend:
     backend = TellsByTime()
     backend.delay_s = LEAK_S
-    return backend
-
-
-def caches() -> Backend:
-    backend = Caches()
-    backend.compute_s = CachesAndTells.compute_s
     return backend
 
 
@@ -45,7 +39,7 @@ async def test_refusals_of_what_another_tenant_has(
     assert both(outcome) == (is_found, is_found), outcome
 
 
-@pytest.mark.parametrize(("backend", "is_found"), [(CachesAndTells, True), (caches, False)])
+@pytest.mark.parametrize(("backend", "is_found"), [(CachesAndTells, True), (CachesEvenly, False)])
 async def test_first_tokens_of_what_another_tenant_has_had_computed(
     backend: Callable[[], Backend], is_found: bool, tmp_path: Path
 ) -> None:
