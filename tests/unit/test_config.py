@@ -16,6 +16,7 @@ from kvcluster.errors import ConfigError
 VALID: dict[str, object] = {
     "model": "gemma3-270m",
     "dtype": "bfloat16",
+    "weights": "random",
     "calibration": "model.safetensors",
     "ray_address": "auto",
     "default_policy": "int4 + window",
@@ -73,6 +74,7 @@ VALID: dict[str, object] = {
 REFUSED: list[tuple[str, object, str]] = [
     ("model", "", "want a name"),
     ("dtype", "float8", "want one of auto, float32, bfloat16, float16"),
+    ("weights", "zeros", "want one of files, random"),
     ("cache.block_size", 48, "want a power of two"),
     ("cache.block_size", 0, "want a power of two"),
     ("cache.capacity_tokens", 63, "want at least one block"),

@@ -53,6 +53,27 @@ def test_auto_is_float32_on_a_cpu_whatever_the_checkpoint_has(tmp_path: Path) ->
     assert load(tmp_path).spec.dtype == "float32"
 
 
+def test_random_weights_want_a_config_alone_and_are_the_same_on_every_rank(
+    tiny_directory: Path,
+) -> None:
+    for weights in tiny_directory.glob("*.safetensors"):
+        weights.unlink()
+
+    before = torch.random.get_rng_state()
+    first, second = (
+        load_model(str(tiny_directory), dtype="bfloat16", device="cpu", has_random_weights=True)
+        for _ in range(2)
+    )
+
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert first.spec == second.spec
+    assert first.spec.dtype == "bfloat16"
+    pairs = zip(first.module.parameters(), second.module.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    with pytest.raises(ModelNotFound, match=r"no \.safetensors weights"):
+        load(tiny_directory)
+
+
 def test_an_unknown_dtype_is_refused(tiny_directory: Path) -> None:
     with pytest.raises(ConfigError, match="float8"):
         load(tiny_directory, dtype="float8")
