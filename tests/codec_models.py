@@ -72,12 +72,12 @@ def plain_codecs(spec: ModelSpec) -> ModelCodecs:
     return ModelCodecs(CodecModel(spec=spec, device=CPU))
 
 
-def calibrated_codecs(spec: ModelSpec) -> ModelCodecs:
+def calibrated_codecs(spec: ModelSpec, device: torch.device = CPU) -> ModelCodecs:
     """All of them, with bases of random directions."""
     return ModelCodecs(
         CodecModel(
             spec=spec,
-            device=CPU,
+            device=device,
             calibration=calibration_of(spec),
             rotations=[_rotary(layer) for layer in spec.layers],
         )

@@ -25,8 +25,9 @@ def has_assembly(kernel: object) -> bool:
 
 @triton.constexpr_function
 def num_fields(bits: int) -> int:
-    """Arrays that a byte of codes, or of the lower two bits of codes of 3, is unpacked to."""
-    return {8: 1, 4: 2, 3: 4, 2: 4}[bits]
+    """Arrays that a byte of codes, or of the lower two bits of codes of 3, is unpacked to; one of
+    numbers that are no codes."""
+    return {16: 1, 8: 1, 4: 2, 3: 4, 2: 4}[bits]
 
 
 @triton.constexpr_function

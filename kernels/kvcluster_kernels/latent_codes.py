@@ -11,7 +11,151 @@ Shape letters: S rows, P numbers of a piece of a row.
 import triton
 import triton.language as tl
 
+from kvcluster_kernels.codes import CODE_UNIT, field_unit, num_fields, unpack3
+from kvcluster_kernels.integer_loads import load_scales
+from kvcluster_kernels.latent_pages import (
+    form_bits,
+    form_count,
+    form_fields,
+    form_groups,
+    form_is_rotated,
+    form_piece,
+    form_rank,
+    form_scale_bits,
+)
+from kvcluster_kernels.levels import unpack_levels, unpack_levels3
 from kvcluster_kernels.softmax import append
+
+
+@triton.jit
+def load_unit(block: tl.tuple, FORMS: tl.constexpr, SECTION: tl.constexpr) -> tl.tensor:
+    """Of a block's scales of 8 bits."""
+    return tl.load(block[4]) if form_scale_bits(FORMS, SECTION) == 8 else 1.0
+
+
+@triton.jit
+def load_numbers(
+    block: tl.tuple,
+    unit: tl.tensor,
+    FIRST: tl.constexpr,
+    S: tl.constexpr,
+    FORMS: tl.constexpr,
+    SECTION: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tl.tuple:
+    """Numbers of each token of a block: of a piece of the codes of a section from the FIRST on,
+    what each field of the bytes holds, [S, P]; 0 behind a row's last. `block` has where its planes
+    begin: codes, third bits, scales, zero-points, unit."""
+    P: tl.constexpr = form_piece(FORMS, SECTION)
+    BITS: tl.constexpr = form_bits(FORMS, SECTION)
+    COUNT: tl.constexpr = form_count(FORMS, SECTION)
+    IS_WHOLE: tl.constexpr = COUNT % P == 0
+    offs_s, offs_p = tl.arange(0, S), tl.arange(0, P)
+    stored_SP = load_piece(block[0], offs_s, FIRST + offs_p, COUNT, COUNT, IS_WHOLE)
+    if BITS == 16:
+        fields = (stored_SP,)
+    elif form_is_rotated(FORMS, SECTION):
+        fields = _levels(stored_SP, block, offs_s, FIRST + offs_p, FORMS, SECTION, IS_GPU)
+    else:
+        scales = ()
+        zeros = ()
+        for field in tl.static_range(num_fields(BITS)):
+            place = field * COUNT + FIRST
+            scale, zero = load_grid(
+                block[2] + place, block[3] + place, unit, offs_s, offs_p, COUNT - FIRST,
+                form_rank(FORMS, SECTION), S, form_groups(FORMS, SECTION),
+                form_scale_bits(FORMS, SECTION),
+            )  # fmt: skip
+            scales = append(scales, scale)
+            zeros = append(zeros, zero)
+        if BITS == 3:
+            fields = numbers3(
+                stored_SP, block[1], offs_s, FIRST + offs_p, COUNT, scales, zeros, IS_GPU
+            )
+        else:
+            fields = numbers(stored_SP, scales, zeros, BITS, IS_GPU)
+    return fields
+
+
+@triton.jit
+def load_piece(
+    ptr: tl.tensor,
+    offs_s: tl.tensor,
+    offs_p: tl.tensor,
+    COUNT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+) -> tl.tensor:
+    """Some of the COUNT numbers of each token of a block; 0 behind them."""
+    pointers = ptr + offs_s[:, None] * STRIDE + offs_p[None, :]
+    if IS_WHOLE:
+        stored = tl.load(pointers)
+    else:
+        stored = tl.load(pointers, mask=(offs_p < COUNT)[None, :], other=0)
+    return stored
+
+
+@triton.jit
+def _load_third(
+    ptr: tl.tensor, offs_s: tl.tensor, offs_p: tl.tensor, COUNT: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Bytes of third bits of codes in these of COUNT bytes, and which half of them those are in."""
+    HALF: tl.constexpr = COUNT // 2
+    third_SP = tl.load(
+        ptr + offs_s[:, None] * HALF + (offs_p % HALF)[None, :],
+        mask=(offs_p < COUNT)[None, :],
+        other=0,
+    )
+    return third_SP, tl.broadcast_to((offs_p // HALF)[None, :], third_SP.shape)
+
+
+@triton.jit
+def numbers3(
+    packed_SP: tl.tensor,
+    third_ptr: tl.tensor,
+    rows_S: tl.tensor,
+    places_P: tl.tensor,
+    COUNT: tl.constexpr,
+    scales: tl.tuple,
+    zeros: tl.tuple,
+    IS_GPU: tl.constexpr,
+) -> tl.tuple:
+    """As `numbers`, of codes of 3 bits: these of the COUNT bytes of each row, and rows of third
+    bits."""
+    third_SP, half_SP = _load_third(third_ptr, rows_S, places_P, COUNT)
+    # The assembly takes four neighbours to have the same half.
+    codes = unpack3(packed_SP, third_SP, half_SP, IS_GPU and COUNT % 8 == 0)
+    fields = ()
+    for field in tl.static_range(4):
+        code_SP = codes[field].to(tl.float32) * (CODE_UNIT / field_unit(field, 3))
+        number_SP = scales[field].to(tl.float32) * code_SP + zeros[field].to(tl.float32)
+        fields = append(fields, number_SP.to(tl.float16))
+    return fields
+
+
+@triton.jit
+def _levels(
+    stored_SP: tl.tensor,
+    block: tl.tuple,
+    offs_s: tl.tensor,
+    offs_p: tl.tensor,
+    FORMS: tl.constexpr,
+    SECTION: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tl.tuple:
+    """Levels of rotated codes times the scale of their token."""
+    COUNT: tl.constexpr = form_count(FORMS, SECTION)
+    if form_bits(FORMS, SECTION) == 3:
+        third_SP, half_SP = _load_third(block[1], offs_s, offs_p, COUNT)
+        levels = unpack_levels3(stored_SP, third_SP, half_SP, IS_GPU and COUNT % 8 == 0)
+    else:
+        levels = unpack_levels(stored_SP, form_bits(FORMS, SECTION), IS_GPU)
+    scale_S = load_scales(block[2], offs_s.shape[0], offs_s.shape[0])
+    fields = ()
+    for field in tl.static_range(form_fields(FORMS, SECTION)):
+        # A level behind a row's last is none: what it meets is 0.
+        fields = append(fields, (levels[field] * scale_S[:, None]).to(tl.float16))
+    return fields
 
 
 @triton.jit

@@ -28,10 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcluster_kernels.codes import dot, has_assembly
+from kvcluster_kernels.codes import dot, has_assembly, num_fields
 from kvcluster_kernels.combine import combine
-from kvcluster_kernels.latent_pages import KeyExpansion, LatentPages
+from kvcluster_kernels.latent_pages import (
+    KeyExpansion,
+    LatentPages,
+    Latents,
+    SectionForm,
+    section_planes,
+    sections_of,
+)
 from kvcluster_kernels.latent_tiles import (
+    block_planes,
     cos_and_sin,
     expand,
     load_query_pairs,
@@ -42,7 +50,11 @@ from kvcluster_kernels.latent_tiles import (
 from kvcluster_kernels.latent_values import (
     ValueFormat,
     ValuePages,
+    section_forms,
     store_values,
+    value_block,
+    value_heads,
+    value_planes,
     weigh_values,
     zero_values,
 )
@@ -70,7 +82,7 @@ _PIECE = 64
 
 def decode_latents(
     q_RTHD: Tensor,
-    keys: LatentPages,
+    keys: Latents,
     expansion: KeyExpansion,
     values: ValuePages,
     rows: PagedRows,
@@ -89,7 +101,7 @@ def decode_latents(
 
 def latent_splits(
     q_RTHD: Tensor,
-    keys: LatentPages,
+    keys: Latents,
     expansion: KeyExpansion,
     values: ValuePages,
     rows: PagedRows,
@@ -97,42 +109,36 @@ def latent_splits(
     settings: DecodeSettings | None = None,
 ) -> SplitPartials:
     """The same before it is merged, to be merged with more of its kind."""
-    block_size, dim = keys.codes.shape[3], q_RTHD.shape[3]
-    k_groups = 1 if keys.scale is None else keys.scale.shape[3]
+    sections = sections_of(keys)
+    block_size, dim = sections[0].codes.shape[3], q_RTHD.shape[3]
+    forms = tuple(SectionForm.of(x, _PIECE // num_fields(x.bits)) for x in sections)
     form = ValueFormat.of(values, block_size)
-    num_kv_heads = expansion.up_KJCE.shape[0]
-    _check(keys, expansion, form, rows, dim, block_size // k_groups)
-    block_bytes = keys.codes[0, 0].nbytes
-    chosen = settings or default_settings(keys.rank, dim, block_bytes)
+    num_kv_heads, _, rank, num_pairs = expansion.up_KJCE.shape
+    _check(sections, expansion, form, rows, dim, block_size // max(x.groups for x in forms))
+    v_planes = value_planes(values)
+    if v_planes[0][0].shape[:2] != sections[0].codes.shape[:2]:
+        raise ValueError("keys and values want pages of as many blocks")
+    block_bytes = sum(x.codes[0, 0].nbytes for x in sections)
+    chosen = settings or default_settings(rank, dim, block_bytes)
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=form.dim)
-    k_planes = tuple(keys.codes if plane is None else plane for plane in keys)
-    fields = 8 // keys.bits if keys.bits < 16 else 1
-    v_fields = 8 // form.bits if form.bits < 16 else 1
+    k_planes = tuple(section_planes(x) for x in sections)
     _latent_kernel[launch.grid](
         q_RTHD,
         *expansion,
-        *k_planes,
-        *form.planes,
+        k_planes,
+        v_planes,
         *launch.arguments,
-        *page_strides(k_planes),
-        *page_strides(form.planes),
+        tuple(tuple(page_strides(planes)) for planes in k_planes),
+        tuple(tuple(page_strides(planes)) for planes in v_planes),
         **launch.constants,
         BLOCK_SIZE=block_size,
-        PAGE_BLOCKS=keys.codes.shape[1],
+        PAGE_BLOCKS=sections[0].codes.shape[1],
         DIM=dim,
-        PAIRS=expansion.up_KJCE.shape[3],
-        RANK=keys.rank,
-        K_PIECE=_piece(keys.rank // fields, _PIECE // fields),
-        K_BITS=keys.bits,
-        K_GROUPS=k_groups,
-        K_SCALE_BITS=16 if keys.unit is None else 8,
-        V_KIND=form.kind,
-        V_HEADS=form.num_heads,
-        V_DIM=form.dim,
-        V_PIECE=_piece(form.dim // v_fields, _PIECE),
-        V_BITS=form.bits,
-        V_GROUPS=form.groups,
-        V_SCALE_BITS=form.scale_bits,
+        PAIRS=num_pairs,
+        RANK=rank,
+        K_FORMS=forms,
+        V_FORM=form,
+        V_FORMS=section_forms(values),
         IS_GPU=has_assembly(_latent_kernel),
     )
     return launch.found
@@ -143,7 +149,9 @@ def default_settings(rank: int, dim: int, block_bytes: int) -> DecodeSettings:
     under way, in a processor's shared memory, and their numbers in its registers: two at most.
     From what was compiled; not measured yet."""
     num_stages = 6 if block_bytes <= 16 << 10 else 4
-    needed = 2 * rank * dim + num_stages // 2 * block_bytes + _OTHER_BYTES
+    while num_stages > 2 and _needed(rank, dim, num_stages // 2 * block_bytes) > _SHARED_BYTES:
+        num_stages -= 2
+    needed = _needed(rank, dim, num_stages // 2 * block_bytes)
     return DecodeSettings(
         num_warps=4,
         num_stages=num_stages,
@@ -151,8 +159,17 @@ def default_settings(rank: int, dim: int, block_bytes: int) -> DecodeSettings:
     )
 
 
+def fits(rank: int, dim: int, block_bytes: int) -> bool:
+    """Whether a program's part of `up`, and one block of latents, fit a processor."""
+    return _needed(rank, dim, block_bytes) <= _SHARED_BYTES
+
+
+def _needed(rank: int, dim: int, bytes_under_way: int) -> int:
+    return 2 * rank * dim + bytes_under_way + _OTHER_BYTES
+
+
 def _check(
-    keys: LatentPages,
+    sections: tuple[LatentPages, ...],
     expansion: KeyExpansion,
     form: ValueFormat,
     rows: PagedRows,
@@ -160,23 +177,19 @@ def _check(
     group: int,
 ) -> None:
     num_kv_heads, _, rank, _ = expansion.up_KJCE.shape
-    if keys.codes.shape[2] != 1 or keys.rank != rank or expansion.dim != dim:
+    own_rank = sum(section.rank for section in sections)
+    is_one_head = all(section.codes.shape[2] == 1 for section in sections)
+    if not is_one_head or own_rank != rank or expansion.dim != dim:
         raise ValueError(
-            f"queries of {dim} channels, latents of {keys.rank} numbers and a way back from {rank} "
+            f"queries of {dim} channels, latents of {own_rank} numbers and a way back from {rank} "
             f"to {expansion.dim} do not go together"
         )
     if group < _LEAST_TOKENS:
         raise ValueError(f"blocks and groups want {_LEAST_TOKENS} tokens or more, not {group}")
     if form.num_heads not in (1, num_kv_heads):
         raise ValueError(f"values are of {form.num_heads} heads, keys of {num_kv_heads}")
-    if form.planes[0].shape[:2] != keys.codes.shape[:2]:
-        raise ValueError("keys and values want pages of as many blocks")
     if rows.block_positions_RB is None:
         raise ValueError("latent keys are turned to their positions: give those of the blocks")
-
-
-def _piece(count: int, most: int) -> int:
-    return max(_LEAST_TOKENS, min(most, 1 << (count - 1).bit_length()))
 
 
 @triton.jit
@@ -186,14 +199,8 @@ def _latent_kernel(
     mean_ptr: tl.tensor,
     channels_ptr: tl.tensor,
     frequencies_ptr: tl.tensor,
-    k_codes_ptr: tl.tensor,
-    k_scale_ptr: tl.tensor,
-    k_zero_ptr: tl.tensor,
-    k_unit_ptr: tl.tensor,
-    v_codes_ptr: tl.tensor,
-    v_scale_ptr: tl.tensor,
-    v_zero_ptr: tl.tensor,
-    v_unit_ptr: tl.tensor,
+    k_planes: tl.tuple,
+    v_planes: tl.tuple,
     blocks_ptr: tl.tensor,
     starts_ptr: tl.tensor,
     ends_ptr: tl.tensor,
@@ -206,14 +213,8 @@ def _latent_kernel(
     window: tl.tensor,
     max_blocks: tl.tensor,
     num_splits: tl.tensor,
-    stride_k_codes: tl.tensor,
-    stride_k_scale: tl.tensor,
-    stride_k_zero: tl.tensor,
-    stride_k_unit: tl.tensor,
-    stride_v_codes: tl.tensor,
-    stride_v_scale: tl.tensor,
-    stride_v_zero: tl.tensor,
-    stride_v_unit: tl.tensor,
+    k_strides: tl.tuple,
+    v_strides: tl.tuple,
     NUM_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -226,25 +227,12 @@ def _latent_kernel(
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     RANK: tl.constexpr,
-    K_PIECE: tl.constexpr,
-    K_BITS: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    K_SCALE_BITS: tl.constexpr,
-    V_KIND: tl.constexpr,
-    V_HEADS: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_PIECE: tl.constexpr,
-    V_BITS: tl.constexpr,
-    V_GROUPS: tl.constexpr,
-    V_SCALE_BITS: tl.constexpr,
+    K_FORMS: tl.constexpr,
+    V_FORM: tl.constexpr,
+    V_FORMS: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> None:
     let_next_start(OVERLAPS)
-    K_FIELDS: tl.constexpr = 8 // K_BITS if K_BITS < 16 else 1
-    # What a block has in each plane of keys, and a head of a block in those of values.
-    K_SIZE: tl.constexpr = BLOCK_SIZE * (RANK // K_FIELDS)
-    V_SIZE: tl.constexpr = BLOCK_SIZE * V_DIM * V_BITS // 8 if V_BITS < 16 else BLOCK_SIZE * V_DIM
-    V_GRID: tl.constexpr = V_GROUPS * (V_DIM if V_KIND == 0 else BLOCK_SIZE)
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
     split, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
     rows_M = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -261,31 +249,25 @@ def _latent_kernel(
     offs_s = tl.arange(0, BLOCK_SIZE)
     cos_SE, sin_SE = cos_and_sin(offs_s.to(tl.float32)[:, None] * frequency_E[None, :], IS_GPU)
     cos_SE, sin_SE = cos_SE.to(tl.float16), sin_SE.to(tl.float16)
-    up = load_up(up_ptr + head * (2 * RANK * PAIRS), RANK, PAIRS, K_PIECE, K_FIELDS)
+    up = load_up(up_ptr + head * (2 * RANK * PAIRS), K_FORMS, RANK, PAIRS)
     mean_ptr += head * (2 * PAIRS)
     mean_first_E = tl.load(mean_ptr + offs_e).to(tl.float16)
     mean_second_E = tl.load(mean_ptr + PAIRS + offs_e).to(tl.float16)
     blocks_ptr += row.to(tl.int64) * max_blocks
     block_positions_ptr += row.to(tl.int64) * max_blocks
-    v_head = head if V_HEADS > 1 else 0
+    v_head = head if value_heads(V_FORM) > 1 else 0
 
     max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
     sum_SM = tl.zeros([BLOCK_SIZE, BLOCK_M], tl.float32)
-    acc = zero_values(V_KIND, V_DIM, V_PIECE, V_BITS, V_GROUPS, BLOCK_M)
+    acc = zero_values(V_FORM, V_FORMS, BLOCK_M)
     for tile in tl.range(begin, stop):
         block = tl.load(blocks_ptr + tile)
         position = tl.load(block_positions_ptr + tile)
         page, place = (block // PAGE_BLOCKS).to(tl.int64), block % PAGE_BLOCKS
         angle_E = position.to(tl.float32) * frequency_E
         q_first, q_second = turned_back(q_first_EM, q_second_EM, angle_E, IS_GPU)
-        first_SE, second_SE = expand(
-            k_codes_ptr + page * stride_k_codes + place * K_SIZE,
-            k_scale_ptr + page * stride_k_scale + place * (K_GROUPS * RANK),
-            k_zero_ptr + page * stride_k_zero + place * (K_GROUPS * RANK),
-            k_unit_ptr + page * stride_k_unit + place,
-            up,
-            BLOCK_SIZE, RANK, K_PIECE, K_BITS, K_GROUPS, K_SCALE_BITS, IS_GPU,
-        )  # fmt: skip
+        latents = block_planes(k_planes, k_strides, page, place, BLOCK_SIZE, K_FORMS)
+        first_SE, second_SE = expand(latents, up, BLOCK_SIZE, K_FORMS, IS_GPU)
         first_SE, second_SE = rotated_keys(
             first_SE, second_SE, mean_first_E, mean_second_E, cos_SE, sin_SE, IS_GPU
         )
@@ -296,17 +278,10 @@ def _latent_kernel(
             tile * BLOCK_SIZE, start, end, position, q_positions_M, window,
             HAS_POSITIONS, HAS_WINDOW,
         )  # fmt: skip
-        v_place = place * V_HEADS + v_head
+        v_place = place * value_heads(V_FORM) + v_head
+        values = value_block(v_planes, v_strides, page, v_place, BLOCK_SIZE, V_FORM, V_FORMS)
         max_M, sum_SM, acc = weigh_values(
-            v_codes_ptr + page * stride_v_codes + v_place * V_SIZE,
-            v_scale_ptr + page * stride_v_scale + v_place * V_GRID,
-            v_zero_ptr + page * stride_v_zero + v_place * V_GRID,
-            v_unit_ptr + page * stride_v_unit + v_place,
-            scores_SM, max_M, sum_SM, acc,
-            V_KIND, V_DIM, V_PIECE, V_BITS, V_GROUPS, V_SCALE_BITS, IS_GPU,
-        )  # fmt: skip
+            values, scores_SM, max_M, sum_SM, acc, V_FORM, V_FORMS, IS_GPU
+        )
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
-    store_values(
-        out_ptr, lse_ptr, acc, max_M, sum_SM, first_row, rows_M,
-        NUM_ROWS, V_KIND, V_DIM, V_PIECE, V_BITS,
-    )  # fmt: skip
+    store_values(out_ptr, lse_ptr, acc, max_M, sum_SM, first_row, rows_M, NUM_ROWS, V_FORM, V_FORMS)

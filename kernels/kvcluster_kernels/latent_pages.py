@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from kvcluster_kernels.codes import num_fields
+
 _LEAST_PAIRS = 16
 """A matrix product is of 16 numbers at least."""
 
@@ -26,17 +28,25 @@ class LatentPages(NamedTuple):
 
     codes: Tensor
     """[P, N, 1, S, C], float16; or [P, N, 1, S, C * bits / 8], uint8, or int8 where codes have 8
-    bits, packed along C."""
+    bits, packed along C; of 3 bits the lower two."""
     scale: Tensor | None = None
-    """[P, N, 1, groups of S, C], float16, or uint8 with 8 scale bits; None for numbers."""
+    """[P, N, 1, groups of S, C], float16, or uint8 with 8 scale bits; None for numbers. Of rotated
+    codes [P, N, 1, S]."""
     zero: Tensor | None = None
-    """The same, float16 or int8."""
+    """As the scale, float16 or int8; None for rotated codes."""
     unit: Tensor | None = None
     """[P, N, 1], float32, with 8 scale bits."""
+    high: Tensor | None = None
+    """Of codes of 3 bits the third, [P, N, 1, S, C / 8], uint8."""
+    rotated_rank: int | None = None
+    """C of rotated codes (`levels.py`), which stand for levels times the scale of their token. What
+    they are before the rotation back are the numbers of a token here: the way back rotates."""
 
     @property
     def rank(self) -> int:
         """Numbers of a token."""
+        if self.rotated_rank is not None:
+            return self.rotated_rank
         return int((self.codes if self.scale is None else self.scale).shape[4])
 
     @property
@@ -45,9 +55,130 @@ class LatentPages(NamedTuple):
         if self.scale is None:
             return 16
         bits, rest = divmod(8 * int(self.codes.shape[4]), self.rank)
-        if rest or bits not in (8, 4):
-            raise ValueError(f"{self.codes.shape[4]} bytes of {self.rank} codes: want 8 or 4 bits")
+        bits += self.high is not None
+        if rest or bits not in (8, 4, 3, 2):
+            raise ValueError(
+                f"{self.codes.shape[4]} bytes of {self.rank} codes: want 8, 4, 3 or 2 bits"
+            )
         return bits
+
+
+class LatentSections(NamedTuple):
+    """Latents of which each part is written in its own way."""
+
+    sections: tuple[LatentPages, ...]
+    """In order of the numbers of a token."""
+
+
+Latents = LatentPages | LatentSections
+
+
+def sections_of(pages: Latents) -> tuple[LatentPages, ...]:
+    """One, where all is written alike."""
+    return pages.sections if isinstance(pages, LatentSections) else (pages,)
+
+
+class SectionForm(NamedTuple):
+    """What a kernel is compiled for, of one section."""
+
+    rank: int
+    bits: int
+    groups: int
+    """Of tokens that share scales."""
+    scale_bits: int
+    is_rotated: bool
+    piece: int
+    """Bytes, or numbers of 16 bits, of a token that are worked on together."""
+
+    @classmethod
+    def of(cls, pages: LatentPages, most: int) -> "SectionForm":
+        """`most`: of a piece. Raises: ValueError, as `LatentPages.bits`."""
+        is_rotated = pages.rotated_rank is not None
+        count = pages.rank // num_fields(pages.bits)
+        return cls(
+            pages.rank,
+            pages.bits,
+            1 if pages.scale is None or is_rotated else int(pages.scale.shape[3]),
+            16 if pages.unit is None else 8,
+            is_rotated,
+            max(_LEAST_PAIRS, min(most, triton.next_power_of_2(count))),
+        )
+
+
+# Triton takes their names from the fields of tuples in tuples: kernels ask these functions.
+
+
+@triton.constexpr_function
+def form_rank(forms: tuple[SectionForm, ...], section: int) -> int:
+    return SectionForm(*forms[section]).rank
+
+
+@triton.constexpr_function
+def form_bits(forms: tuple[SectionForm, ...], section: int) -> int:
+    return SectionForm(*forms[section]).bits
+
+
+@triton.constexpr_function
+def form_groups(forms: tuple[SectionForm, ...], section: int) -> int:
+    return SectionForm(*forms[section]).groups
+
+
+@triton.constexpr_function
+def form_scale_bits(forms: tuple[SectionForm, ...], section: int) -> int:
+    return SectionForm(*forms[section]).scale_bits
+
+
+@triton.constexpr_function
+def form_is_rotated(forms: tuple[SectionForm, ...], section: int) -> bool:
+    return bool(SectionForm(*forms[section]).is_rotated)
+
+
+@triton.constexpr_function
+def form_piece(forms: tuple[SectionForm, ...], section: int) -> int:
+    return SectionForm(*forms[section]).piece
+
+
+@triton.constexpr_function
+def form_fields(forms: tuple[SectionForm, ...], section: int) -> int:
+    """Arrays that a piece is unpacked to."""
+    return int(num_fields(SectionForm(*forms[section]).bits))
+
+
+@triton.constexpr_function
+def form_count(forms: tuple[SectionForm, ...], section: int) -> int:
+    """Bytes, or numbers of 16 bits, of a token."""
+    own = SectionForm(*forms[section])
+    return own.rank // int(num_fields(own.bits))
+
+
+@triton.constexpr_function
+def form_grid(forms: tuple[SectionForm, ...], section: int, block_size: int) -> int:
+    """Scales of a block."""
+    own = SectionForm(*forms[section])
+    return block_size if own.is_rotated else own.groups * own.rank
+
+
+@triton.constexpr_function
+def first_number(forms: tuple[SectionForm, ...], section: int) -> int:
+    """Of a section among the numbers of a token."""
+    return sum(SectionForm(*forms[before]).rank for before in range(section))
+
+
+@triton.constexpr_function
+def num_arrays(forms: tuple[SectionForm, ...], section: int) -> int:
+    """Arrays that the sections before it are unpacked to."""
+    found = 0
+    for before in range(section):
+        form = SectionForm(*forms[before])
+        fields = int(num_fields(form.bits))
+        found += -(-form.rank // fields // form.piece) * fields
+    return found
+
+
+def section_planes(pages: LatentPages) -> tuple[Tensor, ...]:
+    """In the order of the kernels; the codes stand for planes that are not there."""
+    planes = (pages.codes, pages.high, pages.scale, pages.zero, pages.unit)
+    return tuple(pages.codes if plane is None else plane for plane in planes)
 
 
 class KeyRotation(NamedTuple):

@@ -6,8 +6,22 @@ Shape letters: those of `latent_pages.py`; M query rows of a KV head, P numbers 
 import triton
 import triton.language as tl
 
-from kvcluster_kernels.codes import dot
-from kvcluster_kernels.latent_codes import load_grid, numbers
+from kvcluster_kernels.codes import dot, num_fields
+from kvcluster_kernels.latent_codes import (
+    load_grid,
+    load_numbers,
+    load_unit,
+    numbers,
+    numbers3,
+)
+from kvcluster_kernels.latent_pages import (
+    first_number,
+    form_count,
+    form_fields,
+    form_grid,
+    form_piece,
+    num_arrays,
+)
 from kvcluster_kernels.softmax import append
 
 _INVERSE_TURN = tl.constexpr(0.15915494309189535)
@@ -87,22 +101,35 @@ def load_query_pairs(
 
 @triton.jit
 def load_up(
-    up_ptr: tl.tensor,
-    RANK: tl.constexpr,
-    PAIRS: tl.constexpr,
-    P: tl.constexpr,
-    FIELDS: tl.constexpr,
+    up_ptr: tl.tensor, FORMS: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr
 ) -> tl.tuple:
     """The rows of a head's `up` in the order in which `expand` meets latents: piece after piece of
-    a row's codes, and of each its fields; for each the first and the second channels, [P, E]."""
-    COUNT: tl.constexpr = RANK // FIELDS
+    the codes of each section, and of each its fields; for each the first and the second channels,
+    [P, E]."""
+    rows = ()
+    for section in tl.static_range(len(FORMS)):
+        rows = _section_up(rows, up_ptr, FORMS, section, RANK, PAIRS)
+    return rows
+
+
+@triton.jit
+def _section_up(
+    rows: tl.tuple,
+    up_ptr: tl.tensor,
+    FORMS: tl.constexpr,
+    SECTION: tl.constexpr,
+    RANK: tl.constexpr,
+    PAIRS: tl.constexpr,
+) -> tl.tuple:
+    P: tl.constexpr = form_piece(FORMS, SECTION)
+    FIELDS: tl.constexpr = form_fields(FORMS, SECTION)
+    COUNT: tl.constexpr = form_count(FORMS, SECTION)
     offs_p = tl.arange(0, P)
     offs_e = tl.arange(0, PAIRS)
-    rows = ()
     for piece in tl.static_range(triton.cdiv(COUNT, P)):
         for field in tl.static_range(FIELDS):
             inside_P = piece * P + offs_p < COUNT
-            places_P = field * COUNT + piece * P + offs_p
+            places_P = first_number(FORMS, SECTION) + field * COUNT + piece * P + offs_p
             for channel in tl.static_range(2):
                 ptr = up_ptr + channel * (RANK * PAIRS)
                 up_PE = tl.load(
@@ -115,65 +142,86 @@ def load_up(
 
 
 @triton.jit
+def block_planes(
+    planes: tl.tuple,
+    strides: tl.tuple,
+    page: tl.tensor,
+    place: tl.tensor,
+    S: tl.constexpr,
+    FORMS: tl.constexpr,
+) -> tl.tuple:
+    """Where one block's part of each plane of each section begins."""
+    found = ()
+    for section in tl.static_range(len(FORMS)):
+        at = plane_pointers(
+            planes[section], strides[section], page, place,
+            S * form_count(FORMS, section), form_grid(FORMS, section, S),
+        )  # fmt: skip
+        found = append(found, at)
+    return found
+
+
+@triton.jit
+def plane_pointers(
+    planes: tl.tuple,
+    strides: tl.tuple,
+    page: tl.tensor,
+    place: tl.tensor,
+    SIZE: tl.constexpr,
+    GRID: tl.constexpr,
+) -> tl.tuple:
+    """Codes, third bits, scales, zero-points and unit of one block, whose codes are SIZE bytes (or
+    numbers) and whose scales are GRID."""
+    return (
+        planes[0] + page * strides[0] + place * SIZE,
+        planes[1] + page * strides[1] + place * (SIZE // 2),
+        planes[2] + page * strides[2] + place * GRID,
+        planes[3] + page * strides[3] + place * GRID,
+        planes[4] + page * strides[4] + place,
+    )
+
+
+@triton.jit
 def expand(
-    codes_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    unit_ptr: tl.tensor,
+    blocks: tl.tuple,
     up: tl.tuple,
     S: tl.constexpr,
-    RANK: tl.constexpr,
-    P: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SCALE_BITS: tl.constexpr,
+    FORMS: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """What `load_up` makes of a block's latents: first and second channels, float32 [S, E]."""
     first_SE = tl.zeros([S, up[0].shape[1]], tl.float32)
     second_SE = tl.zeros([S, up[0].shape[1]], tl.float32)
-    FIELDS: tl.constexpr = 8 // BITS if BITS < 16 else 1
-    COUNT: tl.constexpr = RANK // FIELDS
-    offs_s = tl.arange(0, S)
-    offs_p = tl.arange(0, P)
-    unit = tl.load(unit_ptr) if SCALE_BITS == 8 else 1.0
-    for piece in tl.static_range(triton.cdiv(COUNT, P)):
-        stored_SP = load_piece(codes_ptr, offs_s, piece * P + offs_p, COUNT, COUNT % P == 0)
-        if BITS == 16:
-            fields = (stored_SP,)
-        else:
-            scales = ()
-            zeros = ()
-            for field in tl.static_range(FIELDS):
-                place = field * COUNT + piece * P
-                scale, zero = load_grid(
-                    scale_ptr + place, zero_ptr + place, unit, offs_s, offs_p, COUNT - piece * P,
-                    RANK, S, GROUPS, SCALE_BITS,
-                )  # fmt: skip
-                scales = append(scales, scale)
-                zeros = append(zeros, zero)
-            fields = numbers(stored_SP, scales, zeros, BITS, IS_GPU)
-        for field in tl.static_range(FIELDS):
-            first_SE = dot(fields[field], up[2 * (piece * FIELDS + field)], first_SE, IS_GPU)
-            second_SE = dot(fields[field], up[2 * (piece * FIELDS + field) + 1], second_SE, IS_GPU)
+    for section in tl.static_range(len(FORMS)):
+        first_SE, second_SE = _expand_section(
+            blocks[section], up, first_SE, second_SE, S, FORMS, section, IS_GPU
+        )
     return first_SE, second_SE
 
 
 @triton.jit
-def load_piece(
-    ptr: tl.tensor,
-    offs_s: tl.tensor,
-    offs_p: tl.tensor,
-    COUNT: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
-) -> tl.tensor:
-    """Some numbers of each token of a block, whose rows are of COUNT; 0 behind them."""
-    pointers = ptr + offs_s[:, None] * COUNT + offs_p[None, :]
-    if IS_WHOLE:
-        stored = tl.load(pointers)
-    else:
-        stored = tl.load(pointers, mask=(offs_p < COUNT)[None, :], other=0)
-    return stored
+def _expand_section(
+    block: tl.tuple,
+    up: tl.tuple,
+    first_SE: tl.tensor,
+    second_SE: tl.tensor,
+    S: tl.constexpr,
+    FORMS: tl.constexpr,
+    SECTION: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    P: tl.constexpr = form_piece(FORMS, SECTION)
+    FIELDS: tl.constexpr = form_fields(FORMS, SECTION)
+    BEFORE: tl.constexpr = num_arrays(FORMS, SECTION)
+    unit = load_unit(block, FORMS, SECTION)
+    for piece in tl.static_range(triton.cdiv(form_count(FORMS, SECTION), P)):
+        fields = load_numbers(block, unit, piece * P, S, FORMS, SECTION, IS_GPU)
+        for field in tl.static_range(FIELDS):
+            first_up = up[2 * (BEFORE + piece * FIELDS + field)]
+            second_up = up[2 * (BEFORE + piece * FIELDS + field) + 1]
+            first_SE = dot(fields[field], first_up, first_SE, IS_GPU)
+            second_SE = dot(fields[field], second_up, second_SE, IS_GPU)
+    return first_SE, second_SE
 
 
 @triton.jit
@@ -223,60 +271,53 @@ def rotated_keys(
 
 @triton.jit
 def weigh_latents(
-    codes_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    unit_ptr: tl.tensor,
+    blocks: tl.tuple,
     weights_SM: tl.tensor,
     decay_M: tl.tensor,
     acc: tl.tuple,
-    RANK: tl.constexpr,
-    P: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SCALE_BITS: tl.constexpr,
+    FORMS: tl.constexpr,
     IS_GPU: tl.constexpr,
 ) -> tl.tuple:
     """Weighted sums of a block's numbers added to earlier ones times their decay: piece after
-    piece of a row's codes, and of each its fields, [M, P]. Tokens are rows of the numbers, so that
-    weights are what is transposed."""
-    S: tl.constexpr = weights_SM.shape[0]
-    FIELDS: tl.constexpr = 8 // BITS if BITS < 16 else 1
-    COUNT: tl.constexpr = RANK // FIELDS
-    offs_s = tl.arange(0, S)
-    offs_p = tl.arange(0, P)
-    unit = tl.load(unit_ptr) if SCALE_BITS == 8 else 1.0
+    piece of the codes of each section, and of each its fields, [M, P]. Tokens are rows of the
+    numbers, so that weights are what is transposed."""
     weights_MS = tl.trans(weights_SM)
     found = ()
-    for piece in tl.static_range(triton.cdiv(COUNT, P)):
-        stored_SP = load_piece(codes_ptr, offs_s, piece * P + offs_p, COUNT, COUNT % P == 0)
-        if BITS == 16:
-            fields = (stored_SP,)
-        else:
-            scales = ()
-            zeros = ()
-            for field in tl.static_range(FIELDS):
-                place = field * COUNT + piece * P
-                scale, zero = load_grid(
-                    scale_ptr + place, zero_ptr + place, unit, offs_s, offs_p, COUNT - piece * P,
-                    RANK, S, GROUPS, SCALE_BITS,
-                )  # fmt: skip
-                scales = append(scales, scale)
-                zeros = append(zeros, zero)
-            fields = numbers(stored_SP, scales, zeros, BITS, IS_GPU)
+    for section in tl.static_range(len(FORMS)):
+        found = _weigh_section(
+            found, blocks[section], weights_MS, decay_M, acc, FORMS, section, IS_GPU
+        )
+    return found
+
+
+@triton.jit
+def _weigh_section(
+    found: tl.tuple,
+    block: tl.tuple,
+    weights_MS: tl.tensor,
+    decay_M: tl.tensor,
+    acc: tl.tuple,
+    FORMS: tl.constexpr,
+    SECTION: tl.constexpr,
+    IS_GPU: tl.constexpr,
+) -> tl.tuple:
+    S: tl.constexpr = weights_MS.shape[1]
+    P: tl.constexpr = form_piece(FORMS, SECTION)
+    FIELDS: tl.constexpr = form_fields(FORMS, SECTION)
+    BEFORE: tl.constexpr = num_arrays(FORMS, SECTION)
+    unit = load_unit(block, FORMS, SECTION)
+    for piece in tl.static_range(triton.cdiv(form_count(FORMS, SECTION), P)):
+        fields = load_numbers(block, unit, piece * P, S, FORMS, SECTION, IS_GPU)
         for field in tl.static_range(FIELDS):
             number_SP = fields[field]
-            acc_MP = acc[piece * FIELDS + field] * decay_M[:, None]
+            acc_MP = acc[BEFORE + piece * FIELDS + field] * decay_M[:, None]
             found = append(found, dot(weights_MS.to(number_SP.dtype), number_SP, acc_MP, IS_GPU))
     return found
 
 
 @triton.jit
 def weigh_integers(
-    codes_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    unit_ptr: tl.tensor,
+    block: tl.tuple,
     weights: tl.tuple,
     decay_M: tl.tensor,
     acc: tl.tuple,
@@ -288,26 +329,30 @@ def weigh_integers(
 ) -> tl.tuple:
     """The same of integers with scales for each token and group of CHANNELS, one array [D, M] for
     each group. `weights` are those of each field of a byte, [P, M]."""
-    FIELDS: tl.constexpr = 8 // BITS
+    FIELDS: tl.constexpr = num_fields(BITS)
     P: tl.constexpr = BLOCK_SIZE // FIELDS
     offs_d = tl.arange(0, acc[0].shape[0])
     offs_p = tl.arange(0, P)
-    unit = tl.load(unit_ptr) if SCALE_BITS == 8 else 1.0
+    mask_DP = (offs_d < CHANNELS)[:, None] & (offs_p < P)[None, :]
+    unit = tl.load(block[4]) if SCALE_BITS == 8 else 1.0
     found = ()
     for group in tl.static_range(len(acc)):
-        pointers = codes_ptr + group * CHANNELS * P + offs_d[:, None] * P + offs_p[None, :]
-        packed_DP = tl.load(pointers, mask=(offs_d < CHANNELS)[:, None], other=0)
+        rows_D = group * CHANNELS + offs_d
+        packed_DP = tl.load(block[0] + rows_D[:, None] * P + offs_p[None, :], mask=mask_DP, other=0)
         scales = ()
         zeros = ()
         for field in tl.static_range(FIELDS):
             scale, zero = load_grid(
-                scale_ptr + group * BLOCK_SIZE + field * P,
-                zero_ptr + group * BLOCK_SIZE + field * P,
+                block[2] + group * BLOCK_SIZE + field * P,
+                block[3] + group * BLOCK_SIZE + field * P,
                 unit, offs_d, offs_p, P, P, P, 1, SCALE_BITS,
             )  # fmt: skip
             scales = append(scales, scale)
             zeros = append(zeros, zero)
-        fields = numbers(packed_DP, scales, zeros, BITS, IS_GPU)
+        if BITS == 3:
+            fields = numbers3(packed_DP, block[1], rows_D, offs_p, P, scales, zeros, IS_GPU)
+        else:
+            fields = numbers(packed_DP, scales, zeros, BITS, IS_GPU)
         acc_DM = acc[group] * decay_M[None, :]
         for field in tl.static_range(FIELDS):
             acc_DM = dot(fields[field], weights[field], acc_DM, IS_GPU)

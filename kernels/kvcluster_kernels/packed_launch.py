@@ -62,7 +62,7 @@ def plan_launch(
             rows.blocks_RB,
             rows.starts_R,
             rows.ends_R,
-            rows.block_positions_RB if has_positions else rows.blocks_RB,
+            rows.blocks_RB if rows.block_positions_RB is None else rows.block_positions_RB,
             rows.q_positions_RT if has_positions else rows.blocks_RB,
             found.out_RKXMD,
             found.lse_RKXM,

@@ -121,7 +121,7 @@ def decode_rotated(
 
 def restore_rotated_keys(pages: RotatedPages, rotation_DD: Tensor, blocks_RB: Tensor) -> Tensor:
     """k_RBKSD: mean + scale * R^T level[code], in the dtype of the rotation."""
-    level_RBKSD = _levels_of(pages, rotation_DD.shape[0], rotation_DD.dtype, blocks_RB)
+    level_RBKSD = levels_of(pages, rotation_DD.shape[0], rotation_DD.dtype, blocks_RB)
     scale_RBKS1 = gather_blocks(pages.scale, blocks_RB)[..., None]
     k_RBKSD = (level_RBKSD * scale_RBKS1) @ rotation_DD
     if pages.mean is not None:
@@ -132,14 +132,14 @@ def restore_rotated_keys(pages: RotatedPages, rotation_DD: Tensor, blocks_RB: Te
 def restore_rotated_values(pages: RotatedPages, rotation_DD: Tensor, blocks_RB: Tensor) -> Tensor:
     """v_RBKSD, likewise."""
     scale_RBKS = gather_blocks(pages.scale, blocks_RB)
-    level_RBKDS = _levels_of(pages, scale_RBKS.shape[3], rotation_DD.dtype, blocks_RB)
+    level_RBKDS = levels_of(pages, scale_RBKS.shape[3], rotation_DD.dtype, blocks_RB)
     return (level_RBKDS * scale_RBKS[..., None, :]).transpose(3, 4) @ rotation_DD
 
 
-def _levels_of(
+def levels_of(
     pages: RotatedPages, contiguous: int, dtype: torch.dtype, blocks_RB: Tensor
 ) -> Tensor:
-    """In the order that codes are stored in."""
+    """Levels of the codes of blocks, in the order that codes are stored in."""
     bits = rotated_bits(pages, contiguous)
     codes = _codes_of(pages, bits, blocks_RB)
     return levels(bits).to(pages.codes.device, dtype)[codes.int()]

@@ -30,10 +30,10 @@ class PagedRows(NamedTuple):
     """Tokens up to the last that is read, counted from the start of the row's first block. A row
     with `ends <= starts` has nothing here."""
     block_positions_RB: Tensor | None = None
-    """Position in the sequence of each block's first token; the others follow it. Without it,
-    every token that is read is visible to all query tokens of its row."""
+    """Position in the sequence of each block's first token; the others follow it."""
     q_positions_RT: Tensor | None = None
-    """Position of each query token; goes with `block_positions_RB`."""
+    """Position of each query token, which sees none behind it; wants `block_positions_RB`. Without
+    it, every token that is read is visible to all query tokens of its row."""
 
 
 class Attention(NamedTuple):
@@ -127,9 +127,9 @@ def is_interpreted(kernel: Any) -> bool:
 
 def check_positions(rows: PagedRows, attention: Attention) -> None:
     """Raises: ValueError where masks need positions that are not there."""
-    if (rows.block_positions_RB is None) != (rows.q_positions_RT is None):
-        raise ValueError("positions of blocks and of queries go together: give both or none")
-    if attention.window is not None and rows.block_positions_RB is None:
+    if rows.block_positions_RB is None and rows.q_positions_RT is not None:
+        raise ValueError("positions of queries want those of blocks: give both")
+    if attention.window is not None and rows.q_positions_RT is None:
         raise ValueError("a window needs the positions of blocks and queries")
 
 

@@ -64,19 +64,23 @@ class _Table:
     def __init__(self, line: int, max_rows: int, width: int, device: torch.device) -> None:
         self.line = line
         """Of the starts; the ends follow."""
-        self.blocks_RB = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
-        self._copied: list[NDArray[np.int64]] = [NOTHING.blocks_B] * max_rows
+        self.blocks_RB, self.positions_RB = torch.zeros(
+            2, max_rows, width, dtype=torch.int32, device=device
+        )
+        self._copied: list[RowSpan] = [NOTHING] * max_rows
 
-    def update(self, row: int, blocks_B: NDArray[np.int64]) -> None:
-        """Copy what is new of a row's blocks."""
+    def update(self, row: int, span: RowSpan) -> None:
+        """Copy what is new of a row's blocks, and of their positions if these are told."""
         before = self._copied[row]
-        same = min(len(before), len(blocks_B))
-        if not np.array_equal(before[:same], blocks_B[:same]):
+        same = min(len(before.blocks_B), len(span.blocks_B))
+        told = ((before.blocks_B, span.blocks_B), (before.positions_B, span.positions_B))
+        if not all(np.array_equal(earlier[:same], now[:same]) for earlier, now in told):
             same = 0
-        self._copied[row] = blocks_B
-        if same < len(blocks_B):
-            added = torch.from_numpy(blocks_B[same:].astype(np.int32))
-            self.blocks_RB[row, same : len(blocks_B)].copy_(added)
+        self._copied[row] = span
+        for plane_RB, (_, now) in zip((self.blocks_RB, self.positions_RB), told, strict=True):
+            if same < len(now):
+                added = torch.from_numpy(now[same:].astype(np.int32))
+                plane_RB[row, same : len(now)].copy_(added)
 
 
 class DecodeInputs:
@@ -135,7 +139,7 @@ class DecodeInputs:
     def _set_pool(self, group: int, codec: str, spans: Sequence[RowSpan]) -> None:
         table = self._table(group, codec)
         for row, span in enumerate(spans):
-            table.update(row, span.blocks_B)
+            table.update(row, span)
             self._bounds.host[table.line : table.line + 2, row] = span.start, span.end
 
     def _table(self, group: int, codec: str) -> _Table:
@@ -180,7 +184,8 @@ class DecodeInputs:
     def _paged(self, group: int, codec: str, num_rows: int) -> PagedRows:
         table = self._tables[group, codec]
         starts, ends = self._bounds.on_device[table.line : table.line + 2, :num_rows]
-        return PagedRows(table.blocks_RB[:num_rows], starts, ends)
+        positions_RB = None if codec == EXACT else table.positions_RB[:num_rows]
+        return PagedRows(table.blocks_RB[:num_rows], starts, ends, positions_RB)
 
 
 class DecodeAttention:

@@ -13,6 +13,7 @@ from kvcluster_kernels.paging import Partial as RowPartial
 from kvcluster_kernels.prefill_arguments import MAX_HEAD_DIM, PartialAttention
 from torch import Tensor
 
+from kvcluster.attention.latent_cache import LatentCache
 from kvcluster.attention.packed_keys import PackedPages, packed_pages
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
@@ -33,7 +34,7 @@ class KernelRows:
         self._store = store
         self._spec = store.spec
         self._merge = merge
-        self._pages: dict[tuple[int, str], PackedPages | None] = {}
+        self._pages: dict[tuple[int, str], PackedPages | LatentCache | None] = {}
         self._served: dict[tuple[str, bool], bool] = {}
         self._tables: dict[tuple[int, tuple[SequencePart, ...]], RowTables] = {}
 
@@ -100,14 +101,14 @@ class KernelRows:
         partials = [PartialAttention(*each) for each in self.partials(layer, q_RHD, tables)]
         return merge(partials, sinks_H=sinks_H, out_dtype=q_RHD.dtype).out_THD
 
-    def packed(self, layer: int, codec: str) -> PackedPages | None:
+    def packed(self, layer: int, codec: str) -> PackedPages | LatentCache | None:
         """A layer's blocks of this codec for kernels; None: there is none that reads them."""
         key = (layer, codec)
         if key not in self._pages:
             self._pages[key] = self._find_packed(layer, codec)
         return self._pages[key]
 
-    def _find_packed(self, layer: int, codec: str) -> PackedPages | None:
+    def _find_packed(self, layer: int, codec: str) -> PackedPages | LatentCache | None:
         return packed_pages(
             self._store.layer_codec(layer, codec),
             self._store.encoded_planes(layer, codec),

@@ -18,6 +18,7 @@ from kvcluster_kernels.paging import Attention, PagedRows, Partial
 from kvcluster_kernels.rotated_decode import RotatedPages, decode_rotated
 from torch import Tensor
 
+from kvcluster.attention.latent_cache import LatentCache, latent_cache
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.method import LayerCodec
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
@@ -68,7 +69,7 @@ def packed_pages(
     planes: tuple[Sequence[Tensor], Sequence[Tensor]],
     geometry: LayerGeometry,
     block_size: int,
-) -> PackedPages | None:
+) -> PackedPages | LatentCache | None:
     """Blocks written so, whose planes of keys and values (those of a whole pool) these are; None:
     there is no kernel for them."""
     if geometry.values_in_keys or block_size < _LEAST:
@@ -80,7 +81,7 @@ def packed_pages(
         return _integers(keys, values, planes, geometry, block_size)
     if isinstance(keys, Rotated) and isinstance(values, Rotated):
         return _rotated(keys, values, planes, geometry, block_size)
-    return None
+    return latent_cache(codec, planes, geometry, block_size)
 
 
 def _float8(

@@ -25,9 +25,12 @@ class RowSpan(NamedTuple):
     blocks_B: NDArray[np.int64]
     start: int
     end: int
+    positions_B: NDArray[np.int64]
+    """Of the first token of each encoded block; none of exact ones."""
 
 
-NOTHING = RowSpan(np.empty(0, dtype=np.int64), 0, 0)
+_NONE = np.empty(0, dtype=np.int64)
+NOTHING = RowSpan(_NONE, 0, 0, _NONE)
 
 
 class RowTables(NamedTuple):
@@ -77,7 +80,9 @@ def exact_span(history: History, block_size: int) -> RowSpan:
     )
     first, last = history.runs[0], history.runs[-1]
     left_over = -last.stop % block_size
-    return RowSpan(blocks_B, first.start % block_size, len(blocks_B) * block_size - left_over)
+    return RowSpan(
+        blocks_B, first.start % block_size, len(blocks_B) * block_size - left_over, _NONE
+    )
 
 
 def encoded_span(history: History, rank: int, block_size: int) -> RowSpan:
@@ -85,7 +90,9 @@ def encoded_span(history: History, rank: int, block_size: int) -> RowSpan:
     blocks_B = history.encoded_ids_B.numpy()
     if not len(blocks_B):
         return NOTHING
-    return RowSpan(blocks_B, history.ranks[rank].num_skipped, len(blocks_B) * block_size)
+    held = history.ranks[rank]
+    num_tokens = len(blocks_B) * block_size
+    return RowSpan(blocks_B, held.num_skipped, num_tokens, held.starts_B.numpy())
 
 
 def paged_rows(spans: Sequence[RowSpan], device: torch.device) -> PagedRows:
@@ -93,12 +100,19 @@ def paged_rows(spans: Sequence[RowSpan], device: torch.device) -> PagedRows:
     num_rows = len(spans)
     widest = max(1, *(len(span.blocks_B) for span in spans))
     width = -(-widest // _WIDTH_STEP) * _WIDTH_STEP
-    numbers = np.zeros(num_rows * (width + 2), dtype=np.int32)
-    blocks_RB, bounds = numbers[: num_rows * width], numbers[num_rows * width :]
+    has_positions = any(len(span.positions_B) for span in spans)
+    sizes = [num_rows * width, num_rows, num_rows, num_rows * width * has_positions]
+    numbers = np.zeros(sum(sizes), dtype=np.int32)
+    blocks, starts, ends, positions = np.split(numbers, np.cumsum(sizes)[:-1])
     for row, span in enumerate(spans):
-        blocks_RB[row * width : row * width + len(span.blocks_B)] = span.blocks_B
-        bounds[row], bounds[num_rows + row] = span.start, span.end
+        own = slice(row * width, row * width + len(span.blocks_B))
+        blocks[own] = span.blocks_B
+        starts[row], ends[row] = span.start, span.end
+        if has_positions:
+            positions[own] = span.positions_B
     on_device = torch.from_numpy(numbers).to(device)
-    sizes = [num_rows * width, num_rows, num_rows]
-    blocks, starts_R, ends_R = torch.split(on_device, sizes)
-    return PagedRows(blocks.view(num_rows, width), starts_R, ends_R)
+    blocks_X, starts_R, ends_R, positions_X = torch.split(on_device, sizes)
+    shape = (num_rows, width)
+    return PagedRows(
+        blocks_X.view(shape), starts_R, ends_R, positions_X.view(shape) if has_positions else None
+    )

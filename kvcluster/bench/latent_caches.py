@@ -133,8 +133,10 @@ def _integers(bits: int, group: int, shape: DecodeShape, device: torch.device) -
 
 def _rotated(bits: int, shape: DecodeShape, device: torch.device) -> ValuePages:
     blocks = _blocks(shape, shape.num_kv_heads)
-    codes = _bytes(device, *blocks, shape.dim, BLOCK_SIZE * bits // 8)
-    return RotatedPages(codes, torch.rand((*blocks, BLOCK_SIZE), device=device).half())
+    low = 2 if bits == 3 else bits
+    codes = _bytes(device, *blocks, shape.dim, BLOCK_SIZE * low // 8)
+    high = _bytes(device, *blocks, shape.dim, BLOCK_SIZE // 8) if bits == 3 else None
+    return RotatedPages(codes, torch.rand((*blocks, BLOCK_SIZE), device=device).half(), high=high)
 
 
 def _latents(share: float, bits: int, shape: DecodeShape, device: torch.device) -> ValuePages:
@@ -148,6 +150,7 @@ _VALUES: Final[Mapping[str, Callable[[DecodeShape, torch.device], ValuePages]]] 
     "int4": partial(_integers, 4, 64),
     "int2": partial(_integers, 2, 32),
     "rotated4": partial(_rotated, 4),
+    "rotated3": partial(_rotated, 3),
     "rotated2": partial(_rotated, 2),
     "latent": partial(_latents, 0.25, 16),
     "latent4": partial(_latents, 0.25, 4),
@@ -155,6 +158,8 @@ _VALUES: Final[Mapping[str, Callable[[DecodeShape, torch.device], ValuePages]]] 
 
 FORMATS: Final = (
     LatentFormat(0.25, 4, "int4"),
+    LatentFormat(0.25, 4, "rotated3"),
+    LatentFormat(0.375, 4, "rotated3"),
     LatentFormat(0.25, 4, "rotated4"),
     LatentFormat(0.25, 16, "int4"),
     LatentFormat(0.25, 16, "bf16"),
@@ -162,7 +167,6 @@ FORMATS: Final = (
     LatentFormat(0.25, 4, "latent4"),
     LatentFormat(0.125, 4, "int4"),
     LatentFormat(0.125, 4, "int2"),
-    LatentFormat(0.375, 4, "int4"),
     LatentFormat(0.5, 4, "int4"),
 )
 """What is timed: the recipe of low-rank keys and low-bit values first, then what it is between."""

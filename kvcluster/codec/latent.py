@@ -17,7 +17,7 @@ dimension, T tokens, H query heads, I and J rows and columns of a matrix.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,29 @@ class Rotation(Protocol):
     def apply(self, x_BKSD: Tensor, positions_BS: Tensor) -> Tensor: ...
 
     def undo(self, x_BKSD: Tensor, positions_BS: Tensor) -> Tensor: ...
+
+
+class RotatedPairs(NamedTuple):
+    """A rotation that turns pairs of channels by position times frequency."""
+
+    inverse_frequencies_E: Tensor
+    """Radians per position of each pair, float32."""
+    scaling: float
+    """Factor on the channels that are turned."""
+    first_dim: int
+    """Channels before it, and those behind the last pair, are left alone."""
+    is_interleaved: bool
+    """Pairs are neighbours, instead of channels half of the turned ones apart."""
+
+
+@runtime_checkable
+class PairRotation(Rotation, Protocol):
+    """A rotation that kernels can do themselves."""
+
+    @property
+    def pairs(self) -> RotatedPairs:
+        """On the device of the model."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +137,15 @@ class LatentValues:
         self.num_heads = num_heads
         self.dim = width // num_heads
         self.rank = rank
-        self._basis = basis
+        self.basis = basis
+        """Of this rank."""
         self._down = _FixedPointMatrix(basis.down_FC)
         self._up = _FixedPointMatrix(basis.up_CF)
-        self._stored = storage.codec(rank)
+        self.stored = storage.codec(rank)
+        """Writes a latent as one head."""
         # What is inside a rotated latent is no latent yet.
-        is_rotated = isinstance(self._stored, Rotated)
-        self._read = Decoded(self._stored) if is_rotated else inner_values(self._stored)
+        is_rotated = isinstance(self.stored, Rotated)
+        self._read = Decoded(self.stored) if is_rotated else inner_values(self.stored)
 
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         if (shape.num_heads, shape.dim) != (self.num_heads, self.dim):
@@ -128,18 +153,18 @@ class LatentValues:
                 f"this basis is of {self.num_heads} heads of {self.dim} channels, "
                 f"not of {shape.num_heads} of {shape.dim}"
             )
-        return self._stored.planes(BlockShape(1, shape.num_tokens, self.rank))
+        return self.stored.planes(BlockShape(1, shape.num_tokens, self.rank))
 
     def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
         """Contiguous planes. Numbers beyond the largest float16 count as that."""
         self.planes(shape_of_blocks(x_BKSD, positions_BS))
         x_BSF = _bounded(x_BKSD).transpose(1, 2).flatten(2)
-        latent_BSC = self._down.product(x_BSF - self._basis.mean_F)
-        return self._stored.encode(latent_BSC[:, None], positions_BS)
+        latent_BSC = self._down.product(x_BSF - self.basis.mean_F)
+        return self.stored.encode(latent_BSC[:, None], positions_BS)
 
     def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
-        latent_BSC = self._stored.decode(planes, positions_BS)[:, 0]
-        x_BSF = self._up.product(latent_BSC) + self._basis.mean_F
+        latent_BSC = self.stored.decode(planes, positions_BS)[:, 0]
+        x_BSF = self._up.product(latent_BSC) + self.basis.mean_F
         x_BSKD = x_BSF.reshape(*x_BSF.shape[:2], self.num_heads, self.dim)
         return x_BSKD.transpose(1, 2).contiguous()
 
@@ -150,7 +175,7 @@ class LatentValues:
     def approximate(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """x_BKSD to the rounding of float32: `decode` whose last bits depend on the batch."""
         latent_BSC = self.inner(planes, positions_BS)[:, 0]
-        x_BSF = torch.addmm(self._basis.mean_F, latent_BSC.flatten(0, 1), self._basis.up_CF)
+        x_BSF = torch.addmm(self.basis.mean_F, latent_BSC.flatten(0, 1), self.basis.up_CF)
         x_BSKD = x_BSF.reshape(*latent_BSC.shape[:2], self.num_heads, self.dim)
         return x_BSKD.transpose(1, 2)
 
@@ -161,8 +186,8 @@ class LatentValues:
         seen no key, which is zero by definition, and it is zero no more.
         """
         num_tokens, num_query_heads, _ = out_THC.shape
-        up_CKD = self._basis.up_CF.reshape(self.rank, self.num_heads, self.dim)
-        mean_KD = self._basis.mean_F.reshape(self.num_heads, self.dim)
+        up_CKD = self.basis.up_CF.reshape(self.rank, self.num_heads, self.dim)
+        mean_KD = self.basis.mean_F.reshape(self.num_heads, self.dim)
         num_sharing = num_query_heads // self.num_heads
         out_TKGC = out_THC.float().reshape(num_tokens, self.num_heads, num_sharing, self.rank)
         out_TKGD = torch.einsum("tkgc,ckd->tkgd", out_TKGC, up_CKD) + mean_KD[:, None]
@@ -183,34 +208,44 @@ class LatentKeys:
     ) -> None:
         """As `LatentValues`; `rotation` is the layer's, None where it has none."""
         self._unrotated = LatentValues(basis, num_heads=num_heads, rank=rank, storage=storage)
-        self._rotation = rotation
+        self.rotation = rotation
 
     @property
     def rank(self) -> int:
         return self._unrotated.rank
+
+    @property
+    def basis(self) -> Basis:
+        """Of this rank, of keys before rotation."""
+        return self._unrotated.basis
+
+    @property
+    def stored(self) -> ArrayCodec:
+        """Writes a latent as one head."""
+        return self._unrotated.stored
 
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         return self._unrotated.planes(shape)
 
     def encode(self, x_BKSD: Tensor, positions_BS: Tensor) -> tuple[Tensor, ...]:
         shape = shape_of_blocks(x_BKSD, positions_BS)
-        if self._rotation is not None:
+        if self.rotation is not None:
             self.planes(shape)
-            x_BKSD = self._rotation.undo(_bounded(x_BKSD), positions_BS)
+            x_BKSD = self.rotation.undo(_bounded(x_BKSD), positions_BS)
         return self._unrotated.encode(x_BKSD, positions_BS)
 
     def decode(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         x_BKSD = self._unrotated.decode(planes, positions_BS)
-        if self._rotation is None:
+        if self.rotation is None:
             return x_BKSD
-        return self._rotation.apply(x_BKSD, positions_BS)
+        return self.rotation.apply(x_BKSD, positions_BS)
 
     def inner(self, planes: Sequence[Tensor], positions_BS: Tensor) -> Tensor:
         """The keys, to the rounding of float32."""
         x_BKSD = self._unrotated.approximate(planes, positions_BS)
-        if self._rotation is None:
+        if self.rotation is None:
             return x_BKSD
-        return self._rotation.apply(x_BKSD, positions_BS)
+        return self.rotation.apply(x_BKSD, positions_BS)
 
     def fold(self, q_THD: Tensor) -> Tensor:
         return q_THD.float()

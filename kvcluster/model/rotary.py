@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcluster.codec.latent import RotatedPairs
 from kvcluster.errors import ModelUnsupported
 from kvcluster.model.attention_hook import forward
 from kvcluster.model.loader import max_context_tokens
@@ -55,6 +56,16 @@ class Rotary:
     @property
     def num_rotated_dims(self) -> int:
         return 2 * len(self.inverse_frequencies_F)
+
+    @property
+    def pairs(self) -> RotatedPairs:
+        """The same for kernels."""
+        return RotatedPairs(
+            self.inverse_frequencies_F,
+            self.scaling,
+            self.first_dim,
+            self.pairing is Pairing.INTERLEAVED,
+        )
 
     def apply(self, x_BKSD: Tensor, positions_BS: Tensor) -> Tensor:
         """Rotate to the positions, as the model does. float32, new memory."""

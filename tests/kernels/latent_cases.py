@@ -8,15 +8,23 @@ from kvcluster_kernels import latent_plain
 from kvcluster_kernels.decode_plain import attend_tokens
 from kvcluster_kernels.integer_decode import IntegerPages
 from kvcluster_kernels.latent_decode import decode_latents
-from kvcluster_kernels.latent_pages import KeyExpansion, KeyRotation, LatentPages, key_expansion
+from kvcluster_kernels.latent_pages import (
+    KeyExpansion,
+    KeyRotation,
+    LatentPages,
+    Latents,
+    key_expansion,
+)
 from kvcluster_kernels.latent_values import ValuePages
 from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows
 from kvcluster_kernels.rotated_decode import RotatedPages
 from torch import Tensor
 
+from kvcluster.attention import latent_cache
 from kvcluster.codec.array import ArrayCodec
 from kvcluster.codec.calibration import Basis
 from kvcluster.codec.exact_array import ExactArray
+from kvcluster.codec.filling import Grade
 from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues
 from kvcluster.codec.quantized import TokenQuantizer
 from kvcluster.codec.rotated import Rotated
@@ -27,7 +35,20 @@ from tests.kernels.packed_cases import draw_packed
 BLOCKS = replace(RAGGED, lengths=(110, 0, 1, 123), block_size=64, has_positions=True)
 ATTENTION = Attention(scale=0.1)
 HALF_SPLIT = "half split"
+NUMBERS = LatentStorage()
 ROTATIONS = (HALF_SPLIT, "interleaved", "partial", "none")
+
+
+STORAGES = {
+    "4 bits": LatentStorage(4),
+    "4 bits in groups of 16, scale_bits=8": LatentStorage(4, group=16, scale_bits=8),
+    "8 bits in groups of 32": LatentStorage(8, group=32),
+    "3 bits": LatentStorage(3),
+    "2 bits, scale_bits=8": LatentStorage(2, scale_bits=8),
+    "rotated 4 bits": LatentStorage(4, is_rotated=True),
+    "rotated 3 bits": LatentStorage(3, is_rotated=True),
+}
+"""How latents are written, besides as `NUMBERS` of 16 bits."""
 
 
 def draw_basis(num_heads: int, dim: int, rank: int, generator: torch.Generator) -> Basis:
@@ -67,17 +88,36 @@ def kernel_rotation(rotation: Rotary | None) -> KeyRotation | None:
 
 
 def expansion_of(
-    basis: Basis, num_heads: int, rotation: Rotary | None, device: torch.device
+    basis: Basis,
+    num_heads: int,
+    rotation: Rotary | None,
+    device: torch.device,
+    up_CF: Tensor | None = None,
 ) -> KeyExpansion:
+    """`up_CF`: of latents that are stored in another basis."""
     made = key_expansion(
-        basis.up_CF, basis.mean_F, num_kv_heads=num_heads, rotation=kernel_rotation(rotation)
+        basis.up_CF if up_CF is None else up_CF,
+        basis.mean_F,
+        num_kv_heads=num_heads,
+        rotation=kernel_rotation(rotation),
     )
     return KeyExpansion(*(x.to(device) for x in made))
 
 
 def latent_pages(codec: ArrayCodec, batch: Batch, rows: PagedRows, seed: int) -> LatentPages:
+    """Of numbers of 16 bits."""
     generator = torch.Generator().manual_seed(seed)
-    return LatentPages(*draw_packed(codec, batch.dim_k, batch, rows, generator))
+    return LatentPages(draw_packed(codec, batch.dim_k, batch, rows, generator)[0])
+
+
+def drawn_latents(
+    codec: LatentKeys | LatentValues, dim: int, batch: Batch, rows: PagedRows, seed: int
+) -> Latents:
+    generator = torch.Generator().manual_seed(seed)
+    planes = draw_packed(codec, dim, batch, rows, generator)
+    pages = latent_cache.latent_pages(codec.stored, planes, codec.rank)
+    assert pages is not None, "no kernel reads these"
+    return pages
 
 
 ValueDraw = Callable[[Batch, PagedRows], ValuePages]
@@ -86,16 +126,15 @@ ValueDraw = Callable[[Batch, PagedRows], ValuePages]
 def _exact(batch: Batch, rows: PagedRows) -> ValuePages:
     generator = torch.Generator().manual_seed(2)
     codec = ExactArray(torch.bfloat16)
-    return LatentPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
+    return LatentPages(draw_packed(codec, batch.dim_v, batch, rows, generator)[0])
 
 
-def _latents(bits: int | None, rank: int) -> ValueDraw:
+def _latents(storage: LatentStorage, rank: int) -> ValueDraw:
     def draw(batch: Batch, rows: PagedRows) -> ValuePages:
         generator = torch.Generator().manual_seed(3)
         basis = draw_basis(batch.num_kv_heads, batch.dim_v, rank, generator)
-        storage = LatentStorage(bits=bits)
         codec = LatentValues(basis, num_heads=batch.num_kv_heads, rank=rank, storage=storage)
-        return LatentPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
+        return drawn_latents(codec, batch.dim_v, batch, rows, 3)
 
     return draw
 
@@ -104,7 +143,9 @@ def _integers(bits: int, group: int, scale_bits: int) -> ValueDraw:
     def draw(batch: Batch, rows: PagedRows) -> ValuePages:
         generator = torch.Generator().manual_seed(4)
         codec = TokenQuantizer(bits, group=group, scale_bits=scale_bits)
-        return IntegerPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
+        planes = draw_packed(codec, batch.dim_v, batch, rows, generator)
+        high = planes.pop(1) if bits == 3 else None
+        return IntegerPages(*planes)._replace(high=high)
 
     return draw
 
@@ -113,21 +154,27 @@ def _rotated(bits: int) -> ValueDraw:
     def draw(batch: Batch, rows: PagedRows) -> ValuePages:
         generator = torch.Generator().manual_seed(5)
         codec = Rotated(bits, transposed=True)
-        return RotatedPages(*draw_packed(codec, batch.dim_v, batch, rows, generator))
+        planes = draw_packed(codec, batch.dim_v, batch, rows, generator)
+        return RotatedPages(planes[0], planes[-1], high=planes[1] if bits == 3 else None)
 
     return draw
 
 
 VALUES: dict[str, ValueDraw] = {
     "exact": _exact,
-    "latent": _latents(None, 64),
-    "latent of an odd rank": _latents(None, 44),
-    "latent in 4 bits": _latents(4, 64),
+    "latent": _latents(NUMBERS, 64),
+    "latent of an odd rank": _latents(NUMBERS, 44),
+    "latent in 4 bits": _latents(LatentStorage(4), 64),
+    "latent in 2 bits": _latents(LatentStorage(2), 64),
+    "latent in rotated 4 bits": _latents(LatentStorage(4, is_rotated=True), 96),
+    "filled latent": _latents(LatentStorage(grades=(Grade(8, 16), Grade(3, 32), Grade(2, 8))), 56),
     "int8": _integers(8, 64, 16),
     "int4": _integers(4, 64, 16),
+    "int3": _integers(3, 32, 16),
     "int4 scale_bits=8": _integers(4, 32, 8),
     "int2": _integers(2, 32, 16),
     "rotated4": _rotated(4),
+    "rotated3": _rotated(3),
     "rotated2": _rotated(2),
 }
 
@@ -137,9 +184,7 @@ def check(
     device: torch.device,
     *,
     rank: int = 64,
-    bits: int | None = None,
-    group: int = 64,
-    scale_bits: int = 16,
+    storage: LatentStorage = NUMBERS,
     rotation: str = HALF_SPLIT,
     values: str = "int4",
     attention: Attention = ATTENTION,
@@ -151,12 +196,12 @@ def check(
     q_RTHD = draw_queries(batch, generator, device)
     basis = draw_basis(batch.num_kv_heads, batch.dim_k, rank, generator)
     turning = rotary(rotation, batch.dim_k)
-    storage = LatentStorage(bits=bits, group=group, scale_bits=scale_bits)
     codec = LatentKeys(
         basis, num_heads=batch.num_kv_heads, rank=rank, rotation=turning, storage=storage
     )
-    k = latent_pages(codec, batch, rows, 1)
-    expansion = expansion_of(basis, batch.num_kv_heads, turning, device)
+    k = drawn_latents(codec, batch.dim_k, batch, rows, 1)
+    up_CF = latent_cache.stored_up(codec.stored, basis)
+    expansion = expansion_of(basis, batch.num_kv_heads, turning, device, up_CF)
     v = VALUES[values](batch, rows)
 
     found = decode_latents(q_RTHD, k, expansion, v, rows, attention, settings)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from kvcluster_kernels.paging import Attention, DecodeSettings
 
+from kvcluster.codec.latent import LatentStorage
 from tests.kernels.decode_cases import Batch
-from tests.kernels.latent_cases import ROTATIONS, VALUES, check
+from tests.kernels.latent_cases import ROTATIONS, STORAGES, VALUES, check
 from tests.kernels.test_absorbed_decode import check as check_absorbed
 
 pytestmark = pytest.mark.gpu
@@ -30,23 +31,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_rotations(bits: int | None, rotation: str, gpu: torch.device) -> None:
-    check(LONG, gpu, rank=128, bits=bits, rotation=rotation)
+    check(LONG, gpu, rank=128, storage=LatentStorage(bits), rotation=rotation)
 
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_values(dim: int, values: str, gpu: torch.device) -> None:
-    check(replace(LONG, dim_k=dim, dim_v=dim), gpu, bits=4, values=values)
+    check(replace(LONG, dim_k=dim, dim_v=dim), gpu, storage=LatentStorage(4), values=values)
 
 
 @pytest.mark.parametrize(("rank", "bits"), [(44, None), (100, 4), (256, None), (256, 4), (512, 4)])
 def test_ranks(rank: int, bits: int | None, gpu: torch.device) -> None:
-    check(LONG, gpu, rank=rank, bits=bits)
+    check(LONG, gpu, rank=rank, storage=LatentStorage(bits))
 
 
-@pytest.mark.parametrize(("group", "scale_bits"), [(16, 16), (64, 8), (32, 8)])
-def test_scales(group: int, scale_bits: int, gpu: torch.device) -> None:
-    check(LONG, gpu, rank=128, bits=4, group=group, scale_bits=scale_bits)
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize("rank", [64, 200])
+def test_latents_of_low_bits(rank: int, storage: LatentStorage, gpu: torch.device) -> None:
+    check(LONG, gpu, rank=rank, storage=storage)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 128])
@@ -57,7 +59,7 @@ def test_block_sizes(block_size: int, gpu: torch.device) -> None:
 def test_several_query_tokens(gpu: torch.device) -> None:
     attention = Attention(scale=0.1, softcap=5.0, window=1000)
 
-    check(replace(LONG, num_tokens=4), gpu, rank=128, bits=4, attention=attention)
+    check(replace(LONG, num_tokens=4), gpu, rank=128, storage=LatentStorage(4), attention=attention)
 
 
 @pytest.mark.parametrize("num_stages", [2, 6])
@@ -65,7 +67,7 @@ def test_several_query_tokens(gpu: torch.device) -> None:
 def test_other_settings(num_warps: int, num_stages: int, gpu: torch.device) -> None:
     settings = DecodeSettings(num_warps=num_warps, num_stages=num_stages, programs_per_processor=1)
 
-    check(LONG, gpu, rank=128, bits=4, settings=settings)
+    check(LONG, gpu, rank=128, storage=LatentStorage(4), settings=settings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

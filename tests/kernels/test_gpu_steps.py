@@ -10,10 +10,9 @@ from kvcluster.attention.implementation import Implementation, implementation_fo
 from kvcluster.attention.kernel_attention import KernelAttention
 from kvcluster.bench.rank_cache import random_model
 from kvcluster.cache.store import KVStore
-from kvcluster.codec.method import CodecModel
-from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.model.loader import LoadedModel
 from kvcluster.types import Policy
+from tests.codec_models import calibrated_codecs
 from tests.kernels.test_steps import Setting, in_torch, outputs
 from tests.reference_group import ReferenceGroup
 
@@ -33,6 +32,9 @@ ATOL = {torch.bfloat16: 4e-2, torch.float16: 6e-3}
         ("int4", "exact", "int8"),
         ("fp8", "rotated4"),
         ("int3", "int4:scale_bits=8"),
+        ("latent:r=0.375,bits=4,values=rotated3,ranks=adaptive", "exact"),
+        ("latent:r=0.25,value_r=0.5,bits=8,scale_bits=8", "latent:r=0.5,bits=2,values=exact"),
+        ("latent:r=0.5,value_r=0.75,bits=4,value_bits=2,codes=rotated", "latent:r=0.5"),
     ],
     ids="+".join,
 )
@@ -40,18 +42,31 @@ def test_a_step_through_kernels_is_the_step_in_torch(
     policies: tuple[str, ...], dim: int, dtype: torch.dtype, gpu: torch.device
 ) -> None:
     setting = Setting(gpu, dtype, dim, block_size=64)
+    check(policies, setting)
 
+
+@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+def test_a_step_over_latents_of_several_layers_is_the_step_in_torch(
+    dtype: torch.dtype, gpu: torch.device
+) -> None:
+    setting = Setting(gpu, dtype, 64, block_size=64, num_alike=3, cuts_blocks=True)
+    check(("latent:r=0.25,bits=4,values=rotated3,ranks=adaptive,layers=3", "exact"), setting)
+
+
+def check(policies: tuple[str, ...], setting: Setting) -> None:
     by_kernels = outputs(policies, implementation_for, setting)
 
     plain = outputs(policies, in_torch, setting)
     assert by_kernels.keys() == plain.keys()
     for call, out_THD in plain.items():
-        torch.testing.assert_close(by_kernels[call], out_THD, rtol=0, atol=ATOL[dtype])
+        torch.testing.assert_close(by_kernels[call], out_THD, rtol=0, atol=ATOL[setting.dtype])
 
 
 # Random weights turn a rounding into another token sooner or later: what kernels round to float16
 # sooner than float32.
-@pytest.mark.parametrize(("codec", "num_output"), [("exact", 70), ("int8", 6), ("int4", 6)])
+@pytest.mark.parametrize(
+    ("codec", "num_output"), [("exact", 70), ("int8", 6), ("int4", 6), ("latent:r=0.5,bits=8", 4)]
+)
 def test_a_model_gives_the_same_tokens_through_kernels(
     codec: str, num_output: int, gpu: torch.device
 ) -> None:
@@ -95,7 +110,7 @@ def generated(
         block_size=64,
         exact_blocks=1,
         implementation=implementation,
-        codecs=ModelCodecs(CodecModel(spec=model.spec, device=model.device)),
+        codecs=calibrated_codecs(model.spec, model.device),
     )
     group.start(0, [(7 * place + 3) % 211 for place in range(300)], Policy(codec=codec))
     group.start(1, [(5 * place + 1) % 211 for place in range(77)], Policy(codec=codec))

@@ -11,11 +11,13 @@ from kvcluster_kernels.latent_pages import LatentPages
 from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows
 
 from kvcluster.codec.array import consecutive
-from kvcluster.codec.latent import LatentKeys
+from kvcluster.codec.filling import Grade
+from kvcluster.codec.latent import LatentKeys, LatentStorage
 from tests.kernels.decode_cases import draw_queries, draw_rows
 from tests.kernels.latent_cases import (
     BLOCKS,
     ROTATIONS,
+    STORAGES,
     VALUES,
     check,
     draw_basis,
@@ -29,16 +31,29 @@ def test_keys_are_turned_to_their_positions(rotation: str, interpreted: torch.de
     check(BLOCKS, interpreted, rotation=rotation)
 
 
-@pytest.mark.parametrize(("bits", "group", "scale_bits"), [(4, 64, 16), (4, 16, 8), (8, 32, 16)])
-def test_latents_of_low_bits(
-    bits: int, group: int, scale_bits: int, interpreted: torch.device
-) -> None:
-    check(BLOCKS, interpreted, bits=bits, group=group, scale_bits=scale_bits)
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+def test_latents_of_low_bits(storage: LatentStorage, interpreted: torch.device) -> None:
+    check(BLOCKS, interpreted, storage=storage)
 
 
-@pytest.mark.parametrize(("rank", "bits"), [(16, None), (44, None), (128, None), (32, 4), (100, 4)])
+@pytest.mark.parametrize(
+    ("rank", "bits"), [(16, None), (44, None), (128, None), (32, 4), (100, 4), (72, 3), (4, 2)]
+)
 def test_every_rank(rank: int, bits: int | None, interpreted: torch.device) -> None:
-    check(BLOCKS, interpreted, rank=rank, bits=bits)
+    check(BLOCKS, interpreted, rank=rank, storage=LatentStorage(bits))
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_rotated_latents_of_parts_that_are_powers_of_two(
+    bits: int, interpreted: torch.device
+) -> None:
+    check(BLOCKS, interpreted, rank=104, storage=LatentStorage(bits, is_rotated=True))
+
+
+def test_directions_of_the_bits_that_they_are_worth(interpreted: torch.device) -> None:
+    grades = (Grade(8, 16), Grade(4, 24), Grade(3, 32), Grade(2, 20))
+
+    check(BLOCKS, interpreted, rank=92, storage=LatentStorage(grades=grades, scale_bits=8))
 
 
 @pytest.mark.parametrize("dim", [32, 96, 128])
@@ -114,16 +129,16 @@ def test_latents_of_another_rank_are_refused() -> None:
         decode_latents(q_RTHD, keys, expansion, values, rows, Attention(scale=1.0))
 
 
-def test_values_of_3_bits_are_refused() -> None:
+def test_blocks_too_short_for_values_of_3_bits_are_refused() -> None:
     generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
     rows = draw_rows(BLOCKS, generator, cpu)
     q_RTHD = draw_queries(BLOCKS, generator, cpu)
     expansion = expansion_of(draw_basis(2, 64, 32, generator), 2, None, cpu)
-    keys = LatentPages(torch.zeros(2, 4, 1, 64, 32, dtype=torch.float16))
-    low, high = (torch.zeros(2, 4, 2, 64, size, dtype=torch.uint8) for size in (16, 8))
-    grid = torch.zeros(2, 4, 2, 1, 64, dtype=torch.float16)
+    keys = LatentPages(torch.zeros(2, 4, 1, 32, 32, dtype=torch.float16))
+    low, high = (torch.zeros(2, 4, 2, 64, size, dtype=torch.uint8) for size in (8, 4))
+    grid = torch.zeros(2, 4, 2, 1, 32, dtype=torch.float16)
 
-    with pytest.raises(ValueError, match="3 bits"):
+    with pytest.raises(ValueError, match="3 bits want blocks of 64 tokens"):
         decode_latents(
             q_RTHD,
             keys,

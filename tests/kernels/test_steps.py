@@ -17,13 +17,11 @@ from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
 from kvcluster.cache.store import KVStore
-from kvcluster.codec.method import CodecModel
-from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.model import decode_graphs
 from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.types import LayerGeometry, Policy, Route
 from tests import thread_ring
-from tests.codec_models import CPU
+from tests.codec_models import CPU, calibrated_codecs
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import VOCAB_SIZE, ScriptedModel
 
@@ -43,6 +41,10 @@ class Setting:
     dtype: torch.dtype = torch.float32
     dim: int = 32
     block_size: int = 32
+    num_alike: int = 1
+    """Layers without a window or a cap."""
+    cuts_blocks: bool = False
+    """Rows that are computed together lie in one block."""
 
     def geometry(self, *, window: int | None = None, softcap: float | None = None) -> LayerGeometry:
         return LayerGeometry(
@@ -63,8 +65,9 @@ class RecordingModel(ScriptedModel):
     """Keeps what attention gave in each call, by the positions of the rank's rows and the layer."""
 
     def __init__(self, setting: Setting, max_tokens: int = MAX_TOKENS) -> None:
-        layers = (setting.geometry(softcap=5.0), setting.geometry(window=40), setting.geometry())
-        super().__init__(*layers, max_tokens=max_tokens)
+        layers = (setting.geometry(softcap=5.0), setting.geometry(window=40))
+        alike = (setting.geometry(),) * setting.num_alike
+        super().__init__(*layers, *alike, max_tokens=max_tokens)
         self.spec = msgspec.structs.replace(
             self.spec,
             dtype=str(setting.dtype).removeprefix("torch."),
@@ -73,8 +76,8 @@ class RecordingModel(ScriptedModel):
         self.device = setting.device
         self.module = torch.nn.Linear(1, 1, device=setting.device, dtype=setting.dtype)
         self.script = [
-            (q.to(like), k.to(like), v.to(like))
-            for (q, k, v), like in zip(self.script, [self.module.weight] * 3, strict=True)
+            (q.to(self.module.weight), k.to(self.module.weight), v.to(self.module.weight))
+            for q, k, v in self.script
         ]
         self.calls: dict[tuple[int, ...], Tensor] = {}
         self.num_steps = 0
@@ -167,7 +170,7 @@ def outputs(
         block_size=setting.block_size,
         exact_blocks=1,
         implementation=implementation,
-        codecs=ModelCodecs(CodecModel(spec=model.spec, device=setting.device)),
+        codecs=calibrated_codecs(model.spec, setting.device),
     )
     size = setting.block_size
     decoding: dict[int, int] = {}
@@ -175,8 +178,9 @@ def outputs(
         length = 4 * size + 7 - 21 * sequence
         group.start(sequence, [1] * length, Policy(codec=codec))
         # The last chunk finds a block encoded, and begins in the middle of one.
-        cuts = [cut for cut in (2 * size, 3 * size + 8) if cut < length]
-        for start, end in pairwise([0, *cuts, length]):
+        cuts = {2 * size, 3 * size + 8}
+        cuts |= set(range(size, length, size)) if setting.cuts_blocks else set()
+        for start, end in pairwise([0, *sorted(cut for cut in cuts if cut < length), length]):
             model.num_steps += 1
             group.run({**decoding, sequence: end - start}, owners=owners, route=route)
         decoding[sequence] = 1
