@@ -38,6 +38,7 @@ from kvcluster_kernels.paging import (
 )
 from kvcluster_kernels.softmax import online, store_split, to_base_2, visible_at
 
+MAX_ABSORBED_DIM = 1024
 _MAX_TILE_ROWS = 64
 """Rows of a program: with 512 numbers of a value each, their sums take half of all registers."""
 
@@ -50,7 +51,7 @@ def decode_absorbed(
     settings: DecodeSettings | None = None,
 ) -> Partial:
     """As `decode.decode` of one KV head whose values are the first numbers of its keys, and a view
-    of them; heads of up to 1,024 numbers. `q_RTHD` are absorbed queries.
+    of them; heads of up to `MAX_ABSORBED_DIM` numbers. `q_RTHD` are absorbed queries.
 
     Raises: ValueError for other arrays.
     """

@@ -5,10 +5,11 @@ Shape letters: R rows, H query heads, K KV heads, D head dimension.
 
 from collections.abc import Callable, Sequence
 
+from kvcluster_kernels.absorbed_decode import MAX_ABSORBED_DIM, decode_absorbed
 from kvcluster_kernels.combine_pools import combine_pools
 from kvcluster_kernels.decode import ExactPages, decode
 from kvcluster_kernels.merge import merge
-from kvcluster_kernels.paging import Attention
+from kvcluster_kernels.paging import Attention, SplitPartials
 from kvcluster_kernels.paging import Partial as RowPartial
 from kvcluster_kernels.prefill_arguments import MAX_HEAD_DIM, PartialAttention
 from torch import Tensor
@@ -20,7 +21,7 @@ from kvcluster.attention.partial import Partial
 from kvcluster.attention.row_splits import pool_splits
 from kvcluster.attention.row_tables import RowTables, row_tables
 from kvcluster.cache.store import KVStore
-from kvcluster.types import EXACT
+from kvcluster.types import EXACT, LayerGeometry
 
 Merge = Callable[..., Partial]
 
@@ -46,7 +47,7 @@ class KernelRows:
         if type(part) is not SequencePart or part.has_chunk:
             return False
         geometry = self._spec.layers[layer]
-        if max(geometry.key_dim, geometry.value_dim) > MAX_HEAD_DIM:
+        if max(geometry.key_dim, geometry.value_dim) > _max_dim(geometry):
             return False
         codec = part.codec_in(geometry.window)
         return codec == EXACT or self.packed(layer, codec) is not None
@@ -76,7 +77,8 @@ class KernelRows:
         asked = Attention(geometry.scale, geometry.softcap)
         q_R1HD = q_RHD.contiguous()[:, None]
         pages = ExactPages(*self._store.planes(layer), self._store.block_size)
-        found = [_in_line(decode(q_R1HD, pages, tables.exact, asked))]
+        exact = decode_absorbed if _is_absorbed(geometry) else decode
+        found = [_in_line(exact(q_R1HD, pages, tables.exact, asked))]
         for codec, rows in tables.encoded.items():
             packed = self.packed(layer, codec)
             assert packed is not None, "asked for what is not served"
@@ -88,18 +90,22 @@ class KernelRows:
     ) -> Tensor:
         """out_RHD of all rows over all that they read, in q's dtype."""
         geometry = self._spec.layers[layer]
-        pages = ExactPages(*self._store.planes(layer), self._store.block_size)
-        pools = pool_splits(
-            q_RHD.contiguous()[:, None],
-            (pages, tables.exact),
-            {codec: (self.packed(layer, codec), rows) for codec, rows in tables.encoded.items()},
-            Attention(geometry.scale, geometry.softcap),
-        )
+        pools = None if _is_absorbed(geometry) else self._splits(layer, q_RHD, tables)
         if pools is not None:
             out_R1HD = combine_pools(pools, num_tokens=1, out_dtype=q_RHD.dtype, sinks_H=sinks_H)
             return out_R1HD[:, 0]
         partials = [PartialAttention(*each) for each in self.partials(layer, q_RHD, tables)]
         return merge(partials, sinks_H=sinks_H, out_dtype=q_RHD.dtype).out_THD
+
+    def _splits(self, layer: int, q_RHD: Tensor, tables: RowTables) -> list[SplitPartials] | None:
+        geometry = self._spec.layers[layer]
+        pages = ExactPages(*self._store.planes(layer), self._store.block_size)
+        return pool_splits(
+            q_RHD.contiguous()[:, None],
+            (pages, tables.exact),
+            {codec: (self.packed(layer, codec), rows) for codec, rows in tables.encoded.items()},
+            Attention(geometry.scale, geometry.softcap),
+        )
 
     def packed(self, layer: int, codec: str) -> PackedPages | LatentCache | None:
         """A layer's blocks of this codec for kernels; None: there is none that reads them."""
@@ -115,6 +121,15 @@ class KernelRows:
             self._spec.layers[layer],
             self._store.block_size,
         )
+
+
+def _is_absorbed(layer: LayerGeometry) -> bool:
+    """Whether all query heads share one key, whose first numbers are the value."""
+    return layer.values_in_keys and layer.num_kv_heads == 1
+
+
+def _max_dim(layer: LayerGeometry) -> int:
+    return MAX_ABSORBED_DIM if _is_absorbed(layer) else MAX_HEAD_DIM
 
 
 def _in_line(found: RowPartial) -> Partial:

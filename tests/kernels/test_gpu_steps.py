@@ -53,6 +53,13 @@ def test_a_step_over_latents_of_several_layers_is_the_step_in_torch(
     check(("latent:r=0.25,bits=4,values=rotated3,ranks=adaptive,layers=3", "exact"), setting)
 
 
+@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+def test_a_step_of_latent_attention_is_the_step_in_torch(
+    dtype: torch.dtype, gpu: torch.device
+) -> None:
+    check(("exact", "exact"), Setting(gpu, dtype, 576, block_size=64, latent_dim=512))
+
+
 def check(policies: tuple[str, ...], setting: Setting) -> None:
     by_kernels = outputs(policies, implementation_for, setting)
 

@@ -43,15 +43,18 @@ class Setting:
     block_size: int = 32
     num_alike: int = 1
     """Layers without a window or a cap."""
+    latent_dim: int | None = None
+    """Of multi-head latent attention: the first of the `dim` numbers of a key are its value."""
     cuts_blocks: bool = False
     """Rows that are computed together lie in one block."""
 
     def geometry(self, *, window: int | None = None, softcap: float | None = None) -> LayerGeometry:
         return LayerGeometry(
             num_query_heads=4,
-            num_kv_heads=2,
+            num_kv_heads=2 if self.latent_dim is None else 1,
             key_dim=self.dim,
-            value_dim=self.dim,
+            value_dim=self.latent_dim or self.dim,
+            values_in_keys=self.latent_dim is not None,
             scale=self.dim**-0.5,
             window=window,
             softcap=softcap,
