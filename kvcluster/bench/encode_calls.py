@@ -13,7 +13,7 @@ from kvcluster_kernels.encode_rotated import RotatedFormat, encode_rotated
 from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
-from kvcluster.codec.calibration import Basis
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.latent import LatentStorage, LatentValues

@@ -14,8 +14,9 @@ state, with W_o^T W_o of a head's columns as its block.
 File: safetensors. For layer i and array keys or values the tensors `i.keys.mean` [F], `.down`
 [F, C], `.up` [C, F] (float32) and `.spectrum` [F] (float64), and `.pool_groups` [K, K] (int64) and
 `.pool_scales` [K, K] (float32), which are `HeadPools`. For layers i to j that can share a latent
-the first four as `i-j.keys.mean`, with the F of all of them, layer after layer. And one metadata
-entry, a JSON record (`_Header`) with a SHA-256 over itself and all tensors.
+the first four as `i-j.keys.mean`, with the F of all of them, layer after layer. Bases that were
+trained for one codec are named as `refined.refined_tensors` says. And one metadata entry, a JSON
+record (`_Header`) with a SHA-256 over itself and all tensors.
 
 Shape letters: F = KV heads * head dimension, C latent dimension, K KV heads, D head dimension,
 E hidden dimension.
@@ -31,8 +32,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from kvcluster.codec.basis import SMALLEST_SIZE, Basis
 from kvcluster.codec.moments import LayerMoments, Spread
 from kvcluster.codec.pooled import HeadPools
+from kvcluster.codec.refined import Array, RefinedBasis, refined_bases, refined_tensors
 from kvcluster.codec.sealed_file import FileKind, digest_of_tensors
 from kvcluster.errors import CalibrationMismatch, ConfigError
 
@@ -42,47 +45,6 @@ MIN_TOKENS_PER_DIRECTION: Final = 4
 _RIDGE: Final = 1e-4
 """Share of the mean weight that every direction gets: one that no query of the calibration text
 has looked at may be looked at later, and its weight must be invertible."""
-_SMALLEST_SIZE: Final = 1e-3
-"""Smallest standard deviation that a latent is divided by, as a share of the largest: a direction
-that never moved in the calibration text may move later, and must not overflow float16."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Basis:
-    """Best directions of one array of one layer, most important first."""
-
-    mean_F: Tensor
-    down_FC: Tensor
-    """latent = (x - mean) @ down. Each latent has unit variance over the calibration text, as far
-    as its direction moved there."""
-    up_CF: Tensor
-    """x = mean + latent @ up."""
-    spectrum_F: Tensor
-    """Error that each direction saves, over all ranks (more than C of them), float64."""
-
-    @property
-    def rank(self) -> int:
-        return int(self.up_CF.shape[0])
-
-    def prefix(self, rank: int) -> "Basis":
-        """The best basis of a lower rank; shares memory. Raises: ValueError."""
-        if not 1 <= rank <= self.rank:
-            raise ValueError(f"rank: want 1 to {self.rank}, got {rank}")
-        return Basis(
-            mean_F=self.mean_F,
-            down_FC=self.down_FC[:, :rank],
-            up_CF=self.up_CF[:rank],
-            spectrum_F=self.spectrum_F,
-        )
-
-    def to(self, device: torch.device) -> "Basis":
-        """The same on a device, for codecs that run there."""
-        return Basis(
-            mean_F=self.mean_F.to(device),
-            down_FC=self.down_FC.to(device),
-            up_CF=self.up_CF.to(device),
-            spectrum_F=self.spectrum_F,
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +87,8 @@ class Calibration:
     layers: tuple[LayerCalibration, ...]
     groups: tuple[GroupCalibration, ...] = ()
     """Of layers that can share a latent; a layer may be in several."""
+    refined: tuple[RefinedBasis, ...] = ()
+    """Trained for one codec each: see `kvcluster.quality.distillation`."""
     recipes_json: str = "[]"
     """What was measured with these bases, in the form that the measurement chose."""
 
@@ -205,7 +169,7 @@ def _fit(num_tokens: int, spread: Spread, weight_KDD: Tensor, rank: int) -> Basi
     spectrum_F = spectrum_F.flip(0).clamp_min(0)
     vectors_FC = _with_fixed_signs(vectors_FF.flip(1)[:, :rank])
     largest = spectrum_F[0] if spectrum_F[0] > 0 else torch.ones_like(spectrum_F[0])
-    size_C = spectrum_F[:rank].clamp_min(largest * _SMALLEST_SIZE**2).sqrt()
+    size_C = spectrum_F[:rank].clamp_min(largest * SMALLEST_SIZE**2).sqrt()
     return Basis(
         mean_F=spread.mean_F.float(),
         down_FC=(root_FF @ vectors_FC / size_C).float().contiguous(),
@@ -282,14 +246,31 @@ def read_calibration(path: Path, weights_digest: str) -> Calibration:
             f"calibration file {path} was made for another model: its weights have digest "
             f"{header.weights_digest}, those of this model {weights_digest}"
         )
+    layers = tuple(_layer(tensors, index) for index in range(header.num_layers))
+    groups = _groups(tensors)
     return Calibration(
         weights_digest=header.weights_digest,
         text_digests=header.text_digests,
         num_tokens=header.num_tokens,
-        layers=tuple(_layer(tensors, index) for index in range(header.num_layers)),
-        groups=_groups(tensors),
+        layers=layers,
+        groups=groups,
+        refined=refined_bases(tensors, fitted_bases(layers, groups)),
         recipes_json=header.recipes_json,
     )
+
+
+def fitted_bases(
+    layers: Sequence[LayerCalibration], groups: Sequence[GroupCalibration]
+) -> dict[tuple[range, Array], Basis]:
+    """All of them, by the layers and the array that they are of."""
+    units = [
+        (range(index, index + 1), layer.keys, layer.values) for index, layer in enumerate(layers)
+    ]
+    units += [(group.layers, group.keys, group.values) for group in groups]
+    found: dict[tuple[range, Array], Basis] = {}
+    for of_layers, keys, values in units:
+        found |= {(of_layers, "keys"): keys, (of_layers, "values"): values}
+    return found
 
 
 def bases_digest(calibration: Calibration) -> str:
@@ -299,15 +280,19 @@ def bases_digest(calibration: Calibration) -> str:
 
 
 def _tensors(calibration: Calibration) -> dict[str, Tensor]:
-    return {
-        f"{index}.{name}": tensor
-        for index, layer in enumerate(calibration.layers)
-        for name, tensor in _named(layer).items()
-    } | {
-        f"{group.layers[0]}-{group.layers[-1]}.{name}": tensor
-        for group in calibration.groups
-        for name, tensor in _named_bases(group.keys, group.values).items()
-    }
+    return (
+        {
+            f"{index}.{name}": tensor
+            for index, layer in enumerate(calibration.layers)
+            for name, tensor in _named(layer).items()
+        }
+        | {
+            f"{group.layers[0]}-{group.layers[-1]}.{name}": tensor
+            for group in calibration.groups
+            for name, tensor in _named_bases(group.keys, group.values).items()
+        }
+        | refined_tensors(calibration.refined)
+    )
 
 
 def _named(layer: LayerCalibration) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec
-from kvcluster.codec.calibration import Basis
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues, Rotation
 from kvcluster.types import LayerGeometry
 

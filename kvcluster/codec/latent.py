@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec, BlockShape, Plane
-from kvcluster.codec.calibration import Basis
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.checks import shape_of_blocks
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.filling import Grade
@@ -223,6 +223,11 @@ class LatentKeys:
     def stored(self) -> ArrayCodec:
         """Writes a latent as one head."""
         return self._unrotated.stored
+
+    @property
+    def unrotated(self) -> LatentValues:
+        """Writes keys that were never rotated."""
+        return self._unrotated
 
     def planes(self, shape: BlockShape) -> tuple[Plane, ...]:
         return self._unrotated.planes(shape)

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, Literal
+from typing import Final
 
 from kvcluster.codec.array import ArrayCodec
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.calibration import (
-    Basis,
     Calibration,
     GroupCalibration,
     LayerCalibration,
@@ -17,6 +17,7 @@ from kvcluster.codec.joined import joined_keys, joined_values, layer_groups
 from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues
 from kvcluster.codec.method import CodecMethod, CodecModel, LayerCodec, refuse_values_in_keys
 from kvcluster.codec.plain_methods import PLAIN
+from kvcluster.codec.refined import Array, codec_name
 from kvcluster.policy import Arguments, Method, Parameter, PlugPoint
 
 _LATENT: Final = "latent"
@@ -24,7 +25,6 @@ _RANK_MULTIPLE: Final = 4
 _FLOAT16_BITS: Final = 16
 MAX_JOINED_LAYERS: Final = 8
 """Bases grow with the square of the layers, and each layer reads the latent of all."""
-_Array = Literal["keys", "values"]
 
 
 def _layers(arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
@@ -36,7 +36,7 @@ def _layers(arguments: Arguments, model: CodecModel) -> list[LayerCodec]:
     return [LayerCodec(*arrays) for arrays in zip(keys, values, strict=True)]
 
 
-def _arrays(array: _Array, arguments: Arguments, model: CodecModel) -> Sequence[ArrayCodec]:
+def _arrays(array: Array, arguments: Arguments, model: CodecModel) -> Sequence[ArrayCodec]:
     """The codec of one array of each layer."""
     kind = str(arguments[array])
     if kind == _LATENT:
@@ -45,7 +45,7 @@ def _arrays(array: _Array, arguments: Arguments, model: CodecModel) -> Sequence[
     return [layer.keys if array == "keys" else layer.values for layer in layers]
 
 
-def _latents(array: _Array, arguments: Arguments, model: CodecModel) -> list[ArrayCodec]:
+def _latents(array: Array, arguments: Arguments, model: CodecModel) -> list[ArrayCodec]:
     calibration = model.calibration
     if calibration is None:
         raise ValueError(
@@ -54,15 +54,24 @@ def _latents(array: _Array, arguments: Arguments, model: CodecModel) -> list[Arr
         )
     groups = layer_groups(model.spec.layers, int(arguments["layers"]))
     bases = [_basis(array, group, calibration, int(arguments["layers"])) for group in groups]
+    refined = {of.unit: of.basis for of in calibration.refined if of.codec == trained_as(arguments)}
     codecs: list[ArrayCodec] = []
-    for group, basis, rank_and_storage in zip(
+    for group, fitted, rank_and_storage in zip(
         groups, bases, _stored(array, bases, arguments), strict=True
     ):
+        # Ranks and grades follow from what was fitted, which all bases of the layers begin with.
+        basis = refined.get((group, array), fitted)
         codecs += _of_group(array, group, basis.to(model.device), rank_and_storage, model)
     return codecs
 
 
-def _basis(array: _Array, group: range, calibration: Calibration, num_layers: int) -> Basis:
+def trained_as(arguments: Arguments) -> str:
+    """What `RefinedBasis.codec` is of a latent with these arguments. Others than its own, such as
+    how layers with a window are written, do not count."""
+    return codec_name(LATENT.method.name, LATENT.method.parameters, arguments)
+
+
+def _basis(array: Array, group: range, calibration: Calibration, num_layers: int) -> Basis:
     found: LayerCalibration | GroupCalibration | None = calibration.layers[group[0]]
     if len(group) > 1:
         found = next((fitted for fitted in calibration.groups if fitted.layers == group), None)
@@ -76,7 +85,7 @@ def _basis(array: _Array, group: range, calibration: Calibration, num_layers: in
 
 
 def _of_group(
-    array: _Array,
+    array: Array,
     group: range,
     basis: Basis,
     rank_and_storage: tuple[int, LatentStorage],
@@ -97,14 +106,14 @@ def _of_group(
     return joined_keys(basis, num_heads=heads, rank=rank, rotations=rotations, storage=storage)
 
 
-def _of_array(name: str, array: _Array, arguments: Arguments) -> float:
+def _of_array(name: str, array: Array, arguments: Arguments) -> float:
     """A parameter that values may have of their own."""
     own = float(arguments[f"value_{name}"]) if array == "values" else 0.0
     return own or float(arguments[name])
 
 
 def _stored(
-    array: _Array, bases: Sequence[Basis], arguments: Arguments
+    array: Array, bases: Sequence[Basis], arguments: Arguments
 ) -> list[tuple[int, LatentStorage]]:
     """Latent dimension of each layer, or group of them, and how its latents are written."""
     share, bits = _of_array("r", array, arguments), int(_of_array("bits", array, arguments))

@@ -91,6 +91,18 @@ def forward(
     device; T is at least 1, R may be 0. Calls `attention` once per layer. The model must be set
     to `IMPLEMENTATION`. Returns logits_RV, float32.
     """
+    return differentiable_forward(module, token_ids_T, positions_T, logit_rows_R, attention)
+
+
+def differentiable_forward(
+    module: PreTrainedModel,
+    token_ids_T: Tensor,
+    positions_T: Tensor,
+    logit_rows_R: Tensor,
+    attention: LayerAttention,
+) -> Tensor:
+    """`forward` under the caller's gradient mode; the tensors that `attention` sees may be kept
+    for a backward pass."""
     output = module(
         input_ids=token_ids_T.unsqueeze(0),
         position_ids=positions_T.unsqueeze(0),

@@ -107,7 +107,9 @@ class Rotary:
         last_dim = self.first_dim + self.num_rotated_dims
         rotated = out_BKSD[..., self.first_dim : last_dim]
         if self.pairing is Pairing.HALF_SPLIT:
-            first, second = rotated.chunk(2, dim=-1)
+            # Slices and not `chunk`, whose parts autograd lets nobody write to.
+            middle = self.num_rotated_dims // 2
+            first, second = rotated[..., :middle], rotated[..., middle:]
         else:
             first, second = rotated[..., 0::2], rotated[..., 1::2]
         turned_first = first * cos_BKSF - second * sin_BKSF

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Final
 
 import torch
@@ -68,6 +69,8 @@ class CalibrationText:
     kind: str
     """Moments of texts of one kind are kept together."""
     token_ids: tuple[int, ...]
+    answers: tuple[int, ...] = ()
+    """Positions of the tokens that answer a document's questions."""
 
     @property
     def digest(self) -> str:
@@ -171,7 +174,8 @@ def calibration_texts(
                 num_needles=min(_NEEDLES, len(style.keys)),
                 seed=seed,
             )
-            yield CalibrationText("needles", document.token_ids)
+            answers = (range(q.answer_from, q.answer_to) for q in document.questions)
+            yield CalibrationText("needles", document.token_ids, tuple(chain(*answers)))
 
 
 def passes_over(

@@ -6,7 +6,7 @@ measured on `held_out.CHOICE_TEXTS`, and what `kvcluster bench quality` reports 
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -33,11 +33,20 @@ from kvcluster.quality.calibrating import (
     passes_over,
     tokens_needed,
 )
+from kvcluster.quality.distillation import DistillationSettings
 from kvcluster.quality.held_out import CHOICE_SEED, choice_texts, evaluation_documents
 from kvcluster.quality.measure import FIRST_SCORED, text_tokens
 from kvcluster.quality.needles import NeedleDocument
 from kvcluster.quality.partial_moments import PartialMoments
 from kvcluster.quality.recipe_table import DEFAULT_RECIPES, measured_recipe
+from kvcluster.quality.refining import (
+    TEXT_TOKENS,
+    PartialRefinements,
+    Refinement,
+    Refiner,
+    codecs_to_refine,
+    distillation_texts,
+)
 from kvcluster.quality.served import MENU, ServedPolicy, codecs_of, recent_exact, served_policies
 from kvcluster.quality.strict import ExactTokens
 from kvcluster.quality.sweep import read_once, sweep
@@ -62,6 +71,9 @@ class CalibrationSettings:
     """The calibration file; its folder exists."""
     policies: tuple[str, ...] = ()
     """To measure; empty: those of `DEFAULT_RECIPES` that the model can have."""
+    refine: tuple[str, ...] = ()
+    """Policies with latents whose bases are trained, each for itself. They are measured too."""
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
     num_tokens: int | None = None
     """Of each pass; None: as many as the model can read, but at most 4096."""
     num_documents: int = 2
@@ -85,6 +97,7 @@ class CalibrationReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of each measured text and document: ratios and increases are of that length."""
     num_needles: int
     """Those that the exact cache finds: recall is a share of them."""
+    refinements: tuple[Refinement, ...] = ()
     recipes: tuple[MeasuredRecipe, ...]
 
 
@@ -105,21 +118,31 @@ def calibrate(
     Raises: InvalidField, ConfigError, ModelUnsupported; OSError when a file cannot be written.
     """
     joined = _joined(settings)
+    codecs = codecs_to_refine(settings.refine)
     exact = recent_exact(settings.block_size, settings.exact_recent_tokens)
     num_tokens = _length(model, settings)
     try:
         held_out = _held_out(tokenizer, texts, num_tokens, settings.num_documents)
         passes = _passes(tokenizer, texts, contents, num_tokens, settings.num_documents)
+        pieces = _pieces(tokenizer, texts, contents, settings, num_tokens) if codecs else []
     except ValueError as error:
         raise ConfigError(f"calibrate: {error}") from error
     partial = PartialMoments(settings.out, model.spec.weights_digest)
     calibration = _fit(model, passes, partial, joined, progress)
+    unfinished = PartialRefinements(settings.out)
+    refiner = Refiner(
+        model=model, texts=pieces, exact=exact, settings=settings.distillation, partial=unfinished
+    )
+    calibration, refinements = refiner.refine(
+        calibration, codecs, lambda done, of: progress("refinement", done, of)
+    )
     policies = _policies(settings, model, calibration, exact)
     measured = _measured(model, held_out, policies, settings, progress)
     recipes = tuple(filter(None, map(measured_recipe, measured.scores)))
     table = msgspec.json.encode(recipes).decode()
     write_calibration(settings.out, replace(calibration, recipes_json=table))
     partial.remove()
+    unfinished.remove()
     return CalibrationReport(
         model=model.spec.name,
         weights_digest=model.spec.weights_digest,
@@ -127,6 +150,7 @@ def calibrate(
         measured_on=tuple(text.name for text, _ in held_out.texts),
         num_tokens=num_tokens,
         num_needles=max((score.num_found_by_exact for score in measured.scores), default=0),
+        refinements=refinements,
         recipes=recipes,
     )
 
@@ -134,7 +158,8 @@ def calibrate(
 def _joined(settings: CalibrationSettings) -> frozenset[int]:
     """How many layers latents shall be able to be of, one left out. Raises: InvalidField, also for
     a policy that is none; ConfigError."""
-    named = (parse_policy(policy, MENU) for policy in settings.policies)
+    listed = (*settings.policies, *settings.refine)
+    named = (parse_policy(policy, MENU) for policy in listed)
     arguments = (parse_choice(policy.codec, CODEC_METHODS).arguments for policy in named)
     asked = {int(given.get("layers", 1)) for given in arguments} | set(settings.joined)
     if not asked <= set(range(1, MAX_JOINED_LAYERS + 1)):
@@ -201,6 +226,23 @@ def _passes(
     )
 
 
+def _pieces(
+    tokenizer: TextTokenizer,
+    texts: Sequence[Text],
+    contents: Sequence[str],
+    settings: CalibrationSettings,
+    num_tokens: int,
+) -> list[CalibrationText]:
+    """What bases are refined on."""
+    return distillation_texts(
+        tokenizer,
+        texts,
+        contents,
+        num_tokens=min(TEXT_TOKENS, num_tokens),
+        with_needles=settings.num_documents > 0,
+    )
+
+
 def _check_enough(
     model: LoadedModel, passes: Sequence[CalibrationText], joined: Collection[int]
 ) -> None:
@@ -240,8 +282,9 @@ def _policies(
 ) -> list[ServedPolicy]:
     codecs = codecs_of(model, calibration)
     if settings.policies:
-        return served_policies(settings.policies, codecs, model.spec, exact)
-    possible: list[ServedPolicy] = []
+        listed = (*settings.policies, *settings.refine)
+        return served_policies(listed, codecs, model.spec, exact)
+    possible = served_policies(settings.refine, codecs, model.spec, exact)
     for text in DEFAULT_RECIPES:
         # Heads that a rotation or a group of channels does not fit have no such recipe.
         with suppress(ConfigError):

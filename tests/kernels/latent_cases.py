@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvcluster.attention import latent_cache
 from kvcluster.codec.array import ArrayCodec
-from kvcluster.codec.calibration import Basis
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.filling import Grade
 from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.calibration import (
-    Basis,
     Calibration,
     GroupCalibration,
     LayerCalibration,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
-from kvcluster.codec.calibration import Basis, fit_keys, fit_values
+from kvcluster.codec.basis import Basis
+from kvcluster.codec.calibration import fit_keys, fit_values
 from kvcluster.codec.filling import Grade
 from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues
 from kvcluster.codec.moments import MomentSums

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcluster.codec.calibration import Basis
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.latent import LatentKeys, LatentValues
 from kvcluster.quality import retained
 from kvcluster.quality.retained import RetainedAttention
