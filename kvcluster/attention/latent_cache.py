@@ -32,7 +32,7 @@ from kvcluster_kernels.rotated_decode import RotatedPages
 from torch import Tensor
 
 from kvcluster.codec.array import ArrayCodec
-from kvcluster.codec.calibration import Basis
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.latent import LatentKeys, LatentValues, PairRotation
 from kvcluster.codec.method import LayerCodec
