@@ -37,6 +37,8 @@ class ContextOptions(TypedDict, total=False):
     """Deleted so long after now; left out: never."""
     pinned: bool
     """Never given up for others."""
+    durable: bool
+    """Return when it is on disk."""
     tenant: TenantId
     """Our own: the one of the API key."""
 
@@ -77,11 +79,15 @@ class ContextCalls:
         *,
         prompt: Prompt | None = None,
         prompt_ids: PromptIds | None = None,
+        durable: bool = False,
         tenant: TenantId = DEFAULT_TENANT,
     ) -> ContextRecord:
-        """Put more tokens, or text, after a context. Returns when they are computed."""
+        """Put more tokens, or text, after a context. Returns when they are computed; `durable`:
+        when all of it is on disk."""
         record = await self.get_context(context, tenant=tenant)
-        request = ContextRequest(tenant=tenant, context_id=record.context_id.split("/")[-1])
+        request = ContextRequest(
+            tenant=tenant, context_id=record.context_id.split("/")[-1], durable=durable
+        )
         return await self._upload(request, prompt, prompt_ids, record, is_continued=True)
 
     async def get_context(
@@ -139,7 +145,7 @@ class ContextCalls:
     async def delete_context(
         self, context: str, *, etag: str = "", tenant: TenantId = DEFAULT_TENANT
     ) -> None:
-        """Returns when its blocks are zeroed on the ranks."""
+        """Returns when its blocks are zeroed on the ranks, and its files are gone."""
         message = pb.DeleteContextRequest(name=context_name(context, tenant), etag=etag)
         await self._answer(self._contexts.DeleteContext(message, metadata=self._context_metadata))
 

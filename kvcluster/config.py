@@ -212,6 +212,21 @@ class TenancyConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpillConfig:
+    """Contexts on disk, sealed."""
+
+    folder: str = ""
+    """Where they are: of this cluster alone, and every machine with a rank sees it at this path.
+    Empty: contexts end with the engine."""
+
+    capacity_bytes: int = 64 * 1024**3
+    """Most bytes of all tenants' contexts there."""
+
+    def __post_init__(self) -> None:
+        _want_at_least(1, "spill", self, "capacity_bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     """What every process of the cluster writes to its standard error."""
 
@@ -258,6 +273,7 @@ class ClusterConfig:
     ring: RingConfig = field(default_factory=RingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     tenancy: TenancyConfig = field(default_factory=TenancyConfig)
+    spill: SpillConfig = field(default_factory=SpillConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     oidc: OidcConfig = field(default_factory=OidcConfig)
     log: LogConfig = field(default_factory=LogConfig)

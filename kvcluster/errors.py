@@ -34,7 +34,7 @@
     │   ├── ClusterOverloaded
     │   ├── DeadlineInfeasible
     │   └── Draining
-    ├── SpillError                a context's way to disk and back; contexts say what it means
+    ├── SpillError                a context's way to disk and back
     │   ├── SealedCacheDamaged    changed, cut short, moved or replaced since it was written
     │   ├── SealedCacheErased     its key was destroyed
     │   ├── SealedCacheUnknown    no such spill of this tenant
@@ -316,8 +316,7 @@ class StoreUnavailable(KvClusterError):
 
 
 class SpillError(KvClusterError):
-    """A context cannot be written to disk or read from there. Inside the cluster only: callers are
-    told by the service that uses the disk, in its own words."""
+    """A context cannot be written to disk or read from there."""
 
     reason = "SPILL_FAILED"
 
@@ -325,21 +324,30 @@ class SpillError(KvClusterError):
 class SealedCacheDamaged(SpillError):
     """A sealed file is not what was written. Nothing of it was used: compute the context again."""
 
+    reason = "CONTEXT_DAMAGED"
+
 
 class SealedCacheErased(SpillError):
     """The tenant's data key was destroyed, and with it everything that it sealed."""
 
+    reason = "CONTEXT_ERASED"
+
 
 class SealedCacheUnknown(SpillError):
-    """The tenant has no such spill: it never was, was deleted, or is another's."""
+    """The tenant has no such spill: it never was, was deleted, or is another's. Inside the cluster
+    only: callers ask for contexts."""
 
 
 class SpillDiskFull(SpillError):
     """No room on the disk. What was there before is untouched, and nothing of this was kept."""
 
+    reason = "DISK_FULL"
+
 
 class SpillUnavailable(SpillError):
     """The disk cannot be read or written: look at it. What was committed is kept."""
+
+    reason = "DISK_UNAVAILABLE"
 
 
 class ServerUnavailable(KvClusterError):

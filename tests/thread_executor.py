@@ -6,16 +6,21 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from threading import Lock
 
+import msgspec
 import torch
 
 from kvcluster.cache.capacity import blocks_per_group
+from kvcluster.cache.spill import PartReceipt
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.runner import StepOutcome, StepRunner
+from kvcluster.cluster.spilling import SpillShare
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.api import Event, Opened, TokenChunk
 from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, StepResult, result_of
 from kvcluster.engine.service import EngineService
+from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.engine.text import Tokenizer
 from kvcluster.errors import RankLost
 from kvcluster.model.codecs import load_codecs
@@ -29,6 +34,7 @@ class ThreadExecutor:
     """An `Executor`: one `StepRunner` per rank, each step in one thread per rank."""
 
     def __init__(self, model: LoadedModel, config: ClusterConfig) -> None:
+        self._memory = Lock()
         self.runners = [
             StepRunner(
                 model=model,
@@ -45,6 +51,16 @@ class ThreadExecutor:
             )
             for ring in ThreadRing.group(config.ring.num_ranks)
         ]
+        self.shares = [
+            SpillShare(
+                runner._store,
+                rank=rank,
+                num_ranks=config.ring.num_ranks,
+                exact_blocks=config.cache.exact_recent_blocks,
+                lock=self._memory,
+            )
+            for rank, runner in enumerate(self.runners)
+        ]
         self.after_step: Callable[[StepPlan], None] = lambda _plan: None
         """Called when all ranks have run a step, before its answer is out."""
         self._sampled: tuple[SampledToken, ...] = ()
@@ -53,6 +69,23 @@ class ThreadExecutor:
 
     async def execute(self, plan: StepPlan) -> StepResult:
         return await asyncio.get_running_loop().run_in_executor(self._steps, self._run, plan)
+
+    async def write_spill(self, order: SpillWrite) -> Sequence[PartReceipt]:
+        order = msgspec.msgpack.decode(msgspec.msgpack.encode(order), type=SpillWrite)
+        receipts = await asyncio.gather(
+            *(asyncio.to_thread(share.write, order) for share in self.shares)
+        )
+        return [receipt for of_rank in receipts for receipt in of_rank]
+
+    async def read_spill(self, order: SpillRead) -> None:
+        order = msgspec.msgpack.decode(msgspec.msgpack.encode(order), type=SpillRead)
+        answers = await asyncio.gather(
+            *(asyncio.to_thread(share.read, order) for share in self.shares),
+            return_exceptions=True,
+        )
+        for answer in answers:
+            if answer is not None:
+                raise answer
 
     def close(self) -> None:
         self._steps.shutdown()
@@ -63,7 +96,8 @@ class ThreadExecutor:
             return self.runners[rank].run(plan, self._sampled)
 
         try:
-            outcomes = run_ranks(len(self.runners), run_rank)
+            with self._memory:
+                outcomes = run_ranks(len(self.runners), run_rank)
         except queue.Empty as silence:
             raise RankLost("two ranks disagree on what to exchange") from silence
         for rank, outcome in enumerate(outcomes):

@@ -13,7 +13,7 @@ exact tokens, and `g.i.encoded.N` [B, ...] plane N of the encoded blocks that it
 Shape letters: T tokens, B blocks, K KV heads, D head dimension.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -105,14 +105,22 @@ def stored_form(
 
 
 def read_held(
-    store: KVStore, table: SequenceMap, *, rank: int, form: StoredForm, num_tokens: int
+    store: KVStore,
+    table: SequenceMap,
+    *,
+    rank: int,
+    form: StoredForm,
+    num_tokens: int,
+    only: Collection[int] | None = None,
 ) -> SavedCache:
     """Copies of what `rank` holds of a sequence whose first `num_tokens` are computed, between two
-    steps. `store` is that rank's."""
+    steps. `store` is that rank's. `only`: of these entries; None: of all."""
     held = [
         owned_entries(table, rank, _held(table, group, form, num_tokens))
         for group in range(len(form.windows))
     ]
+    if only is not None:
+        held = [entries_among(entries, only) for entries in held]
     header = SavedHeader(
         format_version=_FILE.format_version, form=form, num_tokens=num_tokens, groups=tuple(held)
     )
@@ -241,6 +249,14 @@ def owned_entries(table: SequenceMap, rank: int, entries: HeldEntries) -> HeldEn
         return tuple(e for e in all_entries if table.owner(e * table.block_size) == rank)
 
     return HeldEntries(own(entries.exact), own(entries.encoded))
+
+
+def entries_among(entries: HeldEntries, wanted: Collection[int]) -> HeldEntries:
+    """Those that are wanted."""
+    return HeldEntries(
+        tuple(entry for entry in entries.exact if entry in wanted),
+        tuple(entry for entry in entries.encoded if entry in wanted),
+    )
 
 
 class _Places:

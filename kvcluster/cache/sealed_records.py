@@ -70,7 +70,12 @@ def part_of(ticket: SpillTicket, part: int) -> PartPlace:
 
 
 def part_file(ticket: SpillTicket, part: int) -> Path:
-    return Path(ticket.folder) / f"part-{part:05d}.sealed"
+    return Path(ticket.folder) / part_name(part)
+
+
+def part_name(part: int) -> str:
+    """Of the file within its spill's folder."""
+    return f"part-{part:05d}.sealed"
 
 
 def sealed_bytes(header: PartHeader) -> int:

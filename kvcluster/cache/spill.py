@@ -113,6 +113,13 @@ class SpillTier(Protocol):
         """What `commit` was given. Raises: as `open`."""
         ...
 
+    def replace_note(
+        self, owner: SpillOwner, spill: str, keys: DataKeys, note: bytes
+    ) -> SealedContext:
+        """Give a spill another note, from one moment to the next and for good; its key is wrapped
+        by the newest data key then. Raises: as `open`, and SpillDiskFull."""
+        ...
+
     def abandon(self, ticket: SpillTicket) -> None:
         """Give up a spill that was not committed."""
         ...
@@ -133,6 +140,10 @@ class SpillTier(Protocol):
     def listed(self, tenant: TenantId | None = None) -> Sequence[SealedContext]:
         """What is on disk, of one tenant or of all, oldest first. After a start: all that was
         committed before."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the disk. No other method works afterwards."""
         ...
 
     def used_bytes(self, tenant: TenantId) -> int:

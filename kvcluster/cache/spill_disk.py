@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from kvcluster.cache.sealed_files import disk_errors, open_sealed, write_sealed
 from kvcluster.cache.sealed_records import (
     KEY_BYTES,
     PartHeader,
     RecordPlace,
     part_file,
+    part_name,
     sealed_bytes,
 )
 from kvcluster.cache.spill import (
@@ -129,6 +132,26 @@ class SpillDisk:
         finally:
             reader.close()
 
+    def replace_note(
+        self, owner: SpillOwner, spill: str, keys: DataKeys, note: bytes
+    ) -> SealedContext:
+        row = self._own(owner, spill)
+        ticket, before = self._ticket(row, keys, ()), row.receipts[-1]
+        # The two have names of their own, so that a crash leaves the one that the index knows.
+        after = _write_note(ticket, note, is_second=before.part == ticket.num_parts)
+        sealed = msgspec.structs.replace(
+            row.sealed,
+            num_bytes=row.sealed.num_bytes - before.num_bytes + after.num_bytes,
+            key_version=newest_version(owner, keys),
+        )
+        receipts = (*row.receipts[:-1], after)
+        self._index.put(
+            IndexedSpill(sealed, receipts, wrap_key(ticket.key, sealed, receipts, keys))
+        )
+        with disk_errors("written"):
+            part_file(ticket, before.part).unlink(missing_ok=True)
+        return sealed
+
     def _ticket(
         self, row: IndexedSpill, keys: DataKeys, receipts: tuple[PartReceipt, ...]
     ) -> SpillTicket:
@@ -176,22 +199,33 @@ class SpillDisk:
                     raise SealedCacheDamaged(f"{file.name} of spill {ticket.spill} is not there")
 
     def _sweep(self) -> None:
-        kept = {sealed.spill for sealed in self.listed()}
+        kept = {row.sealed.spill: row.receipts for row in self._index.read()}
         with disk_errors("read"):
             found = [entry for entry in self._folder.iterdir() if entry.is_dir()]
         for entry in found:
             is_ours = len(entry.name) == 2 * _SPILL_BYTES and entry.name.isalnum()
             if is_ours and entry.name not in kept:
                 self._remove_files(entry.name)
+        for spill, receipts in kept.items():
+            self._remove_other_files(spill, receipts)
+
+    def _remove_other_files(self, spill: str, receipts: Sequence[PartReceipt]) -> None:
+        """A note that was replaced, or was to replace one, when the process was killed."""
+        files = {part_name(receipt.part) for receipt in receipts}
+        with disk_errors("written"):
+            for file in (self._folder / spill).glob("*"):
+                if file.name not in files:
+                    file.unlink()
 
     def _remove_files(self, spill: str) -> None:
         with disk_errors("written"):
             shutil.rmtree(self._folder / spill, ignore_errors=False)
 
 
-def _write_note(ticket: SpillTicket, note: bytes) -> PartReceipt:
+def _write_note(ticket: SpillTicket, note: bytes, *, is_second: bool = False) -> PartReceipt:
     """As one more file, after those of the ranks. Raises: SpillDiskFull, SpillUnavailable."""
-    return write_sealed(ticket, ticket.num_parts, _note_header(len(note)), (note,))
+    part = ticket.num_parts + is_second
+    return write_sealed(ticket, part, _note_header(len(note)), (note,))
 
 
 def note_bytes(length: int) -> int:

@@ -5,7 +5,7 @@ order of the arrays' names. So whoever restores reads the entries that are its o
 on any number of ranks, and no file is ever in memory as a whole.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import msgspec
@@ -19,6 +19,7 @@ from kvcluster.cache.saved import (
     SavedHeader,
     StoredForm,
     check_form,
+    entries_among,
     entries_of,
     owned_entries,
     rows_by_entry,
@@ -91,6 +92,34 @@ def restore(
         own = tuple(owned_entries(table, rank, held) for held in content.saved.groups)
         saved = _read(readers, content, own)
     write_held(store, table, rank=rank, saved=saved)
+
+
+@contextmanager
+def opened_form(
+    ticket: SpillTicket, form: StoredForm, num_tokens: int, block_keys: Sequence[bytes]
+) -> Iterator[Callable[[Collection[int]], SavedCache]]:
+    """Gives what reads entries of a spill, from whichever parts have them, as `read_parts` does.
+    `block_keys`: of all its entries, as they were written.
+
+    Raises: SavedCacheMismatch for a cache that was written in another form, SealedCacheDamaged when
+    it is not of these blocks or this length, SpillUnavailable.
+    """
+    with _opened(ticket) as (readers, content):
+        check_form(content.saved.form, form, f"sealed cache {ticket.spill}")
+        places = [place for reader in readers for place in reader.header.places]
+        if content.saved.num_tokens != num_tokens or any(
+            place.entry >= len(block_keys) or place.block_key != block_keys[place.entry]
+            for place in places
+        ):
+            raise SealedCacheDamaged(
+                f"sealed cache {ticket.spill} is of other tokens: compute the context again"
+            )
+
+        def read(entries: Collection[int]) -> SavedCache:
+            wanted = tuple(entries_among(held, entries) for held in content.saved.groups)
+            return _read(readers, content, wanted)
+
+        yield read
 
 
 def read_parts(ticket: SpillTicket, wanted: Sequence[HeldEntries] | None = None) -> SavedCache:

@@ -39,6 +39,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One object on stdout."
 EtagOption = Annotated[str, typer.Option(help="Refused unless it is the context's of now.")]
 TtlOption = Annotated[float | None, typer.Option(help="Deleted so many seconds from now.")]
 
+DurableOption = Annotated[
+    bool, typer.Option("--durable", help="Return when it is on disk, where it survives a restart.")
+]
+
 contexts = typer.Typer(
     name="contexts",
     help="Upload long prompts once and use them many times.",
@@ -63,6 +67,7 @@ def upload(
     pinned: Annotated[
         bool, typer.Option("--pinned", help="Its blocks are never given up for others.")
     ] = False,
+    durable: DurableOption = False,
     tenant: TenantOption = DEFAULT_TENANT,
     server: ServerOption = DEFAULT_SERVER,
     api_key_file: ApiKeyOption = None,
@@ -84,6 +89,7 @@ def upload(
                     display_name=display_name,
                     ttl_s=ttl,
                     pinned=pinned,
+                    durable=durable,
                     tenant=TenantId(tenant),
                 ),
             ),
@@ -99,6 +105,7 @@ def append(
     *,
     file: FileOption = None,
     prompt_ids: IdsOption = None,
+    durable: DurableOption = False,
     tenant: TenantOption = DEFAULT_TENANT,
     server: ServerOption = DEFAULT_SERVER,
     api_key_file: ApiKeyOption = None,
@@ -114,6 +121,7 @@ def append(
                 context,
                 prompt=source.text,
                 prompt_ids=source.token_ids,
+                durable=durable,
                 tenant=TenantId(tenant),
             ),
         )
@@ -166,7 +174,8 @@ def list_contexts(
         for record in records:
             typer.echo(
                 f"{record.context_id}  {record.state.name}  {record.token_count:,} tokens  "
-                f"{record.kv_bytes / 1024**2:.1f} MiB  {record.policy}"
+                f"{record.kv_bytes / 1024**2:.1f} MiB  {record.policy}  "
+                f"{'+'.join(record.tiers) or 'nowhere'}"
                 f"{'  pinned' if record.pinned else ''}  {record.display_name}".rstrip()
             )
 
@@ -239,7 +248,7 @@ def delete(
     api_key_file: ApiKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete a context. Returns when its blocks are zeroed on the ranks."""
+    """Delete a context. Returns when its blocks are zeroed and its files gone."""
     with exiting(as_json=as_json):
         _ask(
             server,
@@ -273,8 +282,9 @@ def _show(record: ContextRecord, *, as_json: bool) -> None:
         print_json(fields)
         return
     for name, value in fields.items():
-        if value not in ("", None):
-            typer.echo(f"{name}: {value}")
+        if value not in ("", None, []):
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            typer.echo(f"{name}: {shown}")
 
 
 def _fields_of(record: ContextRecord) -> dict[str, object]:

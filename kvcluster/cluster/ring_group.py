@@ -5,7 +5,7 @@ else between ranks goes over the ring (`transport`).
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,9 +15,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kvcluster.cache.spill import PartReceipt
 from kvcluster.cluster.worker import Host, Rendezvous, Worker
 from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import StepPlan, StepResult
+from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.errors import ConfigError, KvClusterError, RankLost
 from kvcluster.log import get_logger
 from kvcluster.types import ModelSpec
@@ -42,10 +44,11 @@ def worker_actor(worker_class: type[Worker]) -> Any:
     # Ray names an actor by its qualified name.
     WorkerActor.__name__ = WorkerActor.__qualname__ = worker_class.__name__
     groups = dict.fromkeys(("execute", "follow", "load", "connect"), "step") | {"live": "life"}
+    groups |= dict.fromkeys(("write_spill", "read_spill"), "disk")
     for name, group in groups.items():
         marked = ray.method(concurrency_group=group)(_own_method(worker_class, name))
         setattr(WorkerActor, name, marked)
-    options: Any = ray.remote(concurrency_groups={"step": 1, "life": 1, "control": 2})  # type: ignore[call-overload]
+    options: Any = ray.remote(concurrency_groups={"step": 1, "life": 1, "disk": 1, "control": 2})  # type: ignore[call-overload]
     return options(WorkerActor)
 
 
@@ -93,6 +96,28 @@ class RingGroup:
         finally:
             # A step that was given up may still fail, and nobody would ask for that error.
             answer.cancel()
+
+    async def write_spill(self, order: SpillWrite) -> Sequence[PartReceipt]:
+        """See `SpillRanks`."""
+        answers = await self._on_disk("write_spill", msgspec.msgpack.encode(order))
+        return [
+            receipt
+            for answer in answers
+            for receipt in msgspec.msgpack.decode(answer, type=list[PartReceipt])
+        ]
+
+    async def read_spill(self, order: SpillRead) -> None:
+        """See `SpillRanks`."""
+        await self._on_disk("read_spill", msgspec.msgpack.encode(order))
+
+    async def _on_disk(self, method: str, order: bytes) -> list[Any]:
+        """What all ranks answer, once none is at work any more."""
+        calls = (getattr(worker, method).remote(order) for worker in self.workers)
+        answers = await asyncio.gather(*map(_unwrapped, calls), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return list(answers)
 
     async def wait_lost(self) -> None:
         """Return when a rank of this epoch is lost, in a step or between steps."""

@@ -22,11 +22,13 @@ from kvcluster.cache.store import KVStore
 from kvcluster.cluster.control import LEADER, ControlChannel
 from kvcluster.cluster.runner import StepRunner
 from kvcluster.cluster.socket_ring import SocketRing
+from kvcluster.cluster.spilling import SpillShare
 from kvcluster.cluster.thread_share import ThreadShare
 from kvcluster.cluster.torch_ring import TorchRing
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, result_of
+from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.errors import RankLost
 from kvcluster.model.codecs import load_codecs
 from kvcluster.model.loader import LoadedModel, load_model
@@ -76,6 +78,9 @@ class Worker:
         self._runner: StepRunner | None = None
         self._sampled_before: tuple[SampledToken, ...] = ()
         self._never = threading.Event()
+        self._spilling: SpillShare | None = None
+        self._memory = threading.Lock()
+        """Held by a step, and by what reads or writes blocks beside the steps."""
 
     @property
     def device(self) -> str:
@@ -129,6 +134,13 @@ class Worker:
             exact_blocks=self._config.cache.exact_recent_blocks,
             share=self._share,
         )
+        self._spilling = SpillShare(
+            store,
+            rank=self._rank,
+            num_ranks=self._config.ring.num_ranks,
+            exact_blocks=self._config.cache.exact_recent_blocks,
+            lock=self._memory,
+        )
 
     def execute(self, encoded_plan: bytes) -> bytes:
         """Rank 0: run a step with all ranks. Takes a StepPlan, gives a StepResult, as msgpack."""
@@ -137,7 +149,8 @@ class Worker:
         order = StepOrder(plan, self._sampled_before)
         control.broadcast(msgspec.msgpack.encode(order))
         try:
-            outcome = runner.run(plan, self._sampled_before)
+            with self._memory:
+                outcome = runner.run(plan, self._sampled_before)
             answers = [outcome.answer]
             others = [rank for rank in outcome.answering_ranks if rank != LEADER]
             answers += [
@@ -161,12 +174,33 @@ class Worker:
         try:
             while True:
                 order = msgspec.msgpack.decode(control.receive(), type=StepOrder)
-                outcome = runner.run(order.plan, order.sampled_before)
+                with self._memory:
+                    outcome = runner.run(order.plan, order.sampled_before)
                 # Rank 0 knows from the plan who has something to say, and waits for nobody else.
                 if self._rank in outcome.answering_ranks:
                     control.reply(msgspec.msgpack.encode(outcome.answer))
         finally:
             self.disconnect()
+
+    def write_spill(self, encoded_order: bytes) -> bytes:
+        """Write this rank's share of a context. Takes a SpillWrite, gives the receipts, as msgpack.
+
+        Raises: SpillDiskFull, SpillUnavailable, RankLost.
+        """
+        order = msgspec.msgpack.decode(encoded_order, type=SpillWrite)
+        return msgspec.msgpack.encode(self._joined().write(order))
+
+    def read_spill(self, encoded_order: bytes) -> None:
+        """Read this rank's share of a context into its blocks. Takes a SpillRead as msgpack.
+
+        Raises: SealedCacheDamaged, SavedCacheMismatch, SpillUnavailable, RankLost.
+        """
+        self._joined().read(msgspec.msgpack.decode(encoded_order, type=SpillRead))
+
+    def _joined(self) -> SpillShare:
+        if self._spilling is None:
+            raise RankLost(f"rank {self._rank} has not joined a ring")
+        return self._spilling
 
     def live(self) -> None:
         """Does not return while the process lives: whoever waits for it learns of its end."""

@@ -2,12 +2,31 @@
 
 import math
 from array import array
+from dataclasses import dataclass
 
 from kvcluster.cache.block_keys import BlockKeys
+from kvcluster.cache.spill import SealedContext
 from kvcluster.engine.context_api import ContextRequest, ContextState
 from kvcluster.engine.request import Request
 from kvcluster.engine.stream import Signal
+from kvcluster.errors import KvClusterError
 from kvcluster.types import Policy, TenantId
+
+
+@dataclass(slots=True, eq=False)
+class OnDisk:
+    """Mutable: what is known of a context's files."""
+
+    spill: SealedContext | None = None
+    """None: there are none."""
+    version: int = 0
+    """The `content_version` that they hold."""
+    error: KvClusterError | None = None
+    """Why what should be on disk is not, or is still."""
+    is_awaited: bool = False
+    """Whoever uploads waits until it is on disk."""
+    is_clear: bool = True
+    """Nothing is on disk, or will be, of a context that is being deleted: it may be forgotten."""
 
 
 class Context:
@@ -42,6 +61,11 @@ class Context:
         """Sums of `EncodingError` over its own builds."""
         self.received_bytes = 0
         """Of text, over all uploads."""
+        self.content_version = 0
+        """Of its tokens: another number after every upload."""
+        self.disk = OnDisk()
+        self.is_zeroed = False
+        """Its blocks are gone from memory; set when it is being deleted."""
         self.changed = Signal()
         """Notified when the state changes, and when more tokens may be taken."""
 
@@ -52,6 +76,11 @@ class Context:
     @property
     def etag(self) -> str:
         return f"{self.uid[:8]}.{self.version}"
+
+    @property
+    def is_on_disk(self) -> bool:
+        """All of its tokens, as they are now."""
+        return self.disk.spill is not None and self.disk.version == self.content_version
 
     @property
     def received(self) -> "array[int]":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits
+from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits, Tier
 from kvcluster.types import DEFAULT_TENANT, TenantId
 
 if TYPE_CHECKING:
@@ -19,12 +19,14 @@ class ContextState(StrEnum):
     CREATING = "creating"
     """Tokens are still to come or to be computed."""
     ACTIVE = "active"
-    """All of its blocks are there."""
+    """All of its blocks are there, or are read from disk when they are wanted."""
     DEGRADED = "degraded"
     """Blocks were given up or lost; its tokens are kept, and the next generation on it computes
     what is missing."""
     FAILED = "failed"
-    """It could not be computed: `ContextRecord.message` says why."""
+    """It could not be computed, or cannot be read here: `ContextRecord.message` says why."""
+    DAMAGED = "damaged"
+    """What is on disk of it is not what was written. Nothing of it is used."""
     DELETING = "deleting"
     """Its blocks are being zeroed."""
 
@@ -44,6 +46,8 @@ class ContextRequest(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
     total_tokens: int | None = None
     """Length after the upload, where it is known: refused early."""
+    durable: bool = False
+    """The upload is done when the context is on disk."""
     limits: TenantLimits = NO_LIMITS
 
 
@@ -70,6 +74,10 @@ class ContextRecord(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
     state: ContextState
     message: str
+    tiers: tuple[Tier, ...] = ()
+    """Where all of its blocks are: GPU, disk, or both; none while it is computed or degraded."""
+    disk_bytes: int = 0
+    """Of its files, an earlier state of it included."""
     token_count: int
     """Tokens that generations on it begin with."""
     received_tokens: int

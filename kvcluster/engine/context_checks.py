@@ -1,12 +1,15 @@
 """What can be wrong with a call that names a context."""
 
 from kvcluster.engine.context import Context
+from kvcluster.engine.context_api import ContextState
 from kvcluster.errors import (
     ContextNotFound,
     ContextNotReady,
     EtagMismatch,
     InvalidField,
+    KvClusterError,
     QuotaExceeded,
+    SealedCacheDamaged,
 )
 
 MAX_NAME_CHARS = 200
@@ -26,6 +29,28 @@ def not_ready(context: Context) -> ContextNotReady:
         f"context {context.id} is {context.state}{': ' if context.message else ''}"
         f"{context.message}; wait until its upload is complete, or upload it again"
     )
+
+
+def unreadable(context: Context) -> KvClusterError:
+    """Why a generation cannot begin with a context that is not active."""
+    if context.state is ContextState.DELETING:
+        return context_not_found()
+    if context.state is ContextState.DAMAGED:
+        return SealedCacheDamaged(
+            f"context {context.id} is damaged on disk: {context.message}; delete it and upload it "
+            "again"
+        )
+    return not_ready(context)
+
+
+def check_continued(context: Context) -> None:
+    """Whether more may be uploaded. Raises: ContextNotReady, SealedCacheDamaged."""
+    if context.state is ContextState.DELETING:
+        raise ContextNotReady(f"context {context.id} is being deleted: wait, or use another id")
+    if context.state is ContextState.FAILED:
+        raise ContextNotReady(f"context {context.id} failed: {context.message}; delete it")
+    if context.state is ContextState.DAMAGED:
+        raise unreadable(context)
 
 
 def check_etag(context: Context, etag: str) -> None:

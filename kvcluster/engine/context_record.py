@@ -4,6 +4,7 @@ from kvcluster.cache.capacity import block_bytes_per_group
 from kvcluster.engine.context import Context
 from kvcluster.engine.context_api import ContextRecord, ContextState
 from kvcluster.engine.prefixes import Prefixes
+from kvcluster.tenancy.limits import Tier
 from kvcluster.types import ModelSpec
 
 
@@ -17,8 +18,14 @@ def record_of(
     kv_bytes = round(sum(count * size for count, size in zip(counts, sizes, strict=True)))
     whole_bytes = len(entries) * block_size * spec.kv_bytes_per_token
     state = context.state
-    if state is ContextState.ACTIVE and len(entries) < len(context.keys.keys):
+    is_computed = state in (ContextState.ACTIVE, ContextState.CREATING) and bool(context.tokens)
+    is_in_memory = is_computed and len(entries) == len(context.keys.keys)
+    tiers = [Tier.GPU] * is_in_memory + [Tier.DISK] * (is_computed and context.is_on_disk)
+    if state is ContextState.ACTIVE and not tiers:
         state = ContextState.DEGRADED
+    message = context.message
+    if not message and context.disk.error is not None:
+        message = f"not on disk: {context.disk.error.message}"
     return ContextRecord(
         tenant=context.tenant,
         context_id=context.id,
@@ -28,7 +35,9 @@ def record_of(
         model=spec.name,
         policy=str(context.policy),
         state=state,
-        message=context.message,
+        message=message,
+        tiers=tuple(tiers),
+        disk_bytes=0 if context.disk.spill is None else context.disk.spill.num_bytes,
         token_count=len(context.tokens),
         received_tokens=len(context.received),
         received_bytes=context.received_bytes,

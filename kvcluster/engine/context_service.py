@@ -5,6 +5,7 @@ tokens, and acts that end on the ranks.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kvcluster.engine.api import GenerationRequest, PromptChunk, TextChunk
@@ -17,10 +18,11 @@ from kvcluster.engine.context_api import (
     OpenedContext,
 )
 from kvcluster.engine.context_checks import context_not_found, not_ready
+from kvcluster.engine.context_disk import ContextDisk
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.request import TOKEN_BYTES
 from kvcluster.engine.upload import PromptUpload, RawChunk, check_vocabulary, raw_chunk
-from kvcluster.errors import InvalidField, PromptCorrupt, UploadStalled
+from kvcluster.errors import ContextNotFound, InvalidField, PromptCorrupt, UploadStalled
 from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.types import TenantId
 
@@ -40,10 +42,14 @@ class _Upload:
 class ContextService:
     """Everything of `ContextBackend`, on one engine."""
 
-    def __init__(self, engine: Engine, *, wake: Callable[[], None]) -> None:
-        """`wake` tells whoever runs the engine that it has changed."""
+    def __init__(
+        self, engine: Engine, disk: ContextDisk | None, *, wake: Callable[[], None]
+    ) -> None:
+        """`disk`: keeps contexts on disk too. `wake` tells whoever runs the engine that it has
+        changed."""
         self._engine = engine
         self._contexts = engine.contexts
+        self._disk = disk
         self._wake = wake
         self._uploads: dict[str, _Upload] = {}
         """By uid of the context."""
@@ -51,7 +57,16 @@ class ContextService:
     async def open_context(self, request: ContextRequest) -> OpenedContext:
         if self._engine.refusal is not None:
             raise self._engine.refusal
+        if request.durable and self._disk is None:
+            raise InvalidField(
+                "context.durable",
+                "this server keeps no contexts on disk: leave it out, or set spill.folder there",
+            )
+        await self._wait_known()
+        with suppress(ContextNotFound):
+            await self._bring(self._contexts.find(request.tenant, request.context_id))
         context = self._contexts.open(request)
+        context.disk.is_awaited = request.durable
         before = self._uploads.get(context.uid)
         upload = _Upload(1) if before is None else before
         if before is not None:
@@ -83,12 +98,15 @@ class ContextService:
             self._contexts.complete(context)
         del self._uploads[context.uid]
         self._wake()
-        return await self._built(context)
+        await self._built(context)
+        return await self._saved(context)
 
     async def get_context(self, tenant: TenantId, context_id: str) -> ContextRecord:
+        await self._wait_known()
         return self._contexts.record(self._contexts.find(tenant, context_id))
 
     async def list_contexts(self, tenant: TenantId) -> tuple[ContextRecord, ...]:
+        await self._wait_known()
         return tuple(map(self._contexts.record, self._contexts.of(tenant)))
 
     async def update_context(
@@ -100,28 +118,37 @@ class ContextService:
         etag: str,
         limits: TenantLimits,
     ) -> ContextRecord:
+        await self._wait_known()
         context = self._live(tenant, context_id)
         context.limits = limits
         self._contexts.update(context, change, etag=etag)
         self._wake()
+        if self._disk is not None and context.is_on_disk:
+            await self._disk.wait_saved(context)
         return self._contexts.record(context)
 
     async def fork_context(
         self, tenant: TenantId, context_id: str, new_id: str, num_tokens: int, limits: TenantLimits
     ) -> ContextRecord:
+        await self._wait_known()
+        await self._bring(self._live(tenant, context_id))
         parent = self._live(tenant, context_id)
         request = ContextRequest(tenant=tenant, context_id=new_id, limits=limits)
         context = self._contexts.fork(parent, request, num_tokens)
         self._wake()
-        return await self._built(context)
+        await self._built(context)
+        return self._contexts.record(context)
 
     async def delete_context(self, tenant: TenantId, context_id: str, etag: str) -> None:
+        await self._wait_known()
         context = self._contexts.find(tenant, context_id)
         self._contexts.delete(context, etag=etag)
         self._uploads.pop(context.uid, None)
         self._wake()
         while self._contexts.knows(context):
             await context.changed.wait()
+            if context.disk.error is not None and not context.disk.is_clear:
+                raise context.disk.error
 
     def _live(self, tenant: TenantId, context_id: str) -> Context:
         """Raises: ContextNotFound, also for one that is being deleted."""
@@ -149,14 +176,32 @@ class ContextService:
         if raw.is_text:
             context.received_bytes += new.end - new.start
 
-    async def _built(self, context: Context) -> ContextRecord:
-        """The record once nothing is left to compute. Raises: ContextNotReady, ContextNotFound."""
+    async def _wait_known(self) -> None:
+        """Return when the contexts that are on disk can be found."""
+        if self._disk is not None:
+            await self._disk.wait_known()
+
+    async def _bring(self, context: Context) -> None:
+        """Have it in memory, if it is on disk. Raises: as `ContextDisk.bring`."""
+        if self._disk is not None:
+            await self._disk.bring(context)
+
+    async def _built(self, context: Context) -> None:
+        """Return when nothing is left to compute. Raises: ContextNotReady, ContextNotFound."""
         while context.build is not None:
             await context.changed.wait()
         if not self._contexts.knows(context) or context.state is ContextState.DELETING:
             raise context_not_found()
         if context.message:
             raise not_ready(context)
+
+    async def _saved(self, context: Context) -> ContextRecord:
+        """The record, once it is on disk where that was asked for. Raises: what kept it from
+        there."""
+        if context.disk.is_awaited and self._disk is not None:
+            await self._disk.wait_saved(context)
+            if not context.is_on_disk and context.disk.error is not None:
+                raise context.disk.error
         return self._contexts.record(context)
 
 

@@ -21,15 +21,17 @@ from kvcluster.engine.context_api import (
 )
 from kvcluster.engine.context_build import build_request, generation_for, generation_of
 from kvcluster.engine.context_checks import (
+    check_continued,
     check_etag,
     check_name,
-    check_pinned,
     context_not_found,
     expiry,
     not_ready,
+    unreadable,
 )
+from kvcluster.engine.context_keeper import ContextKeeper, NoDisk
+from kvcluster.engine.context_pins import Pins
 from kvcluster.engine.context_record import record_of
-from kvcluster.engine.footprint import footprint
 from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.policies import ChosenPolicy, choose_policy
 from kvcluster.engine.prefix_keys import PrefixKeys
@@ -37,7 +39,6 @@ from kvcluster.engine.prompts import Prompts
 from kvcluster.engine.request import Request
 from kvcluster.engine.scheduler import Scheduler
 from kvcluster.errors import (
-    ContextNotReady,
     InvalidField,
     KvClusterError,
     ModelNotFound,
@@ -70,6 +71,8 @@ class Contexts:
         self._building: dict[GenerationId, Context] = {}
         self._arrivals = arrivals
         self._block_size = parts.cache.block_size
+        self._pins = Pins(parts)
+        self.keeper: ContextKeeper = NoDisk()
 
     @property
     def next_expiry(self) -> float:
@@ -91,6 +94,10 @@ class Contexts:
         own = [context for context in self._contexts.values() if context.tenant == tenant]
         return sorted(own, key=lambda context: context.id)
 
+    def all(self) -> list[Context]:
+        """Of all tenants."""
+        return list(self._contexts.values())
+
     def open(self, request: ContextRequest) -> Context:
         """A context to upload to: a new one, or the one that is there.
 
@@ -100,10 +107,7 @@ class Contexts:
         context = self._contexts.get((request.tenant, request.context_id))
         if context is None:
             context = self._created(request)
-        elif context.state is ContextState.DELETING:
-            raise ContextNotReady(f"context {context.id} is being deleted: wait, or use another id")
-        elif context.state is ContextState.FAILED:
-            raise ContextNotReady(f"context {context.id} failed: {context.message}; delete it")
+        check_continued(context)
         context.limits = request.limits
         num_tokens = max(len(context.received), request.total_tokens or 1)
         self._check(context, num_tokens)
@@ -153,7 +157,9 @@ class Contexts:
             request.checkpoint = 0
             read = self._contexts.get((request.spec.tenant, request.spec.context))
             if read is not None and read.state is ContextState.ACTIVE:
-                self._hold(read)
+                self.hold(read)
+                if not read.is_on_disk:
+                    self.keeper.note_built(read)
 
     def fail(self, build: Request, error: KvClusterError) -> None:
         """The build cannot go on. What was there before it stays."""
@@ -212,7 +218,7 @@ class Contexts:
         if change.display_name is not None:
             check_name(change.display_name)
         if change.pinned and not context.pinned:
-            self._check_pinned(context, len(context.received))
+            self._pins.check(context, len(context.received), self.of(context.tenant))
         now = self._parts.clock.unix()
         if change.keeps_for_ever:
             context.expire_time_s = None
@@ -222,9 +228,10 @@ class Contexts:
             context.display_name = change.display_name
         if change.pinned is not None:
             context.pinned = change.pinned
-        self._hold(context)
+        self.hold(context)
         self._put_off_expiry(context)
         context.note_change(now)
+        self.keeper.note_changed(context)
 
     def fork(self, parent: Context, request: ContextRequest, num_tokens: int) -> Context:
         """A context with the first `num_tokens` of another's, 0 for all.
@@ -234,7 +241,7 @@ class Contexts:
         if (parent.tenant, request.context_id) in self._contexts:
             raise ResourceExists(f"a context {request.context_id} exists: choose another id")
         if parent.state is not ContextState.ACTIVE:
-            raise not_ready(parent)
+            raise unreadable(parent)
         if num_tokens > len(parent.tokens):
             raise InvalidField(
                 "prefix_tokens", f"want at most {len(parent.tokens)}, got {num_tokens}"
@@ -260,7 +267,8 @@ class Contexts:
         cache = self._prefixes.cache(context.tenant)
         cache.let_go(keys, context.uid)
         dropped = self._prefixes.forget(context.tenant, keys, self._scheduler.running)
-        self._scheduler.zeroing.add(cache.shared, dropped, lambda: self._forget(context))
+        self.keeper.drop(context)
+        self._scheduler.zeroing.add(cache.shared, dropped, lambda: self._note_zeroed(context))
         context.note_change(self._parts.clock.unix())
 
     def expire(self, now: float) -> None:
@@ -329,9 +337,11 @@ class Contexts:
         context.squared_size += build.squared_size
         self._end_build(context, build)
         context.state, context.message = ContextState.ACTIVE, ""
-        self._hold(context)
+        context.content_version += 1
+        self.hold(context)
         self._put_off_expiry(context)
         context.note_change(self._parts.clock.unix())
+        self.keeper.note_built(context)
 
     def _end_build(self, context: Context, build: Request) -> None:
         context.build = None
@@ -344,22 +354,33 @@ class Contexts:
             raise not_ready(context)
         return context.build
 
-    def _hold(self, context: Context) -> None:
+    def hold(self, context: Context) -> None:
+        """Its blocks are there: they outlive those of no context."""
         keys = context.keys.keys
         cache = self._prefixes.cache(context.tenant)
         cache.hold(keys, context.uid, pinned=context.pinned)
 
-    def _forget(self, context: Context) -> None:
-        self._contexts.pop(context.key, None)
+    def adopt(self, context: Context) -> None:
+        """Take in a context that is on disk. One of its name that is there stays."""
+        if context.key not in self._contexts:
+            self._contexts[context.key] = context
+            self._put_off_expiry(context)
+
+    def _note_zeroed(self, context: Context) -> None:
+        context.is_zeroed = True
+        self.forget_deleted(context)
+
+    def forget_deleted(self, context: Context) -> None:
+        """Forget a context, if it is deleted and gone from memory and disk."""
+        if context.is_zeroed and context.disk.is_clear:
+            self._contexts.pop(context.key, None)
         context.changed.notify()
 
     def _readable(self, spec: GenerationRequest) -> Context:
         """The context of a request, if it can be read. Raises: as `policy_of`."""
         context = self.find(spec.tenant, spec.context)
-        if context.state is ContextState.DELETING:
-            raise context_not_found()
         if context.state is not ContextState.ACTIVE:
-            raise not_ready(context)
+            raise unreadable(context)
         return context
 
     def _put_off_expiry(self, context: Context) -> None:
@@ -372,21 +393,4 @@ class Contexts:
         spec = generation_of(context)
         self._prompts.check_length(spec, context.policy, num_tokens)
         if context.pinned:
-            self._check_pinned(context, num_tokens)
-
-    def _check_pinned(self, context: Context, num_tokens: int) -> None:
-        """Raises: QuotaExceeded when a context of so many tokens would pin too much."""
-        own = footprint(
-            context.policy,
-            self._parts.spec,
-            num_tokens,
-            self._parts.partitions.of(context.tenant),
-            block_size=self._block_size,
-            chunk_tokens=self._block_size,
-        ).num_bytes
-        used = sum(
-            self.record(other).kv_bytes
-            for other in self.of(context.tenant)
-            if other.pinned and other is not context
-        )
-        check_pinned(used, own, context.limits.max_pinned_bytes)
+            self._pins.check(context, num_tokens, self.of(context.tenant))

@@ -24,11 +24,13 @@ from kvcluster.engine.in_flight import StepsInFlight
 from kvcluster.engine.parts import EngineParts, EngineStatistics
 from kvcluster.engine.plan import StepPlan, StepResult
 from kvcluster.engine.policies import ChosenPolicy, choose_policy, default_policy
+from kvcluster.engine.prefixes import Prefixes
 from kvcluster.engine.prompts import Prompts
 from kvcluster.engine.request import Request
 from kvcluster.engine.scheduler import Scheduler
 from kvcluster.engine.stream import OutputText
 from kvcluster.engine.tenants import TenantUses
+from kvcluster.engine.zeroing import Zeroing
 from kvcluster.errors import (
     Draining,
     KvClusterError,
@@ -313,6 +315,16 @@ class Engine:
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """What is kept for later requests."""
+        return self._scheduler.prefixes
+
+    @property
+    def zeroing(self) -> Zeroing:
+        """What the ranks are told to zero."""
+        return self._scheduler.zeroing
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(

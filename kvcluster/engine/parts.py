@@ -8,6 +8,7 @@ from kvcluster.cache.partition import PartitionStatistics
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.cache.tier import TierLedger
 from kvcluster.config import CacheConfig, EngineConfig
+from kvcluster.engine.disk_parts import DiskParts
 from kvcluster.engine.draft import RouteChoice
 from kvcluster.engine.estimator import EstimatorStatistics
 from kvcluster.engine.prefix_keys import process_secrets
@@ -36,6 +37,8 @@ class EngineParts:
     partitions: CachePartitions
     other_tiers: Mapping[Tier, TierLedger] = field(default_factory=dict)
     """What counts the memory of tiers below the GPUs."""
+    disk: DiskParts | None = None
+    """Keeps contexts on disk; None: they end with the engine."""
     choose_route: RouteChoice
     menu: Menu
     """What a policy may name."""

@@ -66,6 +66,10 @@ class Prefixes:
         scope = Scope(self._spec.weights_digest, str(policy), self._block_size, namespace)
         return BlockKeys(secret, scope)
 
+    def forms(self, policy: Policy) -> HeldForms:
+        """What a sequence with the policy holds, by its length."""
+        return self._forms(policy)
+
     def is_shareable(self, policy: Policy) -> bool:
         """Whether a sequence's blocks are all that its later rows depend on."""
         is_by_score = budgeted(policy.retention, self._block_size) is not None

@@ -22,6 +22,7 @@ from kvcluster.engine.api import (
     ShardSize,
     TenantLoad,
 )
+from kvcluster.engine.context_disk import ContextDisk
 from kvcluster.engine.context_service import ContextService
 from kvcluster.engine.driver import EngineDriver, Executor
 from kvcluster.engine.engine import Engine
@@ -61,7 +62,12 @@ class EngineService(ContextService):
         for the upload it follows."""
         self._parts = engine.parts
         self._driver = EngineDriver(engine, executor)
-        super().__init__(engine, wake=self._driver.wake)
+        disk = self._parts.disk
+        super().__init__(
+            engine,
+            None if disk is None else ContextDisk(engine, disk, wake=self._driver.wake),
+            wake=self._driver.wake,
+        )
         self._nodes = tuple(nodes)
         self._is_marked_ready = False
         self._intake = PromptIntake(
@@ -73,6 +79,8 @@ class EngineService(ContextService):
     def start(self) -> None:
         """Begin to run steps. Requests may be opened from now on."""
         self._driver.start()
+        if self._disk is not None:
+            self._disk.start()
 
     def mark_ready(self) -> None:
         """A token has been generated through the whole ring."""
@@ -100,16 +108,23 @@ class EngineService(ContextService):
         self._driver.restart(epoch)
 
     async def drain(self) -> None:
-        """Take no more requests; return when those admitted have ended."""
+        """Take no more requests; return when those admitted have ended, and contexts are on
+        disk."""
         self._engine.drain()
         await self._driver.wait_idle()
+        if self._disk is not None:
+            await self._disk.wait_idle()
 
     async def stop(self) -> None:
         """End what is unfinished, with an error for its reader, and every task."""
+        if self._disk is not None:
+            await self._disk.stop()
         await self._driver.stop()
 
     async def open(self, request: GenerationRequest) -> Opened:
         key = (request.tenant, request.request_id)
+        if request.context and key not in self._keys:
+            await self._bring_for(request)
         known = self._keys.get(key)
         if known is not None and self._holds_key(known):
             prompt = self._intake.find(known)
@@ -219,6 +234,8 @@ class EngineService(ContextService):
     async def apply_shares(self, shares: TenantShares) -> None:
         self._tiers.apply(shares)
         self._driver.wake()
+        if self._disk is not None:
+            await self._disk.apply(shares)
 
     async def status(self) -> BackendStatus:
         statistics = self._engine.statistics()
@@ -254,6 +271,13 @@ class EngineService(ContextService):
                 )
             ),
         )
+
+    async def _bring_for(self, request: GenerationRequest) -> None:
+        """Have the request's context in memory, where the request would be taken. Raises: as
+        `Engine.check` and `ContextDisk.bring`."""
+        await self._wait_known()
+        self._engine.check(request)
+        await self._bring(self._contexts.find(request.tenant, request.context))
 
     def _owned(self, tenant: TenantId, generation: GenerationId) -> Generation:
         found = self._engine.find(generation)

@@ -55,11 +55,14 @@ class Zeroing:
         self._waiting: list[_Doomed] = []
         self._told: dict[int, list[_Doomed]] = {}
         """By step."""
+        self._flushes: list[Callable[[], None]] = []
+        self._flushing: dict[int, list[Callable[[], None]]] = {}
+        """By step."""
 
     @property
     def is_awaited(self) -> bool:
         """Whether somebody waits for blocks that could be zeroed now."""
-        return any(doomed.is_alone for doomed in self._waiting)
+        return bool(self._flushes) or any(doomed.is_alone for doomed in self._waiting)
 
     def add(
         self, shared: SharedBlocks, dropped: Iterable[Dropped], on_done: Callable[[], None]
@@ -74,6 +77,11 @@ class Zeroing:
                 self._waiting.append(_Doomed(shared, codec, single, group, batch))
         batch.count_down()
 
+    def flush(self, on_done: Callable[[], None]) -> None:
+        """Have all blocks that are free or taken now, and not yet zeroed, zeroed soon. `on_done` is
+        called when the ranks have done it, or are gone: what is written after it, stays."""
+        self._flushes.append(on_done)
+
     def take(self, step: int) -> tuple[Zeroed, ...]:
         """What the plan of this step tells the ranks to zero before all else."""
         alone = [doomed for doomed in self._waiting if doomed.is_alone]
@@ -83,6 +91,8 @@ class Zeroing:
             self._told[step] = alone
             for doomed in alone:
                 doomed.release()
+        if self._flushes:
+            self._flushing[step], self._flushes = self._flushes, []
         by_place: dict[tuple[int, int, str], set[int]] = defaultdict(set)
         for rank, group, codec, block_id in self._partitions.take_freed():
             by_place[rank, group, codec].add(block_id)
@@ -95,17 +105,24 @@ class Zeroing:
         """The ranks have run a step."""
         for doomed in self._told.pop(step, ()):
             doomed.batch.count_down()
+        for on_done in self._flushing.pop(step, ()):
+            on_done()
 
     def reset(self) -> None:
         """The ranks are gone, and every block with them."""
         gone = [*self._waiting, *(doomed for told in self._told.values() for doomed in told)]
+        flushes = [*self._flushes, *(each for told in self._flushing.values() for each in told)]
         for doomed in self._waiting:
             doomed.release()
         self._waiting = []
         self._told.clear()
+        self._flushes = []
+        self._flushing.clear()
         self._partitions.take_freed()
         for doomed in gone:
             doomed.batch.count_down()
+        for on_done in flushes:
+            on_done()
 
 
 def _blocks_of(entry: TableEntry) -> Iterable[tuple[int, TableEntry]]:

@@ -17,11 +17,13 @@ from kvcluster.errors import InvalidField
 from kvcluster.router import names
 from kvcluster.router.convert import duration
 from kvcluster.rpc.v1 import context_service_pb2 as pb
-from kvcluster.tenancy.limits import TenantLimits
+from kvcluster.tenancy.limits import TenantLimits, Tier
 from kvcluster.types import TenantId
 
 _STATES = {state: pb.Context.State.Value(f"STATE_{state.name}") for state in ContextState}
 _STATE_OF = {number: state for state, number in _STATES.items()}
+_TIERS = {tier: pb.Context.Tier.Value(f"TIER_{tier.name}") for tier in Tier}
+_TIER_OF = {number: tier for tier, number in _TIERS.items()}
 _CHANGEABLE = ("display_name", "pinned", "ttl", "expire_time")
 
 
@@ -46,6 +48,8 @@ def context_to_proto(record: ContextRecord) -> pb.Context:
         last_access_time=_timestamp(record.last_access_time_s),
         policy=record.policy,
         message=record.message,
+        tiers=[_TIERS[tier] for tier in record.tiers],
+        disk_bytes=record.disk_bytes,
     )
     if record.expire_time_s is not None:
         message.expire_time.CopyFrom(_timestamp(record.expire_time_s))
@@ -64,6 +68,8 @@ def context_from_proto(message: pb.Context) -> ContextRecord:
         policy=message.policy,
         state=_STATE_OF.get(message.state, ContextState.CREATING),
         message=message.message,
+        tiers=tuple(_TIER_OF[tier] for tier in message.tiers if tier in _TIER_OF),
+        disk_bytes=message.disk_bytes,
         token_count=message.token_count,
         received_tokens=message.received_tokens,
         received_bytes=message.received_bytes,
@@ -99,6 +105,7 @@ def setup_from_proto(
         ),
         pinned=context.pinned,
         total_tokens=message.total_tokens if message.HasField("total_tokens") else None,
+        durable=context.durable,
         limits=limits,
     )
 
@@ -110,6 +117,7 @@ def setup_to_proto(request: ContextRequest) -> pb.UploadContextRequest.Setup:
         policy=request.policy,
         display_name=request.display_name,
         pinned=request.pinned,
+        durable=request.durable,
     )
     if request.ttl_s is not None:
         context.ttl.CopyFrom(duration(request.ttl_s))

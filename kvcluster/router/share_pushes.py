@@ -4,11 +4,15 @@ an engine that was started since.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from kvcluster.engine.api import Backend, BackendStatus
+from kvcluster.errors import StoreUnavailable
 from kvcluster.tenancy.directory import TenantDirectory
 from kvcluster.tenancy.shares import TenantShares, check_floor, shares_of
+from kvcluster.tenancy.store import TenantStore
 from kvcluster.tenancy.tenant import Tenant
+from kvcluster.types import TenantId
 
 _REPEAT_S = 2.0
 _TIMEOUT_S = 5.0
@@ -20,10 +24,13 @@ class SharePushes:
     def __init__(
         self,
         directory: TenantDirectory,
+        store: TenantStore,
         backends: Sequence[Backend],
         unix_time: Callable[[], float],
     ) -> None:
+        """`store`: where the tenants' data keys are, which go with the shares."""
         self._directory = directory
+        self._store = store
         self._backends = tuple(backends)
         self._unix_time = unix_time
         self._revisions = [-1] * len(backends)
@@ -38,7 +45,12 @@ class SharePushes:
         if min(self._revisions, default=revision) == revision:
             return
         tenants = self._directory.tenants_since(-1)
-        shares = shares_of(tenants, revision=revision, num_engines=len(self._backends))
+        shares = shares_of(
+            tenants,
+            revision=revision,
+            num_engines=len(self._backends),
+            data_keys=await asyncio.to_thread(self._data_keys, tenants),
+        )
         answers = await asyncio.gather(
             *(_apply(backend, shares) for backend in self._backends), return_exceptions=True
         )
@@ -53,6 +65,14 @@ class SharePushes:
         answers = await asyncio.gather(*map(_status, self._backends), return_exceptions=True)
         total = sum(answer.gpu_bytes for answer in answers if isinstance(answer, BackendStatus))
         check_floor(tenant, before, self._directory.tenants_since(-1), total)
+
+    def _data_keys(self, tenants: Sequence[Tenant]) -> dict[TenantId, dict[int, bytes]]:
+        """Of those whose keys can be read now."""
+        found = {}
+        for tenant in tenants:
+            with suppress(StoreUnavailable):
+                found[tenant.tenant] = self._store.data_keys(tenant.tenant)
+        return found
 
 
 async def _apply(backend: Backend, shares: TenantShares) -> None:

@@ -49,6 +49,10 @@ STATUS_CODES: dict[type[KvClusterError], grpc.StatusCode] = {
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.ClientTooSlow: grpc.StatusCode.ABORTED,
+    errors.SealedCacheDamaged: grpc.StatusCode.DATA_LOSS,
+    errors.SealedCacheErased: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SpillDiskFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.SpillUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.RankLost: grpc.StatusCode.UNAVAILABLE,
 }
 """Every error that a caller can meet. Any other class is a bug of ours: INTERNAL."""

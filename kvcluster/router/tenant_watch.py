@@ -47,7 +47,7 @@ class TenantWatch:
         self._backends = tuple(backends)
         self._calls = tuple(calls)
         self._unix_time = unix_time
-        self._pushes = SharePushes(directory, backends, unix_time)
+        self._pushes = SharePushes(directory, store, backends, unix_time)
         self._sweeps: dict[TenantId, int] = {}
         self._drains: dict[TenantId, float] = {}
         self._revision = 0

@@ -200,6 +200,8 @@ class TenantService:
         changed = await _in_thread(
             lambda: self._store.rotate_key(tenant, act, erases=message.crypto_erase)
         )
+        # The engines that answer have destroyed what the erased keys sealed.
+        await self._watch.look()
         return self._done(act, changed)
 
     async def get_tenant_usage(

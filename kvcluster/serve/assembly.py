@@ -1,5 +1,7 @@
 """Puts an engine together: what it owns, what it knows of the model, and its ring group."""
 
+from typing import Protocol
+
 from kvcluster.attention.strategy import choose_route
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.capacity import block_bytes_per_group, blocks_per_group
@@ -10,31 +12,39 @@ from kvcluster.engine.driver import Executor, SystemClock, random_id
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.service import EngineService
+from kvcluster.engine.spill_plan import SpillRanks
 from kvcluster.engine.text import Tokenizer
 from kvcluster.model.codecs import calibration_for, codec_layouts, measured_recipes
 from kvcluster.policy import Menu
 from kvcluster.retention.offered import RETENTION_METHODS
 from kvcluster.selection.offered import SELECTION_METHODS
+from kvcluster.serve.disk import disk_parts
 from kvcluster.serve.refusals import PolicyChecks
+from kvcluster.tenancy.limits import Tier
 from kvcluster.types import ModelSpec, TenantId
+
+
+class RingExecutor(Executor, SpillRanks, Protocol):
+    """A ring group as an engine with a disk sees it."""
 
 
 def engine_service(
     config: ClusterConfig,
     spec: ModelSpec,
-    executor: Executor,
+    executor: RingExecutor,
     *,
     nodes: list[str],
     epoch: int,
     tokenizer: Tokenizer | None,
 ) -> EngineService:
     """An engine over a started ring group, not yet running. Tenants get their
-    shares from the routers."""
+    shares from the routers. Raises: ConfigError for a folder of contexts that cannot be used."""
     num_blocks = blocks_per_group(spec, config.cache, config.engine)
     pools = [[BlockPool(count) for count in num_blocks] for _ in range(config.ring.num_ranks)]
     calibration = calibration_for(spec, config.calibration) if config.calibration else None
     layouts = codec_layouts(spec, calibration)
     checks = PolicyChecks(spec, config.cache.block_size, layouts)
+    disk = disk_parts(config, executor)
     parts = EngineParts(
         spec=spec,
         cache=config.cache,
@@ -48,6 +58,8 @@ def engine_service(
                 codec, config.cache.exact_recent_blocks
             ),
         ),
+        other_tiers={} if disk is None else {Tier.DISK: disk.ledger},
+        disk=disk,
         choose_route=choose_route,
         menu=Menu((*SHARING_METHODS, *CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS)),
         refusal=checks.refusal,

@@ -1,6 +1,6 @@
 """What every engine has to know of all tenants, whether they send anything or not: their floors."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -16,6 +16,13 @@ class TenantShare(msgspec.Struct, frozen=True, kw_only=True):
     tenant: TenantId
     partitions: Partitions
     weight: int = 1
+    tenant_uid: str = ""
+    data_keys: dict[int, bytes] | None = None
+    """By version: what its contexts on disk are sealed under. Stays within the cluster. None: they
+    could not be read now."""
+
+    def __repr__(self) -> str:
+        return f"TenantShare(tenant={self.tenant!r}, partitions={self.partitions!r})"
 
 
 class TenantShares(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,12 +31,23 @@ class TenantShares(msgspec.Struct, frozen=True, kw_only=True):
     revision: int = -1
     """Of the store's last change. What is older than what an engine has, it does not take."""
     shares: tuple[TenantShare, ...] = ()
+    deleted: tuple[tuple[TenantId, str], ...] = ()
+    """Ids and uids of tenants whose data keys were destroyed with them."""
 
 
-def shares_of(tenants: Iterable[Tenant], *, revision: int, num_engines: int) -> TenantShares:
+def shares_of(
+    tenants: Collection[Tenant],
+    *,
+    revision: int,
+    num_engines: int,
+    data_keys: Mapping[TenantId, dict[int, bytes]],
+) -> TenantShares:
     """For each of so many engines alike: what a tenant has of the cluster is divided among them."""
     return TenantShares(
         revision=revision,
+        deleted=tuple(
+            (tenant.tenant, tenant.uid) for tenant in tenants if tenant.state is TenantState.DELETED
+        ),
         shares=tuple(
             TenantShare(
                 tenant=tenant.tenant,
@@ -39,6 +57,8 @@ def shares_of(tenants: Iterable[Tenant], *, revision: int, num_engines: int) -> 
                     disk=_divided(tenant.partitions.disk, num_engines),
                 ),
                 weight=tenant.limits.weight,
+                tenant_uid=tenant.uid,
+                data_keys=data_keys.get(tenant.tenant),
             )
             for tenant in tenants
             if tenant.state is not TenantState.DELETED and tenant.tenant != OPERATORS

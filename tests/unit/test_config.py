@@ -66,6 +66,8 @@ VALID: dict[str, object] = {
     "oidc.role_claim": "role",
     "oidc.leeway_s": 0.0,
     "oidc.refresh_s": 60.0,
+    "spill.folder": "contexts",
+    "spill.capacity_bytes": 10_000,
     "log.level": "debug",
     "log.format": LogFormat.JSON,
 }
@@ -114,6 +116,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("oidc.jwks", "http://login.example/jwks", "want https"),
     ("oidc.leeway_s", -1.0, "want at least 0"),
     ("oidc.refresh_s", 0.0, "want more than 0"),
+    ("spill.capacity_bytes", 0, "want at least 1"),
     ("log.level", "trace", "want one of debug, info, warning, error"),
     ("log.format", "xml", "want one of auto, console, json"),
 ]

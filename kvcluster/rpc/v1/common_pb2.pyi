@@ -89,6 +89,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: no such context, or it is not yours, has expired or was deleted."""
     ERROR_REASON_CONTEXT_NOT_READY: _ErrorReason.ValueType  # 41
     """FAILED_PRECONDITION: the context is still uploaded or computed, or could not be."""
+    ERROR_REASON_CONTEXT_DAMAGED: _ErrorReason.ValueType  # 42
+    """DATA_LOSS: what is on disk of the context is not what was written. Delete it, upload it again."""
+    ERROR_REASON_CONTEXT_ERASED: _ErrorReason.ValueType  # 43
+    """FAILED_PRECONDITION: the tenant has no data key, or none any more, to seal or open a context."""
+    ERROR_REASON_DISK_FULL: _ErrorReason.ValueType  # 44
+    """RESOURCE_EXHAUSTED: the disk of contexts is full. Nothing of this one was kept there."""
+    ERROR_REASON_DISK_UNAVAILABLE: _ErrorReason.ValueType  # 45
+    """UNAVAILABLE: the disk of contexts cannot be read or written."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 25
     """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 
@@ -165,6 +173,14 @@ ERROR_REASON_CONTEXT_NOT_FOUND: ErrorReason.ValueType  # 40
 """NOT_FOUND: no such context, or it is not yours, has expired or was deleted."""
 ERROR_REASON_CONTEXT_NOT_READY: ErrorReason.ValueType  # 41
 """FAILED_PRECONDITION: the context is still uploaded or computed, or could not be."""
+ERROR_REASON_CONTEXT_DAMAGED: ErrorReason.ValueType  # 42
+"""DATA_LOSS: what is on disk of the context is not what was written. Delete it, upload it again."""
+ERROR_REASON_CONTEXT_ERASED: ErrorReason.ValueType  # 43
+"""FAILED_PRECONDITION: the tenant has no data key, or none any more, to seal or open a context."""
+ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 44
+"""RESOURCE_EXHAUSTED: the disk of contexts is full. Nothing of this one was kept there."""
+ERROR_REASON_DISK_UNAVAILABLE: ErrorReason.ValueType  # 45
+"""UNAVAILABLE: the disk of contexts cannot be read or written."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 25
 """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

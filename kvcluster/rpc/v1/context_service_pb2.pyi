@@ -46,9 +46,13 @@ class Context(_message.Message):
         computes what is missing, and the context is active again.
         """
         STATE_FAILED: Context._State.ValueType  # 4
-        """It could not be computed: `message` says why."""
+        """It could not be computed, or this model cannot read it: `message` says why."""
         STATE_DELETING: Context._State.ValueType  # 5
-        """Its blocks are being zeroed."""
+        """Its blocks are being zeroed, and its files destroyed."""
+        STATE_DAMAGED: Context._State.ValueType  # 6
+        """What is on disk of it is not what was written, and none of it is used: delete it, and upload
+        it again.
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """What can be done with it."""
@@ -64,9 +68,44 @@ class Context(_message.Message):
     computes what is missing, and the context is active again.
     """
     STATE_FAILED: Context.State.ValueType  # 4
-    """It could not be computed: `message` says why."""
+    """It could not be computed, or this model cannot read it: `message` says why."""
     STATE_DELETING: Context.State.ValueType  # 5
-    """Its blocks are being zeroed."""
+    """Its blocks are being zeroed, and its files destroyed."""
+    STATE_DAMAGED: Context.State.ValueType  # 6
+    """What is on disk of it is not what was written, and none of it is used: delete it, and upload
+    it again.
+    """
+
+    class _Tier:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Context._Tier.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        TIER_UNSPECIFIED: Context._Tier.ValueType  # 0
+        """A tier that this version does not know."""
+        TIER_GPU: Context._Tier.ValueType  # 1
+        """In the ranks' memory: generations begin at once."""
+        TIER_HOST: Context._Tier.ValueType  # 2
+        """In the hosts' memory."""
+        TIER_DISK: Context._Tier.ValueType  # 3
+        """On disk, sealed: it survives the end of every process, and is read when a generation begins
+        on it.
+        """
+
+    class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
+        """Where all of its blocks are."""
+
+    TIER_UNSPECIFIED: Context.Tier.ValueType  # 0
+    """A tier that this version does not know."""
+    TIER_GPU: Context.Tier.ValueType  # 1
+    """In the ranks' memory: generations begin at once."""
+    TIER_HOST: Context.Tier.ValueType  # 2
+    """In the hosts' memory."""
+    TIER_DISK: Context.Tier.ValueType  # 3
+    """On disk, sealed: it survives the end of every process, and is read when a generation begins
+    on it.
+    """
 
     NAME_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
@@ -89,6 +128,9 @@ class Context(_message.Message):
     LAST_ACCESS_TIME_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Format: tenants/{tenant}/contexts/{context}"""
     uid: _builtins.str
@@ -124,7 +166,15 @@ class Context(_message.Message):
     Policies that keep tokens by score or select blocks cannot be used.
     """
     message: _builtins.str
-    """Why it failed."""
+    """Why it failed, or is not on disk."""
+    disk_bytes: _builtins.int
+    """Of its files, which count against the tenant's partition of the disk. An earlier state of it
+    stays until a longer one is written.
+    """
+    durable: _builtins.bool
+    """UploadContext returns when it is on disk, or fails with what kept it from there. Not set: it is
+    written all the same where the server has a disk, after the call has returned.
+    """
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """At this time."""
@@ -144,6 +194,10 @@ class Context(_message.Message):
     @_builtins.property
     def last_access_time(self) -> _timestamp_pb2.Timestamp:
         """When a generation last began on it."""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[Global___Context.Tier.ValueType]:
+        """Those that have all of its blocks. None while it is computed, or degraded."""
 
     def __init__(
         self,
@@ -169,10 +223,13 @@ class Context(_message.Message):
         last_access_time: _timestamp_pb2.Timestamp | None = ...,
         policy: _builtins.str = ...,
         message: _builtins.str = ...,
+        tiers: _abc.Iterable[Global___Context.Tier.ValueType] | None = ...,
+        disk_bytes: _builtins.int = ...,
+        durable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expiration", b"expiration", "expire_time", b"expire_time", "last_access_time", b"last_access_time", "ttl", b"ttl", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_error", b"attention_error", "compression_ratio", b"compression_ratio", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "kv_bytes", b"kv_bytes", "last_access_time", b"last_access_time", "message", b"message", "model", b"model", "name", b"name", "pinned", b"pinned", "policy", b"policy", "ranks", b"ranks", "received_bytes", b"received_bytes", "received_tokens", b"received_tokens", "state", b"state", "token_count", b"token_count", "ttl", b"ttl", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_error", b"attention_error", "compression_ratio", b"compression_ratio", "create_time", b"create_time", "disk_bytes", b"disk_bytes", "display_name", b"display_name", "durable", b"durable", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "kv_bytes", b"kv_bytes", "last_access_time", b"last_access_time", "message", b"message", "model", b"model", "name", b"name", "pinned", b"pinned", "policy", b"policy", "ranks", b"ranks", "received_bytes", b"received_bytes", "received_tokens", b"received_tokens", "state", b"state", "tiers", b"tiers", "token_count", b"token_count", "ttl", b"ttl", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_expiration: _TypeAlias = _typing.Literal["expire_time", "ttl"]  # noqa: Y015
     _WhichOneofArgType_expiration: _TypeAlias = _typing.Literal["expiration", b"expiration"]  # noqa: Y015

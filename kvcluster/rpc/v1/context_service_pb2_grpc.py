@@ -117,7 +117,7 @@ class ContextServiceServicer:
 
     def DeleteContext(self, request, context):
         """Deletes a context. Returns when every block that no other context shares is zeroed in the
-        ranks' memory; blocks that running generations read are waited for.
+        ranks' memory and its files are gone; blocks that running generations read are waited for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -55,7 +55,7 @@ class ContextServiceStub:
     """
     DeleteContext: _grpc.UnaryUnaryMultiCallable[_context_service_pb2.DeleteContextRequest, _empty_pb2.Empty]
     """Deletes a context. Returns when every block that no other context shares is zeroed in the
-    ranks' memory; blocks that running generations read are waited for.
+    ranks' memory and its files are gone; blocks that running generations read are waited for.
     """
 
 @_typing.type_check_only
@@ -84,7 +84,7 @@ class ContextServiceAsyncStub(ContextServiceStub):
     """
     DeleteContext: _aio.UnaryUnaryMultiCallable[_context_service_pb2.DeleteContextRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a context. Returns when every block that no other context shares is zeroed in the
-    ranks' memory; blocks that running generations read are waited for.
+    ranks' memory and its files are gone; blocks that running generations read are waited for.
     """
 
 class ContextServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -146,7 +146,7 @@ class ContextServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Deletes a context. Returns when every block that no other context shares is zeroed in the
-        ranks' memory; blocks that running generations read are waited for.
+        ranks' memory and its files are gone; blocks that running generations read are waited for.
         """
 
 def add_ContextServiceServicer_to_server(servicer: ContextServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

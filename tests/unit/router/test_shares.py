@@ -11,7 +11,6 @@ from kvcluster.engine.api import TierLoad
 from kvcluster.errors import RankLost
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
 from kvcluster.tenancy.limits import Partitions, TierPartition
-from kvcluster.tenancy.shares import TenantShare
 from kvcluster.types import TenantId
 from tests.unit.router.administering import Administered, administered
 from tests.unit.router.fake_backend import FakeBackend
@@ -45,11 +44,36 @@ async def test_when_a_share_is_changed_the_engines_have_it_before_the_admin_hear
 
     await set_gpu(admin, "red", floor=100, limit=900)
 
-    assert created.shares == (TenantShare(tenant=RED, partitions=Partitions(), weight=5),)
+    (first,) = created.shares
+    assert (first.tenant, first.partitions, first.weight) == (RED, Partitions(), 5)
     assert backend.shares.revision > created.revision
     gpu = TierPartition(floor_bytes=100, limit_bytes=900)
     (share,) = backend.shares.shares
-    assert share == TenantShare(tenant=RED, partitions=Partitions(gpu=gpu), weight=5)
+    assert (share.partitions, share.weight) == (Partitions(gpu=gpu), 5)
+
+
+async def test_engines_have_a_tenants_data_keys_and_lose_those_that_are_erased(
+    admin: Administered, backend: FakeBackend
+) -> None:
+    tenant = await admin.create("red")
+    (created,) = backend.shares.shares
+    for erases in (False, True):
+        await admin.stub.RotateTenantKey(
+            pb.RotateTenantKeyRequest(name="tenants/red", crypto_erase=erases),
+            metadata=admin.operator,
+        )
+        (share,) = backend.shares.shares
+        assert share.data_keys is not None
+        assert set(share.data_keys) == ({3} if erases else {1, 2})
+    await admin.stub.DeleteTenant(
+        pb.DeleteTenantRequest(name="tenants/red"), metadata=admin.operator
+    )
+
+    assert created.data_keys is not None
+    assert len(created.data_keys[1]) == 32
+    assert repr(created.data_keys[1]) not in repr(created)
+    assert created.tenant_uid == tenant.uid
+    assert backend.shares.deleted == ((RED, tenant.uid),)
 
 
 async def test_a_deleted_tenant_has_no_share(admin: Administered, backend: FakeBackend) -> None:

@@ -1,0 +1,91 @@
+"""What one rank does for contexts on disk: writes its share, sealed, and reads its share back.
+
+Beside the steps, in a thread of its own. The lock is held while the cache's memory is touched, a
+few blocks at a time, and never while the disk is waited for.
+"""
+
+from collections.abc import Iterator, Sequence
+from threading import Lock
+
+from kvcluster.cache.saved import StoredForm, read_held, stored_form, write_held
+from kvcluster.cache.shard import SequenceMap
+from kvcluster.cache.spill import PartReceipt
+from kvcluster.cache.spill_parts import opened_form, write_part
+from kvcluster.cache.store import KVStore
+from kvcluster.engine.spill_plan import SpillRead, SpillWrite, StoredBlocks
+
+
+class SpillShare:
+    """One rank's side. Reads and mutates its store."""
+
+    def __init__(
+        self, store: KVStore, *, rank: int, num_ranks: int, exact_blocks: int, lock: Lock
+    ) -> None:
+        """`exact_blocks` as for the rank's `StepRunner`; `lock` is held by each of its steps."""
+        self._store = store
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._exact_blocks = exact_blocks
+        self._lock = lock
+
+    def write(self, order: SpillWrite) -> list[PartReceipt]:
+        """Write what this rank holds. Raises: SpillDiskFull, SpillUnavailable."""
+        stored, table = order.stored, self._table(order.stored)
+        form = self._form(stored)
+        receipts = []
+        for part, entries in order.parts_of(self._rank):
+            with self._lock:
+                saved = read_held(
+                    self._store,
+                    table,
+                    rank=self._rank,
+                    form=form,
+                    num_tokens=stored.num_tokens,
+                    only=frozenset(entries),
+                )
+            keys = {entry: stored.block_keys[entry] for entry in entries}
+            receipts.append(write_part(order.ticket, part, saved, keys))
+        return receipts
+
+    def read(self, order: SpillRead) -> None:
+        """Read the wanted entries of this rank into their blocks.
+
+        Raises: SealedCacheDamaged, SavedCacheMismatch, SpillUnavailable.
+        """
+        stored, table = order.stored, self._table(order.stored)
+        wanted = frozenset(order.wanted)
+        own = [entry for entry in stored.owned(self._rank) if entry in wanted]
+        if not own:
+            return
+        form, keys = self._form(stored), stored.block_keys
+        with opened_form(order.ticket, form, stored.num_tokens, keys) as read:
+            for entries in _batches(own, order.entries_at_once):
+                saved = read(frozenset(entries))
+                with self._lock:
+                    write_held(self._store, table, rank=self._rank, saved=saved)
+
+    def _form(self, stored: StoredBlocks) -> StoredForm:
+        return stored_form(
+            self._store.spec,
+            self._store.codecs,
+            stored.codec,
+            block_size=self._store.block_size,
+            exact_blocks=self._exact_blocks,
+        )
+
+    def _table(self, stored: StoredBlocks) -> SequenceMap:
+        table = SequenceMap(
+            block_size=self._store.block_size,
+            num_ranks=self._num_ranks,
+            num_groups=len(stored.released),
+        )
+        for block in stored.blocks:
+            table.append(block.rank, block.block_ids, block.encoded_ids)
+        for group, (first, below) in enumerate(stored.released):
+            table.release(group, range(first, below))
+        return table
+
+
+def _batches(entries: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(entries), size):
+        yield entries[start : start + size]
