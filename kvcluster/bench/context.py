@@ -1,22 +1,27 @@
-"""`kvcluster bench context`: the first and the second use of a stored context, through gRPC.
+"""`kvcluster bench context`: the first and the second use of a stored context, through gRPC, and
+the next one after a restart of the whole cluster.
 
 First use is all that a user waits for: the upload of 8K tokens, their prefill, and the question's
-first token. Second use is another question. Both answers have to be those of the whole prompt
-without a context.
+first token. Second use is another question. After the restart, routers, engine and ranks are new
+processes, and the context comes from disk. All answers have to be those of the whole prompt without
+a context.
 """
 
 import asyncio
+import tempfile
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 from kvcluster.bench.report import BenchReport, Measurement, bench_report
 from kvcluster.bench.text import long_text
 from kvcluster.client import Client
-from kvcluster.config import CacheConfig, ClusterConfig, RingConfig, RouterConfig
+from kvcluster.config import CacheConfig, ClusterConfig, RingConfig, RouterConfig, SpillConfig
 from kvcluster.engine.api import Output
 from kvcluster.errors import KvClusterError
 from kvcluster.model.tokenizer import load_tokenizer
 from kvcluster.serve.app import running
+from kvcluster.tenancy.limits import Tier
 
 MODEL = "smollm2-135m"
 CONTEXT_TOKENS = 8000
@@ -24,6 +29,7 @@ OUTPUT_TOKENS = 16
 POLICIES = ("exact", "int4")
 NUM_RANKS = 2
 SECOND_USES = 3
+POLL_S = 0.05
 QUESTIONS = tuple(f"\n\nQuestion {number}: what is this text about? Answer:" for number in range(4))
 
 
@@ -45,24 +51,65 @@ def run() -> BenchReport:
     )
     ids = _ids(long_text())[:CONTEXT_TOKENS]
     questions = [_ids(question) for question in QUESTIONS]
-    with running(config) as app:
-        measured = asyncio.run(_measure(app.address, ids, questions))
-    return bench_report("context", measured)
+    measured: list[Measurement] = []
+    for policy in POLICIES:
+        with tempfile.TemporaryDirectory(prefix="kvcluster-bench-") as folder:
+            stored = replace(config, spill=SpillConfig(folder=folder))
+            with running(stored) as app:
+                before = asyncio.run(_measure(app.address, policy, ids, questions))
+            with running(stored) as app:
+                after = asyncio.run(_measure_after(app.address, policy, questions[1], before))
+        measured += [*before.measurements, *after]
+    return bench_report("context", tuple(measured))
 
 
-async def _measure(
-    address: str, ids: list[int], questions: list[list[int]]
-) -> tuple[Measurement, ...]:
-    measurements: list[Measurement] = []
+class Before(NamedTuple):
+    """What was found before the restart."""
+
+    first_s: float
+    token_ids: tuple[int, ...]
+    """Of the second question."""
+    measurements: list[Measurement]
+
+
+async def _measure(address: str, policy: str, ids: list[int], questions: list[list[int]]) -> Before:
+    """The first uses of a context, which is on disk then."""
     async with Client(address) as client:
-        for policy in POLICIES:
-            measurements += await _measure_policy(client, policy, ids, questions)
-    return tuple(measurements)
+        before = await _measure_policy(client, policy, ids, questions)
+        while Tier.DISK not in (record := await client.get_context(policy)).tiers:
+            if record.message:
+                raise KvClusterError(f"{policy}: {record.message}")
+            await asyncio.sleep(POLL_S)
+    size = Measurement(name=f"disk_bytes_{policy}", value=record.disk_bytes, unit="B")
+    return before._replace(measurements=[*before.measurements, size])
+
+
+async def _measure_after(
+    address: str, policy: str, question: list[int], before: Before
+) -> list[Measurement]:
+    """The first use after a restart."""
+    async with Client(address) as client:
+        if (await client.get_context(policy)).tiers != (Tier.DISK,):
+            raise KvClusterError(f"{policy}: the context is not only on disk after the restart")
+        use = await _use(client, question, context=policy)
+    if use.token_ids != before.token_ids:
+        raise KvClusterError(f"{policy}: the tokens after the restart are not those of before")
+    return [
+        Measurement(
+            name=f"use_after_restart_to_first_token_{policy}", value=use.first_token_s, unit="s"
+        ),
+        Measurement(
+            name=f"first_use_to_use_after_restart_{policy}",
+            value=before.first_s / use.first_token_s,
+            unit="ratio",
+            at_least=20,
+        ),
+    ]
 
 
 async def _measure_policy(
     client: Client, policy: str, ids: list[int], questions: list[list[int]]
-) -> list[Measurement]:
+) -> Before:
     begun = time.perf_counter()
     record = await client.upload_context(policy, prompt_ids=ids, policy=policy)
     upload_s = time.perf_counter() - begun
@@ -72,14 +119,13 @@ async def _measure_policy(
     whole = await _use(client, [*ids, *questions[1]], policy=policy)
     if whole.token_ids != others[0].token_ids:
         raise KvClusterError(f"{policy}: the tokens on a context are not those of the whole prompt")
-    await client.delete_context(policy)
     first_s = upload_s + first.first_token_s
     second_s = sorted(use.first_token_s for use in others)[len(others) // 2]
 
     def seconds(name: str, value: float) -> Measurement:
         return Measurement(name=f"{name}_{policy}", value=value, unit="s")
 
-    return [
+    measurements = [
         seconds("whole_prompt_to_first_token", whole.first_token_s),
         seconds("first_use_to_first_token", first_s),
         seconds("second_use_to_first_token", second_s),
@@ -96,6 +142,7 @@ async def _measure_policy(
             name=f"attention_error_{policy}", value=record.attention_error, unit="relative"
         ),
     ]
+    return Before(first_s, others[0].token_ids, measurements)
 
 
 async def _use(client: Client, prompt: list[int], *, policy: str = "", context: str = "") -> Use:

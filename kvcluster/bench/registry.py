@@ -9,7 +9,7 @@ from kvcluster.errors import ConfigError
 
 BENCHMARKS = {
     "e2e": "whole generations beside transformers.generate, with 1 and 3 ranks",
-    "context": "first and second use of a stored context of 8K tokens",
+    "context": "uses of a stored context of 8K tokens: first, second, after a restart",
     "upload": "one million tokens through StreamGenerate, and the router's memory",
     "memory": "what the worker processes hold of a cache, under policies",
     "step": "the control path's time a step, without model work",
