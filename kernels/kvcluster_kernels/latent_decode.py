@@ -124,7 +124,7 @@ def latent_splits(
     k_planes = tuple(section_planes(x) for x in sections)
     _latent_kernel[launch.grid](
         q_RTHD,
-        *expansion,
+        *expansion[:4],
         k_planes,
         v_planes,
         *launch.arguments,

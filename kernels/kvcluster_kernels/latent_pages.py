@@ -205,11 +205,8 @@ class KeyExpansion(NamedTuple):
     """int32: the channel of a head that each is, -1 where a pair only fills up."""
     frequencies_E: Tensor
     """float32, 0 for pairs that are not turned."""
-
-    @property
-    def dim(self) -> int:
-        """Channels of a head."""
-        return int((self.channels_JE >= 0).sum())
+    dim: int
+    """Channels of a head."""
 
 
 def key_expansion(
@@ -240,6 +237,7 @@ def key_expansion(
         torch.nn.functional.pad(mean_KJE, fill).contiguous(),
         torch.nn.functional.pad(places_JE, fill, value=-1).to(torch.int32).contiguous(),
         frequencies_E,
+        dim,
     )
 
 

@@ -17,8 +17,6 @@ _ROWS: Final = 4096
 _HEADS: Final = (8, 2)
 """Of queries and of keys."""
 
-DECODE: Final = "kernels for exact, fp8, int8, int4, int2, rotated4 and rotated2; torch for others"
-
 
 def prefill_lines(device: torch.device) -> dict[str, str]:
     """By call, what serves a chunk of bfloat16 rows and what was measured."""

@@ -40,7 +40,7 @@ _RECIPE: Final = FORMATS[0]
 _WANTED_RATIO: Final = 1.0
 """Of the recipe of low-rank keys and low-bit values, beside bfloat16."""
 
-VARIED_FORMATS: Final = (*FORMATS[:3], FORMATS[4], LatentFormat(0.125, 4, "int4"))
+VARIED_FORMATS: Final = FORMATS[:3]
 VARIANTS: Final = tuple(
     DecodeSettings(num_warps=warps, num_stages=stages, programs_per_processor=programs)
     for warps, stages, programs in (
@@ -50,6 +50,7 @@ VARIANTS: Final = tuple(
         (4, 6, 2),
         (4, 6, 3),
         (8, 4, 1),
+        (8, 2, 2),
     )
 )
 ABSORBED_VARIANTS: Final = tuple(

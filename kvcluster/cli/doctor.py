@@ -183,9 +183,10 @@ def _attention() -> list[Check]:
     if not torch.cuda.is_available():
         fix = "without it ranks run on the CPU: repair the driver, or install torch with CUDA"
         return [Check(name="attention", is_ok=False, found="torch sees no GPU", fix=fix)]
-    from kvcluster.attention.kernel_report import DECODE, prefill_lines
+    from kvcluster.attention.decode_report import decode_lines
+    from kvcluster.attention.kernel_report import prefill_lines
 
-    found = {"decode": DECODE, **prefill_lines(torch.device("cuda"))}
+    found = {**decode_lines(), **prefill_lines(torch.device("cuda"))}
     return [Check(name=name, is_ok=True, found=line) for name, line in found.items()]
 
 

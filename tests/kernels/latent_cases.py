@@ -101,7 +101,7 @@ def expansion_of(
         num_kv_heads=num_heads,
         rotation=kernel_rotation(rotation),
     )
-    return KeyExpansion(*(x.to(device) for x in made))
+    return KeyExpansion(*(x.to(device) for x in made[:4]), made.dim)
 
 
 def latent_pages(codec: ArrayCodec, batch: Batch, rows: PagedRows, seed: int) -> LatentPages:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kvcluster_kernels.paging import Attention, PagedRows
 from transformers import LlamaConfig
 
 from kvcluster.attention.implementation import Implementation, implementation_for
@@ -13,6 +14,7 @@ from kvcluster.cache.store import KVStore
 from kvcluster.model.loader import LoadedModel
 from kvcluster.types import Policy
 from tests.codec_models import calibrated_codecs
+from tests.kernels.test_latent_steps import rows_of
 from tests.kernels.test_steps import Setting, in_torch, outputs
 from tests.reference_group import ReferenceGroup
 
@@ -51,6 +53,36 @@ def test_a_step_over_latents_of_several_layers_is_the_step_in_torch(
 ) -> None:
     setting = Setting(gpu, dtype, 64, block_size=64, num_alike=3, cuts_blocks=True)
     check(("latent:r=0.25,bits=4,values=rotated3,ranks=adaptive,layers=3", "exact"), setting)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "latent:r=0.5,bits=4,values=rotated3",
+        "latent:r=0.5,bits=4,codes=rotated",
+        "latent:r=0.5,bits=2,values=int4",
+    ],
+)
+def test_rows_over_latents_are_read_without_waiting_for_the_gpu(
+    codec: str, gpu: torch.device
+) -> None:
+    rows, _ = rows_of(Setting(gpu, torch.bfloat16, 64, block_size=64))
+    cache = rows.packed(0, Policy(codec=codec).storage)
+    assert cache is not None
+    q_RTHD = torch.randn(2, 1, 4, 64, device=gpu, dtype=torch.bfloat16)
+    starts_R, ends_R = torch.tensor([[3, 0], [500, 64]], dtype=torch.int32, device=gpu)
+    blocks_RB = torch.zeros(2, 16, dtype=torch.int32, device=gpu)
+    table = PagedRows(blocks_RB, starts_R, ends_R, blocks_RB)
+    cache.decode(q_RTHD, table, Attention(scale=0.1))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+
+    with torch.cuda.graph(graph):
+        captured = cache.decode(q_RTHD, table, Attention(scale=0.1))
+
+    graph.replay()
+    alone = cache.decode(q_RTHD, table, Attention(scale=0.1))
+    torch.testing.assert_close(captured, alone, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", list(ATOL), ids=str)

@@ -52,7 +52,7 @@ def rows_of(setting: Setting) -> tuple[KernelRows, ModelSpec]:
         model.spec,
         blocks_per_group=[64] * len(model.spec.windows),
         block_size=setting.block_size,
-        like=torch.empty(0),
+        like=torch.empty(0, device=setting.device, dtype=setting.dtype),
         codecs=calibrated_codecs(model.spec, setting.device),
     )
     return KernelRows(store, merge), model.spec
