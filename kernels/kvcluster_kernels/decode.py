@@ -145,7 +145,9 @@ def default_settings(num_rows: int, dim: int) -> DecodeSettings:
     if num_rows > 32:
         if dim > 128:
             return DecodeSettings(tile=32, num_stages=4, programs_per_processor=2)
-        return DecodeSettings(num_stages=3, programs_per_processor=2 if dim > 64 else 3)
+        if dim > 64:
+            return DecodeSettings(num_stages=6, programs_per_processor=1)
+        return DecodeSettings(num_stages=3, programs_per_processor=3)
     if dim > 128:
         return DecodeSettings(tile=32)
     return DecodeSettings(programs_per_processor=2 if dim > 64 else 4)

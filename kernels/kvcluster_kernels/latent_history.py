@@ -49,6 +49,9 @@ class LatentHistory(NamedTuple):
     """int32: of each block's first token, which the others follow."""
     num_keys: int
     """Tokens of these blocks; of the last one, those behind it are not read."""
+    key_dim: int
+    """Channels of a key's head. An expansion knows them as well, on the device alone."""
+    value_dim: int
 
     @property
     def block_tokens(self) -> int:
@@ -57,14 +60,6 @@ class LatentHistory(NamedTuple):
     @property
     def num_kv_heads(self) -> int:
         return int(self.expansion.up_KJCE.shape[0])
-
-    @property
-    def value_dim(self) -> int:
-        if self.value_expansion is not None:
-            return self.value_expansion.dim
-        if isinstance(self.values, LatentPages):
-            return self.values.rank
-        return int(_stored(self.values).shape[3])
 
     def part(self, first: int, end: int, num_keys: int) -> "LatentHistory":
         """Of some blocks."""
@@ -78,10 +73,10 @@ class LatentHistory(NamedTuple):
 def check_latents(q_THD: Tensor, history: LatentHistory) -> None:
     """Raises: ValueError when shapes do not fit, with what was expected."""
     num_heads, dim = q_THD.shape[1:]
-    if num_heads % history.num_kv_heads or dim != history.expansion.dim:
+    if num_heads % history.num_kv_heads or dim != history.key_dim:
         raise ValueError(
             f"latent prefill: {num_heads} query heads of {dim}, {history.num_kv_heads} KV heads of "
-            f"{history.expansion.dim}"
+            f"{history.key_dim}"
         )
     if history.keys.rank != history.expansion.up_KJCE.shape[2]:
         raise ValueError(
@@ -95,7 +90,7 @@ def check_latents(q_THD: Tensor, history: LatentHistory) -> None:
 
 def in_order_of(q_THD: Tensor, expansion: KeyExpansion) -> Tensor:
     """Queries with their channels in the order of expanded keys: first ones of all pairs first."""
-    return q_THD[..., expansion.channels_JE[:, : expansion.dim // 2].flatten()]
+    return q_THD[..., expansion.channels_JE[:, : q_THD.shape[2] // 2].flatten()]
 
 
 def restore_latents(history: LatentHistory, dtype: torch.dtype) -> Keys:
@@ -107,7 +102,7 @@ def restore_latents(history: LatentHistory, dtype: torch.dtype) -> Keys:
     blocks_N = history.blocks_N[: triton.cdiv(history.num_keys, history.block_tokens)]
     num_heads, num_slots = history.num_kv_heads, len(blocks_N) * history.block_tokens
     expansion, values = history.expansion, history.values
-    k_KSD = blocks_N.new_empty((num_heads, num_slots, expansion.dim), dtype=dtype)
+    k_KSD = blocks_N.new_empty((num_heads, num_slots, history.key_dim), dtype=dtype)
     _expand(_latents_in_line(history.keys, blocks_N), expansion, history.positions_N, k_KSD)
     v_KSD = blocks_N.new_empty((num_heads, num_slots, history.value_dim), dtype=dtype)
     if history.value_expansion is not None:
@@ -138,10 +133,6 @@ def _latents_in_line(pages: LatentPages, blocks_N: Tensor) -> Tensor:
 def _gathered(plane: Tensor, blocks_N: Tensor) -> Tensor:
     ids_N = blocks_N.long()
     return plane[ids_N // plane.shape[1], ids_N % plane.shape[1]]
-
-
-def _stored(pages: IntegerPages | Float8Pages) -> Tensor:
-    return pages.values if isinstance(pages, Float8Pages) else pages.codes
 
 
 def _expand(

@@ -2,7 +2,8 @@
 
 Where many query rows share keys, these are restored once, at the speed of memory, and the kernels
 for 16-bit numbers attend to them: so many at a time as a workspace of a fixed size holds, which is
-all the memory that it takes. Where few do, blocks are read as they are stored; latents never are.
+all the memory that it takes. Where few do, blocks are read as they are stored; latents, rotated
+vectors and codes of 3 bits never are.
 
 Shape letters: those of `packed_prefill.py`.
 """
@@ -19,9 +20,18 @@ from kvcluster_kernels.latent_history import (
     in_order_of,
     restore_latents,
 )
-from kvcluster_kernels.packed_prefill import History, check_history, prefill_packed
+from kvcluster_kernels.merge import merge
+from kvcluster_kernels.packed_prefill import (
+    History,
+    check_history,
+    has_thirds,
+    prefill_packed,
+)
 from kvcluster_kernels.packed_restore import restore
 from kvcluster_kernels.prefill_arguments import Keys, PartialAttention
+from kvcluster_kernels.rotated_history import RotatedHistory, check_rotated, restore_rotated
+
+AnyHistory = History | LatentHistory | RotatedHistory
 
 MIN_RESTORED_ROWS = 1024
 """Query rows of a KV head (tokens times the query heads that share it) from which on keys are
@@ -32,7 +42,7 @@ _WORKSPACE_BYTES = 1 << 30
 
 def prefill_history(
     q_THD: Tensor,
-    history: History | LatentHistory,
+    history: AnyHistory,
     *,
     scale: float,
     carry: PartialAttention | None = None,
@@ -42,7 +52,7 @@ def prefill_history(
 
     Raises: ValueError when shapes do not fit.
     """
-    if isinstance(history, LatentHistory):
+    if not isinstance(history, History) or has_thirds(history):
         return prefill_restored(q_THD, history, scale=scale, carry=carry, out_dtype=out_dtype)
     check_history(q_THD, history, scale, carry)
     rows = q_THD.shape[0] * (q_THD.shape[1] // history.num_kv_heads)
@@ -52,7 +62,7 @@ def prefill_history(
 
 def prefill_restored(
     q_THD: Tensor,
-    history: History | LatentHistory,
+    history: AnyHistory,
     *,
     scale: float,
     carry: PartialAttention | None = None,
@@ -64,23 +74,47 @@ def prefill_restored(
 
     Raises: ValueError when shapes do not fit.
     """
+    if isinstance(history, RotatedHistory):
+        check_rotated(q_THD, history)
+        rotation_DD = history.rotation_DD
+        q_THD = (q_THD.float() @ rotation_DD.T).to(q_THD.dtype)
+        found = _over_pieces(q_THD, history, scale, None, torch.float32, workspace_bytes)
+        found = found._replace(out_THD=found.out_THD @ rotation_DD)
+        partials = [found] if carry is None else [found, carry]
+        return merge(partials, out_dtype=out_dtype)
     if isinstance(history, LatentHistory):
         check_latents(q_THD, history)
         q_THD = in_order_of(q_THD, history.expansion)
     else:
         check_history(q_THD, history, scale, carry)
+    return _over_pieces(q_THD, history, scale, carry, out_dtype, workspace_bytes)
+
+
+def _over_pieces(
+    q_THD: Tensor,
+    history: AnyHistory,
+    scale: float,
+    carry: PartialAttention | None,
+    out_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> PartialAttention:
     dim = q_THD.shape[2]
     bytes_per_token = history.num_kv_heads * (dim + history.value_dim) * q_THD.element_size()
     pieces = list(_pieces(history, max(1, workspace_bytes // bytes_per_token)))
     for index, piece in enumerate(pieces):
         is_last = index == len(pieces) - 1
-        if isinstance(piece, LatentHistory):
-            keys = restore_latents(piece, q_THD.dtype)
-        else:
-            keys = restore(piece, dim, q_THD.dtype)
+        keys = _restored(piece, dim, q_THD.dtype)
         carry = _attend(q_THD, keys, scale, carry, out_dtype if is_last else torch.float32)
     assert carry is not None
     return carry
+
+
+def _restored(piece: AnyHistory, dim: int, dtype: torch.dtype) -> Keys:
+    if isinstance(piece, LatentHistory):
+        return restore_latents(piece, dtype)
+    if isinstance(piece, RotatedHistory):
+        return restore_rotated(piece, dtype)
+    return restore(piece, dim, dtype)
 
 
 def _pieces(history: History | LatentHistory, num_tokens: int) -> Iterator[History | LatentHistory]:

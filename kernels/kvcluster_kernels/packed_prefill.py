@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcluster_kernels.codes import has_assembly
+from kvcluster_kernels.codes import has_assembly, num_fields, row_bytes
 from kvcluster_kernels.float8_decode import Float8Pages
 from kvcluster_kernels.integer_decode import IntegerPages, code_bits
 from kvcluster_kernels.merge import merge
@@ -85,6 +85,8 @@ def prefill_packed(
     Raises: ValueError when shapes do not fit.
     """
     check_history(q_THD, history, scale, carry)
+    if has_thirds(history):
+        raise ValueError("packed prefill: codes of 3 bits are restored (`packed_history`)")
     num_tokens, num_heads, _ = q_THD.shape
     num_rows = num_tokens * (num_heads // history.num_kv_heads)
     tiles = tiles or PackedTiles()
@@ -127,8 +129,6 @@ def format_of(history: History, key_dim: int) -> Format:
         return Format(0, 0, 1, 1, 16)
     if not isinstance(keys, IntegerPages) or not isinstance(values, IntegerPages):
         raise ValueError("packed prefill: want keys and values that are both integers or floats")
-    if keys.high is not None or values.high is not None:
-        raise ValueError("packed prefill: want codes of 8, 4 or 2 bits")
     if (keys.unit is None) != (values.unit is None):
         raise ValueError("packed prefill: want keys and values with scales of as many bits")
     return Format(
@@ -137,6 +137,14 @@ def format_of(history: History, key_dim: int) -> Format:
         int(keys.scale.shape[3]),
         int(values.scale.shape[3]),
         16 if keys.unit is None else 8,
+    )
+
+
+def has_thirds(history: History) -> bool:
+    """Whether there are codes of 3 bits, which are two planes."""
+    return any(
+        isinstance(pages, IntegerPages) and pages.high is not None
+        for pages in (history.keys, history.values)
     )
 
 
@@ -177,7 +185,7 @@ def padded_columns(length: int, bits: int) -> int:
     """Of a tile of rows of so many numbers."""
     if bits == 0:
         return int(triton.next_power_of_2(length))
-    return int(triton.next_power_of_2(length * bits // 8)) * (8 // bits)
+    return int(triton.next_power_of_2(row_bytes(length, bits))) * int(num_fields(bits))
 
 
 def padded_rows(rows: int, groups: int) -> int:

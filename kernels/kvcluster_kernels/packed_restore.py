@@ -78,6 +78,7 @@ def _launch(
         return
     num_heads, num_slots, dim = x_KSD.shape
     planes = planes_of(pages)
+    high = pages.high if isinstance(pages, IntegerPages) and pages.high is not None else planes[0]
     groups, scale_bits = 1, 16
     if isinstance(pages, IntegerPages):
         groups, scale_bits = int(pages.scale.shape[3]), 16 if pages.unit is None else 8
@@ -85,10 +86,11 @@ def _launch(
     most = block_tokens * int(triton.next_power_of_2(dim)) // _WARP_NUMBERS
     _restore_kernel[(len(blocks_N), num_heads)](
         *planes,
+        high,
         blocks_N,
         x_KSD,
         num_slots,
-        *page_strides(planes),
+        *page_strides((*planes, high)),
         BLOCK_TOKENS=block_tokens,
         PAGE_BLOCKS=planes[0].shape[1],
         DIM=dim,
@@ -109,6 +111,7 @@ def _restore_kernel(
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
     unit_ptr: tl.tensor,
+    high_ptr: tl.tensor,
     blocks_ptr: tl.tensor,
     x_ptr: tl.tensor,
     num_slots: tl.tensor,
@@ -116,6 +119,7 @@ def _restore_kernel(
     stride_scale: tl.tensor,
     stride_zero: tl.tensor,
     stride_unit: tl.tensor,
+    stride_high: tl.tensor,
     BLOCK_TOKENS: tl.constexpr,
     PAGE_BLOCKS: tl.constexpr,
     DIM: tl.constexpr,
@@ -134,6 +138,7 @@ def _restore_kernel(
     planes = (
         codes_ptr, scale_ptr, zero_ptr, unit_ptr,
         stride_codes, stride_scale, stride_zero, stride_unit,
+        high_ptr, stride_high,
     )  # fmt: skip
     if IS_TRANSPOSED:
         x_DS, factor = block_tile(

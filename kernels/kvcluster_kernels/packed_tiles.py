@@ -11,6 +11,7 @@ Shape letters: G groups of rows that share scales, R rows of a group, C bytes of
 import triton
 import triton.language as tl
 
+from kvcluster_kernels.codes import num_fields, row_bytes
 from kvcluster_kernels.softmax import append
 
 
@@ -28,15 +29,20 @@ def block_tile(
     IS_GPU: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """A block's tile and the factor that it is to be multiplied with. BITS are 0 for floats.
-    `planes` are pointers to codes, scale, zero and unit, and the strides of their pages."""
+    `planes` are pointers to codes, scale, zero and unit, and the strides of their pages; then, of
+    codes of 3 bits, the pointer to the third and its stride."""
     codes_ptr = planes[0] + page * planes[4]
     scale_ptr = planes[1] + page * planes[5]
     if BITS == 0:
         tile = float8_tile(codes_ptr + place * (ROWS * LENGTH), ROWS, LENGTH, DTYPE)
         factor = tl.load(scale_ptr + place)
     else:
+        high_ptr = codes_ptr
+        if BITS == 3:
+            high_ptr = planes[8] + page * planes[9] + place * (ROWS * LENGTH // 8)
         tile = integer_tile(
-            codes_ptr + place * (ROWS * LENGTH * BITS // 8),
+            codes_ptr + place * (ROWS * row_bytes(LENGTH, BITS)),
+            high_ptr,
             scale_ptr + place * (GROUPS * LENGTH),
             planes[2] + page * planes[6] + place * (GROUPS * LENGTH),
             ROWS,
@@ -55,6 +61,7 @@ def block_tile(
 @triton.jit
 def integer_tile(
     codes_ptr: tl.tensor,
+    high_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
     ROWS: tl.constexpr,
@@ -68,8 +75,8 @@ def integer_tile(
     are none, in arithmetic of DTYPE. With scales of 8 bits they are to be multiplied with the
     block's unit."""
     R: tl.constexpr = ROWS // GROUPS
-    C: tl.constexpr = LENGTH * BITS // 8
-    FIELDS: tl.constexpr = 8 // BITS
+    C: tl.constexpr = row_bytes(LENGTH, BITS)
+    FIELDS: tl.constexpr = num_fields(BITS)
     PADDED_G: tl.constexpr = triton.next_power_of_2(GROUPS)
     PADDED_R: tl.constexpr = triton.next_power_of_2(R)
     PADDED_C: tl.constexpr = triton.next_power_of_2(C)
@@ -83,7 +90,13 @@ def integer_tile(
         packed_GRC = tl.load(code_ptrs, mask=mask, other=0)
     else:
         packed_GRC = tl.load(code_ptrs)
-    fields = numbers(packed_GRC, BITS, IS_GPU)
+    if BITS == 3:
+        H: tl.constexpr = LENGTH // 8
+        # Behind a row's last byte, what is read is not used.
+        third_GRC = tl.load(high_ptr + tl.minimum(groups * R + rows, ROWS - 1) * H + bytes_ % H)
+        fields = _numbers3(packed_GRC, third_GRC, bytes_ // H)
+    else:
+        fields = numbers(packed_GRC, BITS, IS_GPU)
     tiles = ()
     for field in tl.static_range(FIELDS):
         place = groups * LENGTH + field * C + bytes_
@@ -100,7 +113,7 @@ def integer_tile(
         if IS_PADDED:
             x_GRC = tl.where(mask, x_GRC, 0.0)
         tiles = append(tiles, tl.reshape(x_GRC, (PADDED_G * PADDED_R, PADDED_C)))
-    return _side_by_side(tiles)
+    return side_by_side(tiles)
 
 
 @triton.jit
@@ -126,7 +139,7 @@ def float8_tile(
 def place_of_column(COLUMNS: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     """Which of LENGTH numbers of a row is in each column of a tile; LENGTH where there is none.
     BITS are those of codes, 0 for floats."""
-    C: tl.constexpr = LENGTH * BITS // 8 if BITS else LENGTH
+    C: tl.constexpr = row_bytes(LENGTH, BITS) if BITS else LENGTH
     PADDED_C: tl.constexpr = triton.next_power_of_2(C)
     place = tl.arange(0, COLUMNS)
     # Where all are in order, the compiler must see that they are: it then moves several at a time.
@@ -165,6 +178,18 @@ def numbers(packed: tl.tensor, BITS: tl.constexpr, IS_GPU: tl.constexpr) -> tl.t
         for field in tl.static_range(8 // BITS):
             code = (codes >> (field * BITS)) & (2**BITS - 1)
             fields = append(fields, code.to(tl.float16))
+    return fields
+
+
+@triton.jit
+def _numbers3(packed: tl.tensor, third: tl.tensor, half: tl.tensor) -> tl.tuple:
+    """Of codes whose lower two bits are fields of one byte, and whose third is in another byte: in
+    its first bit or, of the second half of a row, in its second, and in each second one on."""
+    aligned = third >> half.to(tl.uint8)
+    fields = ()
+    for field in tl.static_range(4):
+        code = (packed >> (2 * field)) & 3 | ((aligned >> (2 * field)) & 1) << 2
+        fields = append(fields, code.to(tl.float16))
     return fields
 
 
@@ -257,7 +282,7 @@ def _numbers2(packed: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
-def _side_by_side(tiles: tl.tuple) -> tl.tensor:
+def side_by_side(tiles: tl.tuple) -> tl.tensor:
     """One tile of one, two or four, one behind another along the columns."""
     if len(tiles) == 1:
         x = tiles[0]

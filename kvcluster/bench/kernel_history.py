@@ -149,6 +149,8 @@ def _latents(shape: DecodeShape, ids_N: Tensor) -> LatentHistory:
         ids_N,
         positions_N,
         shape.num_keys,
+        shape.dim,
+        shape.dim,
     )
 
 

@@ -133,6 +133,8 @@ def latent_arguments(
         rows.blocks_RB[0],
         rows.block_positions_RB[0],
         case.num_keys,
+        case.dim,
+        case.dim,
     )
     return q_THD, history, rows
 

@@ -61,6 +61,10 @@ GPU_CASES = (
     replace(_LONG, bits=8, block_tokens=32, group=32, num_tokens=700, dtype=torch.float16),
 )
 """With several tiles of rows and pieces of keys, the last one not full."""
+RESTORED_CASES = (
+    *GPU_CASES,
+    *(replace(_LONG, bits=3, dim=dim, value_dim=dim, value_group=32) for dim in (128, 96)),
+)
 
 
 class PackedArguments(NamedTuple):
@@ -93,7 +97,7 @@ def packed_arguments(case: PackedCase, device: torch.device) -> PackedArguments:
         k_codec = ChannelQuantizer(case.bits, group=case.group, scale_bits=case.scale_bits)
         v_codec = TokenQuantizer(case.bits, group=case.value_group, scale_bits=case.scale_bits)
         keys, values = (
-            IntegerPages(*draw_packed(codec, dim, batch, rows, generator))
+            _integer_pages(case.bits, draw_packed(codec, dim, batch, rows, generator))
             for codec, dim in ((k_codec, case.dim), (v_codec, case.value_dim))
         )
     q_shape = (case.num_tokens, case.num_heads, case.dim)
@@ -109,6 +113,13 @@ def packed_arguments(case: PackedCase, device: torch.device) -> PackedArguments:
         carry.out_THD[::3] = 0.0
         carry.lse_TH[::3] = -torch.inf
     return PackedArguments(q_THD, History(keys, values, rows.blocks_RB[0], case.num_keys), carry)
+
+
+def _integer_pages(bits: int, planes: list[Tensor]) -> IntegerPages:
+    if bits != 3:
+        return IntegerPages(*planes)
+    codes, high, scale, zero, *unit = planes
+    return IntegerPages(codes, scale, zero, unit[0] if unit else None, high)
 
 
 def assert_close_to_definition(

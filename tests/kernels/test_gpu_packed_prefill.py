@@ -7,16 +7,19 @@ from kvcluster_kernels.packed_history import prefill_history, prefill_restored
 from kvcluster_kernels.packed_prefill import prefill_packed
 from kvcluster_kernels.packed_restore import restore
 
+from tests.kernels.decode_cases import Batch
 from tests.kernels.latent_history_cases import GPU_CASES as LATENT_CASES
 from tests.kernels.latent_history_cases import LatentCase
 from tests.kernels.latent_history_cases import check as check_latents
 from tests.kernels.packed_prefill_cases import (
     GPU_CASES,
+    RESTORED_CASES,
     SCALE,
     PackedCase,
     assert_close_to_definition,
     packed_arguments,
 )
+from tests.kernels.rotated_history_cases import check as check_rotated
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +33,7 @@ def test_blocks_as_they_are_stored(case: PackedCase, gpu: torch.device) -> None:
     assert_close_to_definition(found, given, torch.float16)
 
 
-@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize("case", RESTORED_CASES, ids=str)
 def test_restored_numbers_are_those_of_the_codec(case: PackedCase, gpu: torch.device) -> None:
     history = packed_arguments(case, gpu).history
 
@@ -77,3 +80,19 @@ def test_latents(case: LatentCase, gpu: torch.device) -> None:
 
 def test_latents_in_pieces(gpu: torch.device) -> None:
     check_latents(LATENT_CASES[2], gpu, workspace_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rotated_vectors(dim: int, bits: int, gpu: torch.device) -> None:
+    batch = Batch(
+        lengths=(2_003,),
+        num_heads=8,
+        num_kv_heads=2,
+        dim_k=dim,
+        dim_v=dim,
+        block_size=64,
+        dtype=torch.bfloat16,
+    )
+
+    check_rotated(batch, bits, gpu, num_tokens=300, is_centred=dim == 128, is_carried=True)

@@ -122,7 +122,7 @@ def _floats(history: History) -> object:
 
 
 @pytest.mark.parametrize("scale_bits", [16, 8])
-@pytest.mark.parametrize(("bits", "group"), [(0, 64), (8, 64), (4, 32), (2, 16)])
+@pytest.mark.parametrize(("bits", "group"), [(0, 64), (8, 64), (4, 32), (3, 32), (2, 16)])
 def test_restored_numbers_are_those_of_the_codec(
     bits: int, group: int, scale_bits: int, interpreted: torch.device
 ) -> None:
@@ -139,7 +139,7 @@ def test_restored_numbers_are_those_of_the_codec(
         torch.testing.assert_close(whole, right_1KSD, rtol=0, atol=error)
 
 
-@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("bits", [0, 8, 4, 3])
 @pytest.mark.parametrize("num_keys", [64, 190])
 def test_a_history_restored_in_pieces_is_attended_to_as_a_whole(
     num_keys: int, bits: int, interpreted: torch.device
@@ -149,6 +149,16 @@ def test_a_history_restored_in_pieces_is_attended_to_as_a_whole(
     found = prefill_restored(
         given.q_THD, given.history, scale=SCALE, carry=given.carry, workspace_bytes=1
     )
+
+    assert_close_to_definition(found, given, torch.float32)
+
+
+def test_codes_of_3_bits_are_restored(interpreted: torch.device) -> None:
+    given = packed_arguments(PackedCase(bits=3, group=32, value_group=32), interpreted)
+
+    with pytest.raises(ValueError, match="3 bits are restored"):
+        prefill_packed(given.q_THD, given.history, scale=SCALE)
+    found = prefill_history(given.q_THD, given.history, scale=SCALE)
 
     assert_close_to_definition(found, given, torch.float32)
 

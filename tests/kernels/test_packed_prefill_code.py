@@ -5,7 +5,7 @@ import pytest
 import triton
 
 from tests.kernels import launches
-from tests.kernels.packed_prefill_launches import EXPANDED, LAUNCHES, SERVED
+from tests.kernels.packed_prefill_launches import EXPANDED, LAUNCHES, RESTORED, SERVED
 from tests.kernels.sm90 import MAX_SHARED_BYTES, MachineCode
 
 # Whoever asks first compiles for all.
@@ -48,7 +48,7 @@ def test_nothing_is_spilled_where_blocks_are_multiplied(
 
 
 @pytest.mark.skipif(not _IS_SERVED_WITH, reason="GPUs are served with another Triton")
-@pytest.mark.parametrize("name", [*SERVED, *EXPANDED])
+@pytest.mark.parametrize("name", [*SERVED, *EXPANDED, *RESTORED])
 def test_several_programs_that_restore_fit_a_processor(
     codes: dict[str, MachineCode], name: str
 ) -> None:
