@@ -23,7 +23,7 @@ from kvcluster.codec.basis import Basis
 from kvcluster.codec.refined import Array
 from kvcluster.quality.student import Student
 
-_PRIOR_SHARE: Final = 0.05
+PRIOR_SHARE: Final = 0.05
 """Of the whole weight: that of the fitted order, for directions in which the texts' gradients
 happened to be small."""
 
@@ -40,24 +40,27 @@ class FisherSums:
         """g_TF of each unit, keys as before rotation."""
         for name, g_TF in gradients.items():
             h_TR = g_TF.double() @ self._bases[name].up_CF.to(g_TF.device).double().T
-            moment_RR = (h_TR.T @ h_TR).cpu()
+            moment_RR = h_TR.T @ h_TR
             before = self._sums.get(name)
             self._sums[name] = moment_RR if before is None else before + moment_RR
 
-    def bases(self) -> dict[tuple[range, Array], Basis]:
+    def bases(self, prior_share: float = PRIOR_SHARE) -> dict[tuple[range, Array], Basis]:
         """The same directions in a better order: each new one is a combination of the old ones."""
-        return {name: _ordered(basis, self._sums[name]) for name, basis in self._bases.items()}
+        return {
+            name: _ordered(basis, self._sums[name], prior_share)
+            for name, basis in self._bases.items()
+        }
 
 
-def _ordered(fitted: Basis, moment_RR: Tensor) -> Basis:
-    prior_R = fitted.sizes().double().cpu().square()
-    share = _PRIOR_SHARE * moment_RR.trace() / prior_R.sum()
+def _ordered(fitted: Basis, moment_RR: Tensor, prior_share: float) -> Basis:
+    prior_R = fitted.sizes().to(moment_RR).square()
+    share = prior_share * moment_RR.trace() / prior_R.sum()
     values_R, vectors_RR = torch.linalg.eigh(moment_RR + torch.diag(share * prior_R))
     values_R, vectors_RR = values_R.flip(0).clamp_min(0), vectors_RR.flip(1)
-    down_FR, up_RF = fitted.down_FC.cpu().double(), fitted.up_CF.cpu().double()
+    down_FR, up_RF = fitted.down_FC.to(moment_RR), fitted.up_CF.to(moment_RR)
     return Basis(
         mean_F=fitted.mean_F,
-        down_FC=(down_FR @ vectors_RR).float().contiguous(),
-        up_CF=(vectors_RR.T @ up_RF).float().contiguous(),
-        spectrum_F=values_R,
+        down_FC=(down_FR @ vectors_RR).float().cpu(),
+        up_CF=(vectors_RR.T @ up_RF).float().cpu(),
+        spectrum_F=values_R.cpu(),
     )
