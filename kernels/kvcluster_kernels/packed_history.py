@@ -117,7 +117,7 @@ def _restored(piece: AnyHistory, dim: int, dtype: torch.dtype) -> Keys:
     return restore(piece, dim, dtype)
 
 
-def _pieces(history: History | LatentHistory, num_tokens: int) -> Iterator[History | LatentHistory]:
+def _pieces(history: AnyHistory, num_tokens: int) -> Iterator[AnyHistory]:
     """Histories of at most so many tokens, or of one block; one of nothing where there is none."""
     blocks = max(1, num_tokens // history.block_tokens)
     for first in range(0, max(1, history.num_keys), blocks * history.block_tokens):

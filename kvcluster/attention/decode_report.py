@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcluster.attention.packed_keys import packed_pages
 from kvcluster.codec.array import ArrayCodec, BlockShape
-from kvcluster.codec.calibration import Basis
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues
 from kvcluster.codec.method import CodecModel, LayerCodec
 from kvcluster.codec.plain_methods import PLAIN
