@@ -42,11 +42,13 @@ class TenantKeys:
         return True
 
     def _take(self, shares: TenantShares) -> None:
-        self._rings = {
-            share.tenant: KeyRing(share.tenant_uid, dict(share.data_keys))
-            for share in shares.shares
-            if share.data_keys is not None
-        }
+        before, self._rings = self._rings, {}
+        for share in shares.shares:
+            known = before.get(share.tenant)
+            if share.data_keys is not None:
+                self._rings[share.tenant] = KeyRing(share.tenant_uid, dict(share.data_keys))
+            elif known is not None and known.uid == share.tenant_uid:
+                self._rings[share.tenant] = known
         self._deleted = dict(shares.deleted)
         self.are_told = True
 
