@@ -111,7 +111,9 @@ class RingGroup:
         await self._on_disk("read_spill", msgspec.msgpack.encode(order))
 
     async def _on_disk(self, method: str, order: bytes) -> list[Any]:
-        """What all ranks answer, once none is at work any more."""
+        """What all ranks answer, once none is at work any more. Raises: what one of them raised."""
+        if not self.workers:
+            raise RankLost("the ring group is being started again: try later")
         calls = (getattr(worker, method).remote(order) for worker in self.workers)
         answers = await asyncio.gather(*map(_unwrapped, calls), return_exceptions=True)
         for answer in answers:

@@ -7,7 +7,7 @@ few blocks at a time, and never while the disk is waited for.
 from collections.abc import Iterator, Sequence
 from threading import Lock
 
-from kvcluster.cache.saved import StoredForm, read_held, stored_form, write_held
+from kvcluster.cache.saved import SavedCache, StoredForm, read_held, stored_form, write_held
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.spill import PartReceipt
 from kvcluster.cache.spill_parts import opened_form, write_part
@@ -35,7 +35,7 @@ class SpillShare:
         receipts = []
         for part, entries in order.parts_of(self._rank):
             with self._lock:
-                saved = read_held(
+                held = read_held(
                     self._store,
                     table,
                     rank=self._rank,
@@ -43,6 +43,9 @@ class SpillShare:
                     num_tokens=stored.num_tokens,
                     only=frozenset(entries),
                 )
+                # Also the way to the host: a step that records a graph allows no copy beside it.
+                on_host = {name: x.cpu() for name, x in held.tensors.items()}
+            saved = SavedCache(held.header, on_host)
             keys = {entry: stored.block_keys[entry] for entry in entries}
             receipts.append(write_part(order.ticket, part, saved, keys))
         return receipts
