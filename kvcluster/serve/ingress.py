@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from kvcluster import log
 from kvcluster.config import ClusterConfig
 from kvcluster.errors import ConfigError, ErrorRecord
+from kvcluster.freed_memory import overwrite_freed_memory
 from kvcluster.router.front_door import FrontDoor
 from kvcluster.serve.remote import RemoteBackend
 
@@ -27,6 +28,7 @@ class Ingress:
 
     def __init__(self, config: ClusterConfig, *engines: "DeploymentHandle[Any]") -> None:
         log.configure(level=config.log.level, as_json=True)
+        overwrite_freed_memory()
         backends = [RemoteBackend(engine) for engine in engines]
         self._server = FrontDoor(
             backends, config.router, config.tenancy, tls=config.tls, oidc=config.oidc

@@ -20,6 +20,7 @@ from kvcluster.engine.api import (
 )
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import ErrorRecord, KvClusterError, RankLost
+from kvcluster.freed_memory import overwrite_freed_memory
 from kvcluster.model.tokenizer import load_tokenizer
 from kvcluster.serve.assembly import engine_service
 from kvcluster.serve.remote_contexts import ReplicaContexts
@@ -43,6 +44,7 @@ class Replica(ReplicaContexts):
 
     def __init__(self, config: ClusterConfig) -> None:
         log.configure(level=config.log.level, as_json=True)
+        overwrite_freed_memory()
         self._config = config
         self._ring = RingGroup(config)
         self._service: EngineService | None = None

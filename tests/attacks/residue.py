@@ -1,26 +1,23 @@
 """What a process, folder or shared memory still holds of bytes that should be gone (Linux)."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 _CHUNK_BYTES = 8 << 20
-# A line of /proc/PID/maps: `7f2c4a000000-7f2c5a000000 rw-p 00000000 00:00 0  [heap]`.
-_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r", re.MULTILINE)
-_UNREADABLE = ("[vvar]", "[vvar_vclock]", "[vsyscall]")
+# A line of /proc/PID/maps: `7f2c4a000000-7f2c5a000000 rw-p 00000000 00:00 0  [heap]`. Memory that
+# nobody can write, which is that of programs, holds nothing of a prompt.
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw", re.MULTILINE)
 
 
 def found_in_process(pid: int, canaries: Mapping[str, bytes]) -> dict[str, int]:
-    """How often each canary is in the readable memory of a process, shared memory included."""
+    """How often each canary is in what a process has written, shared memory included."""
     maps = Path(f"/proc/{pid}/maps").read_text()
-    lines = [line for line in maps.splitlines() if not line.endswith(_UNREADABLE)]
     counts = dict.fromkeys(canaries, 0)
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for line in lines:
-            found = _MAPPING.match(line)
-            if found is None:
-                continue
-            start, end = int(found[1], 16), int(found[2], 16)
+        for first, last in _MAPPING.findall(maps):
+            start, end = int(first, 16), int(last, 16)
             _count(counts, canaries, _pieces(memory.fileno(), start, end, _overlap(canaries)))
     return counts
 
@@ -42,8 +39,6 @@ def _overlap(canaries: Mapping[str, bytes]) -> int:
 
 def _pieces(file: int, start: int, end: int, overlap: int) -> Iterator[bytes]:
     """A range of a file, each piece with the end of the one before."""
-    import os
-
     before = b""
     for at in range(start, end, _CHUNK_BYTES):
         try:
