@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvcluster_kernels.merge import merge
 from kvcluster_kernels.paging import is_interpreted, num_processors
@@ -28,6 +29,8 @@ class Tiles(NamedTuple):
     """Steps whose keys are in shared memory at a time."""
     is_ahead: bool = True
     """Products of the next keys are asked for before the softmax of the present ones."""
+    is_copied: bool = False
+    """Keys, which are in line, are fetched by the GPU's copy engine."""
 
 
 _TILES = {
@@ -42,16 +45,25 @@ _TILES = {
 _PAGED_TILES = {64: _TILES[64], 128: Tiles(64, 64, 4, 3, is_ahead=False), 256: _TILES[256]}
 """The same where keys lie in blocks, which are found one step later: programs that wait for that
 are better small and several."""
+_COPIED_TILES = {
+    64: Tiles(64, 128, 4, 2, is_ahead=False, is_copied=True),
+    128: Tiles(128, 64, 8, 3, is_copied=True),
+}
+"""The same where keys are fetched by the copy engine, by the exact size of both."""
+_COPY_CAPABILITY = (9, 0)
 _FLOAT32_TILES = Tiles(64, 32, 4, 1, is_ahead=False)
 """The matrix unit does not multiply these."""
 _MIN_SPLIT_KEYS = 1024
 _MAX_SPLITS = 32
 
 
-def tiles_for(dim: int, *, num_rows: int = 1 << 30, block_tokens: int = 0) -> Tiles:
+def tiles_for(
+    dim: int, *, num_rows: int = 1 << 30, block_tokens: int = 0, is_copied: bool = False
+) -> Tiles:
     """The tiles of a call in 16-bit numbers: `dim` is the wider head size of keys and values,
-    `num_rows` are the rows of a KV head, `block_tokens` the keys of a block, 0 if in line."""
-    sizes = _PAGED_TILES if block_tokens else _TILES
+    `num_rows` are the rows of a KV head, `block_tokens` the keys of a block, 0 if in line;
+    `is_copied`: the copy engine takes them."""
+    sizes = _COPIED_TILES if is_copied else _PAGED_TILES if block_tokens else _TILES
     tiles = next(tiles for size, tiles in sizes.items() if dim <= size)
     if block_tokens:
         # Keys of one block are found by one look at the table.
@@ -137,8 +149,7 @@ def _launch(
     is_float32, is_emulated = q_THD.dtype == torch.float32, is_interpreted(prefill_kernel)
     prefill_kernel[grid](
         q_THD,
-        keys.k_PKSD,
-        keys.v_PKSD,
+        *_sources(keys, tiles),
         *split,
         keys.block_ids_N,
         carry and carry.out_THD.contiguous(),
@@ -176,11 +187,45 @@ def _launch(
         SOFTCAPPED=softcap is not None,
         CARRIED=carry is not None,
         SINKS=rules.sinks_H is not None,
+        COPIED=tiles.is_copied,
+        WHOLE=rules.causal is None and keys.num_keys % tiles.block_n == 0,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         UPCAST=is_emulated and not is_float32,
         PRECISION="ieee" if is_emulated or is_float32 else "tf32",
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+    )
+
+
+def _sources(keys: Keys, tiles: Tiles) -> tuple[object, object]:
+    """What programs read keys and values from."""
+    if not tiles.is_copied:
+        return keys.k_PKSD, keys.v_PKSD
+    k_KSD, v_KSD = (x[0, :, : keys.num_keys] for x in (keys.k_PKSD, keys.v_PKSD))
+    return _described(k_KSD, tiles.block_n), _described(v_KSD, tiles.block_n)
+
+
+def _described(x_KSD: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x_KSD, [1, rows, x_KSD.shape[2]])
+
+
+def _can_be_copied(q_THD: Tensor, keys: Keys) -> bool:
+    """Whether the GPU has a copy engine that takes these keys."""
+    return (
+        q_THD.is_cuda
+        and torch.cuda.get_device_capability(q_THD.device) >= _COPY_CAPABILITY
+        and keys.block_ids_N is None
+        and keys.num_keys > 0
+        and all(_is_aligned(x) for x in (keys.k_PKSD, keys.v_PKSD))
+    )
+
+
+def _is_aligned(x: Tensor) -> bool:
+    dim = x.shape[3]
+    return (
+        dim in _COPIED_TILES
+        and x.data_ptr() % 16 == 0
+        and all(stride % 8 == 0 for stride in x.stride()[1:-1])
     )
 
 
@@ -191,6 +236,7 @@ def _tiles(q_THD: Tensor, keys: Keys, num_rows: int) -> Tiles:
         max(q_THD.shape[2], keys.v_PKSD.shape[3]),
         num_rows=num_rows,
         block_tokens=0 if keys.block_ids_N is None else keys.block_tokens,
+        is_copied=_can_be_copied(q_THD, keys),
     )
 
 

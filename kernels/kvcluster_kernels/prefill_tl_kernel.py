@@ -103,6 +103,8 @@ def prefill_kernel(
     SOFTCAPPED: tl.constexpr,
     CARRIED: tl.constexpr,
     SINKS: tl.constexpr,
+    COPIED: tl.constexpr,
+    WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -155,8 +157,12 @@ def prefill_kernel(
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     acc_MD = tl.zeros([BLOCK_M, PADDED_VALUE_DIM], tl.float32)
     head = head.to(tl.int64)
-    k_ptr += head * stride_k_h
-    v_ptr += head * stride_v_h
+    if COPIED:
+        stride_k_p = head.to(tl.int32)
+        stride_v_p = head.to(tl.int32)
+    else:
+        k_ptr += head * stride_k_h
+        v_ptr += head * stride_v_h
     acc_MD, max2_M, sum_M = fold_keys(
         acc_MD,
         max2_M,
@@ -188,6 +194,8 @@ def prefill_kernel(
         CAUSAL=CAUSAL,
         HAS_FIRST=HAS_FIRST,
         SOFTCAPPED=SOFTCAPPED,
+        COPIED=COPIED,
+        WHOLE=WHOLE,
         UPCAST=UPCAST,
         PRECISION=PRECISION,
     )

@@ -70,21 +70,25 @@ def _key_logits(
     PAGE_BLOCKS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    COPIED: tl.constexpr,
 ):
     """Products of these rows and keys first .. first + BLOCK_N."""
-    rows_N = _key_rows(
-        k_ptr,
-        first,
-        tl.arange(0, BLOCK_N),
-        blocks_ptr,
-        num_keys,
-        stride_p,
-        stride_s,
-        BLOCK_TOKENS,
-        PAGE_BLOCKS,
-        BLOCK_N,
-    )
-    k_ND = load_rows(rows_N, tl.arange(0, PADDED_DIM), None, DIM, MASKED=False)
+    if COPIED:
+        k_ND = k_ptr.load([stride_p, first, 0]).reshape(BLOCK_N, PADDED_DIM)
+    else:
+        rows_N = _key_rows(
+            k_ptr,
+            first,
+            tl.arange(0, BLOCK_N),
+            blocks_ptr,
+            num_keys,
+            stride_p,
+            stride_s,
+            BLOCK_TOKENS,
+            PAGE_BLOCKS,
+            BLOCK_N,
+        )
+        k_ND = load_rows(rows_N, tl.arange(0, PADDED_DIM), None, DIM, MASKED=False)
     if UPCAST:
         k_ND = k_ND.to(tl.float32)
     return tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
@@ -153,6 +157,8 @@ def fold_keys(
     CAUSAL: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    COPIED: tl.constexpr,
+    WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -178,6 +184,7 @@ def fold_keys(
                 PAGE_BLOCKS,
                 UPCAST,
                 PRECISION,
+                COPIED,
             )
     for tile in tl.range(first, last, BLOCK_N):
         asked = tile
@@ -199,6 +206,7 @@ def fold_keys(
             PAGE_BLOCKS,
             UPCAST,
             PRECISION,
+            COPIED,
         )
         if AHEAD:
             logits_MN = next_MN
@@ -208,7 +216,7 @@ def fold_keys(
         logits_MN, factor = _ruled(
             logits_MN,
             tile + offs_N,
-            tile >= plain,
+            False if WHOLE else tile >= plain,
             seen_first_M,
             seen_last_M,
             num_keys,
@@ -227,19 +235,22 @@ def fold_keys(
         decay_M = tl.exp2(max2_M - shift_M)
         sum_M = sum_M * decay_M + tl.sum(weights_MN, 1)
         max2_M = new_max2_M
-        v_rows_N = _key_rows(
-            v_ptr,
-            tile,
-            offs_N,
-            blocks_ptr,
-            num_keys,
-            stride_v_p,
-            stride_v_s,
-            BLOCK_TOKENS,
-            PAGE_BLOCKS,
-            BLOCK_N,
-        )
-        v_ND = load_rows(v_rows_N, offs_v_D, None, VALUE_DIM, MASKED=False)
+        if COPIED:
+            v_ND = v_ptr.load([stride_v_p, tile, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
+        else:
+            v_rows_N = _key_rows(
+                v_ptr,
+                tile,
+                offs_N,
+                blocks_ptr,
+                num_keys,
+                stride_v_p,
+                stride_v_s,
+                BLOCK_TOKENS,
+                PAGE_BLOCKS,
+                BLOCK_N,
+            )
+            v_ND = load_rows(v_rows_N, offs_v_D, None, VALUE_DIM, MASKED=False)
         if UPCAST:
             v_ND = v_ND.to(tl.float32)
         acc_MD = acc_MD * decay_M[:, None]

@@ -90,9 +90,9 @@ SHAPES: Final = (
     PrefillShape(num_tokens=256, num_keys=_128K, dim=128, num_query_heads=8, num_kv_heads=1),
     *(_square(_128K, 64, 2, is_causal=is_causal) for is_causal in (False, True)),
 )
-_MAX_PORTABLE_FLOPS: Final = 2e13
-"""Of shapes that the portable kernel is measured with: of longer ones it takes the time of all
-others together."""
+_MAX_BLOCKS_FLOPS: Final = 2e13
+"""Of shapes that the portable kernel is measured with over blocks: of longer ones it takes the time
+of all others together."""
 _PORTABLE_AT_LEAST: Final = 0.65
 _WIDE: Final = Pipeline(num_consumers=3, block_n=64, num_stages=4)
 _PIPELINES: Final = {
@@ -119,12 +119,16 @@ _PIPELINES: Final = {
     ),
 }
 _TILES: Final = {
-    64: (Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3, is_ahead=False)),
-    128: (
-        Tiles(64, 64, 4, 3),
+    64: (
         Tiles(128, 64, 8, 3, is_ahead=False),
-        Tiles(128, 64, 8, 2),
-        Tiles(128, 128, 8, 2, is_ahead=False),
+        Tiles(128, 64, 8, 3, is_ahead=False, is_copied=True),
+        Tiles(128, 128, 8, 3, is_copied=True),
+    ),
+    128: (
+        Tiles(128, 64, 8, 3),
+        Tiles(64, 64, 4, 3, is_ahead=False),
+        Tiles(128, 128, 8, 2, is_ahead=False, is_copied=True),
+        Tiles(128, 64, 8, 3, is_ahead=False, is_copied=True),
     ),
 }
 
@@ -258,7 +262,7 @@ def _ours(shape: PrefillShape, inputs: _Inputs) -> dict[str, Call]:
         rules = _rules(shape)
         if has_pipeline:
             calls[f"pipelined{name}"] = partial(prefill_gluon.prefill, q_THD, keys, **rules)
-        if shape.flops <= _MAX_PORTABLE_FLOPS:
+        if not name or shape.flops <= _MAX_BLOCKS_FLOPS:
             calls[f"portable{name}"] = partial(prefill_tl.prefill, q_THD, keys, **rules)
     return calls
 
@@ -334,7 +338,7 @@ def _variants(timer: KernelTimer, shape: PrefillShape) -> Iterator[Measurement]:
             )
     for layout, keys in (("in line", inputs.keys), ("paged", inputs.paged)):
         for tiles in () if shape.is_causal else _TILES[shape.dim]:
-            if layout == "in line" or tiles.block_n <= _BLOCK_TOKENS:
+            if layout == "in line" or not tiles.is_copied:
                 calls[f"{layout} {tiles}"] = partial(
                     prefill_tl.prefill, inputs.q_THD, keys, **rules, tiles=tiles
                 )

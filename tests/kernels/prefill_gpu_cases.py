@@ -37,6 +37,12 @@ PIPELINED = (
     Case(name="many causal tiles", num_tokens=2311, num_heads=16, num_kv_heads=8, num_keys=2311,
          causal=Causal()),
 )  # fmt: skip
+COPIED = [
+    replace(case, key_dim=dim, value_dim=dim, dtype=torch.bfloat16, name=f"{case.name} {dim}")
+    for case in (*(case for case in PIPELINED if case.block_tokens is None), *RULES)
+    for dim in (64, 128)
+]
+"""Keys that the copy engine fetches for the portable kernel."""
 PIPELINES = (
     Pipeline(),
     Pipeline(takes_turns=False),

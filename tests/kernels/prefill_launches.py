@@ -9,9 +9,11 @@ import torch
 from kvcluster_kernels import prefill_tl
 from kvcluster_kernels.prefill_arguments import BlockBound, Causal, PartialAttention
 from kvcluster_kernels.prefill_gluon import Pipeline
+from kvcluster_kernels.prefill_tl import tiles_for
 
 from tests.kernels.prefill_cases import Case, arguments
 from tests.kernels.prefill_gpu_cases import (
+    COPIED,
     FACTOR,
     PIPELINED,
     PIPELINES,
@@ -73,14 +75,24 @@ SERVED_PIPELINED = (
 )
 
 
-def _portable(case: Case, out_dtype: torch.dtype = torch.float32) -> PartialAttention:
+SERVED_COPIED = tuple(
+    case for case in SERVED_PORTABLE if case.block_tokens is None and case.key_dim in (64, 128)
+)
+"""What the copy engine of a Hopper GPU fetches keys for."""
+
+
+def _portable(
+    case: Case, out_dtype: torch.dtype = torch.float32, *, is_copied: bool = False
+) -> PartialAttention:
     given = arguments(case, _CPU)
+    tiles = tiles_for(case.key_dim, is_copied=True) if is_copied else None
     return prefill_tl.prefill(
         given.q_THD,
         given.keys,
         **given.rules(),
         num_splits=case.num_splits,
         out_dtype=out_dtype,
+        tiles=tiles,
     )
 
 
@@ -94,7 +106,9 @@ LAUNCHES: dict[str, Callable[[], object]] = {
         f"portable {case.name} to bfloat16": partial(_portable, case, torch.bfloat16)
         for case in SERVED_PORTABLE
     },
+    **{f"copied {case.name}": partial(_portable, case, is_copied=True) for case in SERVED_COPIED},
     **{f"pipelined {case.name}": partial(_pipelined, case) for case in SERVED_PIPELINED},
+    **{f"test of copied {case.name}": partial(_portable, case, is_copied=True) for case in COPIED},
     **{
         f"test of portable {case.name}": partial(_portable, case.scaled(FACTOR))
         for case in PORTABLE

@@ -11,6 +11,7 @@ from kvcluster_kernels.prefill_gluon import Pipeline
 
 from tests.kernels.prefill_cases import Arguments, Case, arguments, assert_within_rounding
 from tests.kernels.prefill_gpu_cases import (
+    COPIED,
     FACTOR,
     PIPELINED,
     PIPELINES,
@@ -36,6 +37,15 @@ def available(gpu: torch.device) -> None:
 @pytest.mark.parametrize("case", PORTABLE, ids=lambda case: case.name)
 def test_the_portable_kernel_gives_what_the_definition_gives(case: Case, gpu: torch.device) -> None:
     given = arguments(case.scaled(FACTOR), gpu)
+
+    found = prefill_tl.prefill(given.q_THD, given.keys, **given.rules(), num_splits=case.num_splits)
+
+    assert_within_rounding(found, given, weight_unit=weight_unit(case.dtype))
+
+
+@pytest.mark.parametrize("case", COPIED, ids=lambda case: case.name)
+def test_keys_that_the_copy_engine_fetches(case: Case, gpu: torch.device) -> None:
+    given = arguments(case, gpu)
 
     found = prefill_tl.prefill(given.q_THD, given.keys, **given.rules(), num_splits=case.num_splits)
 

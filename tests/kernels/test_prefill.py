@@ -33,6 +33,30 @@ def test_the_kernel_gives_what_the_definition_gives(case: Case, interpreted: tor
     assert_within_rounding(found, given)
 
 
+@pytest.mark.parametrize("is_ahead", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(name="full", num_keys=61),
+        Case(name="whole steps", num_keys=64, is_carried=True),
+        Case(name="one key", num_keys=1),
+        *(case for case in RULES if case.value_dim == 32),
+    ],
+    ids=lambda case: case.name,
+)
+def test_keys_that_the_copy_engine_fetches(
+    case: Case, is_ahead: bool, interpreted: torch.device
+) -> None:
+    given = arguments(case, interpreted)
+    tiles = SMALL._replace(is_copied=True, is_ahead=is_ahead)
+
+    found = prefill_tl.prefill(
+        given.q_THD, given.keys, **given.rules(), tiles=tiles, num_splits=case.num_splits
+    )
+
+    assert_within_rounding(found, given)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("block_tokens", [None, 16])
 def test_numbers_of_16_bits_are_read_as_they_are(

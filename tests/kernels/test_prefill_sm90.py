@@ -8,7 +8,12 @@ from kvcluster_kernels.prefill_gluon import pipeline_for
 
 from tests.kernels import launches
 from tests.kernels.prefill_cases import Case
-from tests.kernels.prefill_launches import LAUNCHES, SERVED_PIPELINED, SERVED_PORTABLE
+from tests.kernels.prefill_launches import (
+    LAUNCHES,
+    SERVED_COPIED,
+    SERVED_PIPELINED,
+    SERVED_PORTABLE,
+)
 from tests.kernels.sm90 import MAX_SHARED_BYTES, MachineCode
 
 # Whoever asks first compiles for all.
@@ -24,7 +29,8 @@ def portable_code() -> dict[str, MachineCode]:
     """Compiled once for the tests of this file."""
     return launches.compiled(
         _MODULE,
-        [f"portable {case.name}{out}" for case in SERVED_PORTABLE for out in ("", " to bfloat16")],
+        [f"portable {case.name}{out}" for case in SERVED_PORTABLE for out in ("", " to bfloat16")]
+        + [f"copied {case.name}" for case in SERVED_COPIED],
     )
 
 
@@ -50,6 +56,17 @@ def test_the_portable_kernel_multiplies_on_the_matrix_unit_and_spills_nothing(ca
     assert code.early_touches == []
     assert code.loop_opcodes["HGMMA"] > 0
     assert code.loop_opcodes["LDGSTS"] > 0, "keys are copied while others are multiplied"
+    assert code.shared_bytes <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("case", SERVED_COPIED, ids=lambda case: case.name)
+def test_the_copy_engine_fetches_keys_for_the_portable_kernel(case: Case) -> None:
+    code = portable_code()[f"copied {case.name}"]
+
+    assert code.num_spills == 0
+    assert code.early_touches == []
+    assert code.loop_opcodes["HGMMA"] > 0
+    assert code.loop_opcodes["UTMALDG"] > 0, "keys are copied while others are multiplied"
     assert code.shared_bytes <= MAX_SHARED_BYTES
 
 
