@@ -13,9 +13,11 @@ from kvcluster_kernels.float8_decode import Float8Pages, decode_float8
 from kvcluster_kernels.integer_decode import BITS as INTEGER_BITS
 from kvcluster_kernels.integer_decode import IntegerPages, decode_integers
 from kvcluster_kernels.levels import BITS as LEVEL_BITS
+from kvcluster_kernels.packed_history import AnyHistory
 from kvcluster_kernels.packed_prefill import History
 from kvcluster_kernels.paging import Attention, PagedRows, Partial
 from kvcluster_kernels.rotated_decode import RotatedPages, decode_rotated
+from kvcluster_kernels.rotated_history import RotatedHistory
 from torch import Tensor
 
 from kvcluster.attention.latent_cache import LatentCache, latent_cache
@@ -49,13 +51,15 @@ class PackedPages(NamedTuple):
         assert self.rotation_DD is not None, "rotated vectors without their rotation"
         return decode_rotated(q_RTHD, k, v, self.rotation_DD, rows, attention)
 
-    def history(self, blocks_N: Tensor, block_size: int) -> History | None:
+    def history(self, blocks_N: Tensor, block_size: int) -> AnyHistory | None:
         """Whole blocks for `prefill_history`; None: it does not read this kind."""
-        if isinstance(self.keys, RotatedPages) or isinstance(self.values, RotatedPages):
+        keys, values, num_keys = self.keys, self.values, len(blocks_N) * block_size
+        if isinstance(keys, RotatedPages) and isinstance(values, RotatedPages):
+            assert self.rotation_DD is not None, "rotated vectors without their rotation"
+            return RotatedHistory(keys, values, self.rotation_DD, blocks_N, num_keys)
+        if isinstance(keys, RotatedPages) or isinstance(values, RotatedPages):
             return None
-        if any(isinstance(x, IntegerPages) and x.high is not None for x in self[:2]):
-            return None
-        return History(self.keys, self.values, blocks_N, len(blocks_N) * block_size)
+        return History(keys, values, blocks_N, num_keys)
 
 
 _TWO_PLANES = 3
