@@ -11,6 +11,7 @@ Shape letters: those of `packed_prefill.py`.
 from collections.abc import Iterator
 
 import torch
+import triton
 from torch import Tensor
 
 from kvcluster_kernels import prefill_gluon, prefill_tl
@@ -28,6 +29,7 @@ from kvcluster_kernels.packed_prefill import (
     prefill_packed,
 )
 from kvcluster_kernels.packed_restore import restore
+from kvcluster_kernels.paging import num_processors
 from kvcluster_kernels.prefill_arguments import Keys, PartialAttention
 from kvcluster_kernels.rotated_history import RotatedHistory, check_rotated, restore_rotated
 
@@ -37,6 +39,9 @@ MIN_RESTORED_ROWS = 1024
 """Query rows of a KV head (tokens times the query heads that share it) from which on keys are
 restored. On an H100, `prefill_packed` takes about twice the time of the kernels for 16-bit numbers,
 and moving a key is expected to take as long as some 500 rows take with it."""
+_PIPELINED_ROWS = 128
+"""Of a program of the pipelined kernel, or more: with fewer programs than processors, the portable
+one is faster, which splits the keys."""
 _WORKSPACE_BYTES = 1 << 30
 
 
@@ -133,6 +138,11 @@ def _attend(
     carry: PartialAttention | None,
     out_dtype: torch.dtype,
 ) -> PartialAttention:
-    if prefill_gluon.is_available(q_THD.device) and not prefill_gluon.reason_against(q_THD, keys):
+    num_programs = triton.cdiv(q_THD.shape[0], _PIPELINED_ROWS) * q_THD.shape[1]
+    if (
+        prefill_gluon.is_available(q_THD.device)
+        and not prefill_gluon.reason_against(q_THD, keys)
+        and num_programs >= num_processors(q_THD.device)
+    ):
         return prefill_gluon.prefill(q_THD, keys, scale=scale, carry=carry, out_dtype=out_dtype)
     return prefill_tl.prefill(q_THD, keys, scale=scale, carry=carry, out_dtype=out_dtype)

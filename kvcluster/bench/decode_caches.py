@@ -93,8 +93,8 @@ def float8_pages(shape: DecodeShape, device: torch.device) -> tuple[Float8Pages,
         values = torch.empty((*blocks, *axes), dtype=torch.float8_e4m3fn, device=device)
         for page in values:
             page.copy_(torch.randn(page.shape, device=device))
-        # No powers of two: numbers of few digits cost matrix units less power than a cache's do.
-        return Float8Pages(values, torch.rand(blocks, device=device) + 0.5)
+        # Powers of two, as the codec's: numbers of few digits cost matrix units less power.
+        return Float8Pages(values, torch.randint(-3, 1, blocks, device=device).float().exp2())
 
     return pages(BLOCK_SIZE, shape.dim), pages(shape.dim, BLOCK_SIZE)
 
@@ -128,7 +128,17 @@ def integer_pages(
 def rotated_cache(bits: int, shape: DecodeShape, q_RTHD: Tensor) -> Cache:
     """Rotated vectors, the mean of a block's keys apart. The rotations of the queries and of what
     comes out are part of the call."""
-    blocks, device = _block_axes(shape), q_RTHD.device
+    keys, values, rotation_DD = rotated_pages(bits, shape, q_RTHD.device)
+    asked = _asked(shape, q_RTHD.device)
+    run = partial(decode_rotated, q_RTHD, keys, values, rotation_DD, *asked)
+    return Cache(run, _num_bytes(*keys, *values))
+
+
+def rotated_pages(
+    bits: int, shape: DecodeShape, device: torch.device
+) -> tuple[RotatedPages, RotatedPages, Tensor]:
+    """Keys, values and the rotation."""
+    blocks = _block_axes(shape)
 
     def scales() -> Tensor:
         return torch.rand((*blocks, BLOCK_SIZE), dtype=torch.float16, device=device)
@@ -138,10 +148,7 @@ def rotated_cache(bits: int, shape: DecodeShape, q_RTHD: Tensor) -> Cache:
     keys = RotatedPages(codes, scales(), mean, high)
     codes, high = _random_codes(device, bits, *blocks, shape.dim, BLOCK_SIZE)
     values = RotatedPages(codes, scales(), high=high)
-    rotation_DD = rotate(torch.eye(shape.dim, device=device)).T.contiguous()
-    asked = _asked(shape, device)
-    run = partial(decode_rotated, q_RTHD, keys, values, rotation_DD, *asked)
-    return Cache(run, _num_bytes(*keys, *values))
+    return keys, values, rotate(torch.eye(shape.dim, device=device)).T.contiguous()
 
 
 CACHES: Final[Mapping[str, Callable[[DecodeShape, Tensor], Cache]]] = {

@@ -10,18 +10,21 @@ import torch
 from kvcluster_kernels import prefill_gluon, prefill_tl
 from kvcluster_kernels.latent_history import LatentHistory, restore_latents
 from kvcluster_kernels.latent_pages import KeyRotation, key_expansion
-from kvcluster_kernels.packed_history import prefill_restored
+from kvcluster_kernels.packed_history import AnyHistory, prefill_restored
 from kvcluster_kernels.packed_prefill import History, PackedTiles, prefill_packed
 from kvcluster_kernels.packed_restore import restore
 from kvcluster_kernels.prefill_arguments import Keys
+from kvcluster_kernels.rotated_history import RotatedHistory, restore_rotated
 from torch import Tensor
 
+from kvcluster.attention.kernel_choice import Prefill, prefill_choice
 from kvcluster.bench.decode_caches import (
     BLOCK_SIZE,
     DecodeShape,
     exact_pages,
     float8_pages,
     integer_pages,
+    rotated_pages,
 )
 from kvcluster.bench.kernel_failures import FAILURES, report_failure
 from kvcluster.bench.kernel_timing import KernelTimer
@@ -29,21 +32,21 @@ from kvcluster.bench.latent_caches import latent_pages, rotary_frequencies
 from kvcluster.bench.report import Measurement
 
 SHAPES: Final = (
-    DecodeShape(32, 8, 128, 1 << 17, num_tokens=4096),
-    DecodeShape(32, 8, 64, 1 << 17, num_tokens=4096),
-    DecodeShape(32, 8, 128, 1 << 17, num_tokens=256),
+    DecodeShape(32, 8, 128, 1 << 17, num_tokens=8192),
+    DecodeShape(32, 8, 64, 1 << 17, num_tokens=8192),
+    DecodeShape(32, 8, 128, 1 << 17, num_tokens=32),
 )
+"""A chunk as it is served on a GPU, and what goes on after a cached prefix."""
 _RATIOS: Final[Mapping[str, float]] = {"fp8": 1.0, "int8": 1.0, "int4": 0.85, "latent": 0.85}
 """How fast as attention over bfloat16 is wanted, of the longest call."""
 _TILES: Final = (PackedTiles(num_stages=4), PackedTiles(block_m=128, num_warps=8))
 _RANK_SHARE: Final = 4
 """Of latents: so many numbers of keys to one of a latent."""
 _REPEATS: Final = 5
-_FEW_TOKENS: Final = 256
+_FEW_TOKENS: Final = 64
 """Of calls that blocks are read for as they are stored."""
 _RESTORING: Final = "restoring alone"
 
-AnyHistory = History | LatentHistory
 _Calls = Mapping[str, Callable[[], object]]
 
 
@@ -53,10 +56,9 @@ def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]
         size = (shape.num_tokens, shape.num_query_heads, shape.dim)
         q_THD = torch.randn(size, dtype=torch.bfloat16, device="cuda")
         rules = {"scale": shape.dim**-0.5, "out_dtype": torch.bfloat16}
-        kernel = prefill_gluon if prefill_gluon.is_available(q_THD.device) else prefill_tl
         exact = {
-            "bf16": partial(kernel.prefill, q_THD, _exact(shape, q_THD.device), **rules),
-            "bf16 in line": partial(kernel.prefill, q_THD, _in_line(shape, q_THD.device), **rules),
+            "bf16": _over(q_THD, _exact(shape, q_THD.device), rules),
+            "bf16 in line": _over(q_THD, _in_line(shape, q_THD.device), rules),
         }
         for name, history in histories(shape, q_THD.device):
             if timer.is_over:
@@ -71,11 +73,20 @@ def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]
             yield from _beside(timer, f"{shape} {name}", {**exact, **calls}, wanted)
 
 
+def _over(q_THD: Tensor, keys: Keys, rules: Mapping[str, Any]) -> Callable[[], object]:
+    """By the kernel that is chosen for the call."""
+    is_pipelined = prefill_choice(q_THD, keys) is Prefill.PIPELINED
+    kernel = prefill_gluon if is_pipelined else prefill_tl
+    return partial(kernel.prefill, q_THD, keys, **rules)
+
+
 def _ways(q_THD: Tensor, history: AnyHistory, rules: Mapping[str, Any]) -> _Calls:
     dim = q_THD.shape[2]
     calls = {"restored": partial(prefill_restored, q_THD, history, **rules)}
     if isinstance(history, LatentHistory):
         return {**calls, _RESTORING: partial(restore_latents, history, torch.bfloat16)}
+    if isinstance(history, RotatedHistory):
+        return {**calls, _RESTORING: partial(restore_rotated, history, torch.bfloat16)}
     if q_THD.shape[0] <= _FEW_TOKENS:
         calls["as stored"] = partial(prefill_packed, q_THD, history, **rules)
     return {**calls, _RESTORING: partial(restore, history, dim, torch.bfloat16)}
@@ -127,6 +138,7 @@ def histories(shape: DecodeShape, device: torch.device) -> Iterator[tuple[str, A
     yield "fp8", History(*float8_pages(shape, device), ids_N, shape.num_keys)
     for bits in (8, 4):
         yield f"int{bits}", History(*integer_pages(bits, 16, shape, device), ids_N, shape.num_keys)
+    yield "rotated4", RotatedHistory(*rotated_pages(4, shape, device), ids_N, shape.num_keys)
     yield "latent", _latents(shape, ids_N)
 
 

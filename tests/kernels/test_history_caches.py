@@ -21,4 +21,4 @@ def test_a_timed_history_gives_numbers(interpreted: torch.device) -> None:
         assert found.out_THD.isfinite().all()
         assert found.lse_TH.isfinite().all()
 
-    assert names == ["fp8", "int8", "int4", "latent"]
+    assert names == ["fp8", "int8", "int4", "rotated4", "latent"]
