@@ -78,6 +78,8 @@ _VARIANTS: Final = {_BF16: _EXACT_VARIANTS, "fp8": _FLOAT8_VARIANTS}
 def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]:
     """First every kernel as it is served with and its peers, then, if asked, other settings."""
     for shape in SHAPES:
+        if timer.is_over:
+            return
         peers = yield from _peers(timer, shape)
         yield from _ours(timer, shape, tuple(CACHES), peers)
     for shape in FEW_TOKENS:

@@ -21,6 +21,8 @@ def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]
     """Time, bytes read and written over it, and how much faster than PyTorch."""
     for shape in SHAPES:
         for name in FORMATS:
+            if timer.is_over:
+                return
             calls = encode_calls(name, shape, torch.device("cuda"))
             title = f"{shape} {name}"
             taken = _taken(timer, title, calls.kernel)

@@ -90,8 +90,12 @@ def _held(build: Callable[[DecodeShape, torch.Tensor], Cache], shape: DecodeShap
 def _formats(
     timer: KernelTimer, shape: DecodeShape, forms: Sequence[LatentFormat]
 ) -> Iterator[Measurement]:
+    if timer.is_over:
+        return
     exact = _taken(timer, f"{shape} bf16", _held(exact_cache, shape))
     for form in forms:
+        if timer.is_over:
+            return
         title = f"{shape} {form}"
         cache = _held(partial(latent_cache, form), shape)
         taken = _taken(timer, title, cache)
@@ -112,6 +116,8 @@ def _formats(
 
 def _absorbed(timer: KernelTimer, shape: DecodeShape) -> Iterator[Measurement]:
     title = f"{shape} MLA"
+    if timer.is_over:
+        return
     cache = _held(absorbed_cache, shape)
     taken = _taken(timer, title, cache)
     if taken is None:
