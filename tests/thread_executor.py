@@ -87,6 +87,16 @@ class ThreadExecutor:
             if answer is not None:
                 raise answer
 
+    def start_again(self, *, epoch: int) -> None:
+        """As new ranks of an epoch are: they know no sequence, and their memory is spoilt."""
+        for runner in self.runners:
+            runner._epoch, runner._next_step = epoch, 1
+            runner._sequences.clear()
+            for layer in range(len(runner._store.spec.layers)):
+                for plane in runner._store.planes(layer):
+                    plane.fill_(float("nan"))
+        self._sampled = ()
+
     def close(self) -> None:
         self._steps.shutdown()
 

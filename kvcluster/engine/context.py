@@ -78,6 +78,12 @@ class Context:
         return f"{self.uid[:8]}.{self.version}"
 
     @property
+    def can_be_read(self) -> bool:
+        """Whether it has blocks that this model knows: not what was found on disk and is another's,
+        or damaged, nor what is being deleted."""
+        return self.state in (ContextState.CREATING, ContextState.ACTIVE)
+
+    @property
     def is_on_disk(self) -> bool:
         """All of its tokens, as they are now."""
         return self.disk.spill is not None and self.disk.version == self.content_version

@@ -68,6 +68,7 @@ class ContextDisk:
         """By uid, in the order in which they are written."""
         self._saving: Context | None = None
         self._has_unsaved = asyncio.Event()
+        self._applying = asyncio.Lock()
         self._changed = Signal()
         self._locks: dict[str, asyncio.Lock] = {}
         """By uid: held while something of the context is written, read or destroyed."""
@@ -111,15 +112,16 @@ class ContextDisk:
     async def apply(self, shares: TenantShares) -> None:
         """Take in tenants' data keys: contexts whose key was destroyed go, in memory and on disk;
         those whose key became known are found. Raises: SpillUnavailable."""
-        before = self._keys.revision
-        if not self._keys.apply(shares):
-            return
-        try:
-            await self._look(shares)
-        except BaseException:
-            # The next push, with the same keys, tries again.
-            self._keys.revision = before
-            raise
+        async with self._applying:
+            before = self._keys.revision
+            if not self._keys.apply(shares):
+                return
+            try:
+                await self._look(shares)
+            except BaseException:
+                # The next push, with the same keys, tries again.
+                self._keys.revision = before
+                raise
 
     async def _look(self, shares: TenantShares) -> None:
         for tenant, _ in shares.deleted:

@@ -28,6 +28,8 @@ class Pins:
         check_pinned(used, self._num_bytes(context, num_tokens), context.limits.max_pinned_bytes)
 
     def _num_bytes(self, context: Context, num_tokens: int) -> int:
+        if not context.can_be_read:
+            return 0
         block_size = self._parts.cache.block_size
         return footprint(
             context.policy,

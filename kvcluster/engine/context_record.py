@@ -1,5 +1,6 @@
 """A context as its owner sees it."""
 
+from kvcluster.cache.block_table import TableEntry
 from kvcluster.cache.capacity import block_bytes_per_group
 from kvcluster.engine.context import Context
 from kvcluster.engine.context_api import ContextRecord, ContextState
@@ -12,9 +13,11 @@ def record_of(
     context: Context, prefixes: Prefixes, spec: ModelSpec, block_size: int
 ) -> ContextRecord:
     """A snapshot of what is stored of a context, and what is known of it. Looks at every block."""
-    entries = prefixes.held_at(context.tenant, context.keys, context.tokens, context.policy)
+    entries: list[TableEntry] = []
+    if context.can_be_read:
+        entries = prefixes.held_at(context.tenant, context.keys, context.tokens, context.policy)
     sizes = block_bytes_per_group(spec, block_size)
-    counts = prefixes.num_blocks(entries, context.policy)
+    counts = prefixes.num_blocks(entries, context.policy) if entries else [0.0] * len(sizes)
     kv_bytes = round(sum(count * size for count, size in zip(counts, sizes, strict=True)))
     whole_bytes = len(entries) * block_size * spec.kv_bytes_per_token
     state = context.state

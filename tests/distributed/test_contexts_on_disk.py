@@ -1,6 +1,7 @@
 """A context that N ranks wrote to disk gives, after a restart on M ranks, the tokens that the whole
 prompt gives; what was changed on disk gives none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from kvcluster.errors import (
     ContextNotReady,
     InvalidField,
     QuotaExceeded,
+    RankLost,
 )
 from kvcluster.model.loader import LoadedModel
 from kvcluster.tenancy.limits import NO_LIMITS, TenantLimits, Tier
@@ -320,3 +322,53 @@ async def test_another_model_does_not_read_it_and_the_right_one_does_later(
 
     assert record.state is ContextState.FAILED
     assert output == expected
+
+
+async def test_what_is_stored_in_another_form_is_refused_and_read_in_its_own_later(
+    tmp_path: Path,
+) -> None:
+    async with storing(tmp_path) as service:
+        await uploaded(service, BOOK, "int4")
+        await on_disk(service)
+    usual = stored_config(tmp_path)
+    other = replace(usual, cache=replace(usual.cache, exact_recent_tokens=48))
+    async with running_engine(served_model("llama"), other) as (service, _):
+        with pytest.raises(ContextNotReady, match="blocks that are read exact: 2, here 3"):
+            await generate(service, QUESTION, context="book")
+        assert service._engine.parts.partitions.num_used == 0
+    async with storing(tmp_path) as service:
+        output, _ = await generate(service, QUESTION, context="book")
+        expected, _ = await generate(service, [*BOOK, *QUESTION], policy="int4")
+
+    assert output == expected
+
+
+async def test_a_lost_ring_reads_its_contexts_from_disk_again(tmp_path: Path) -> None:
+    async with running_engine(served_model("llama"), stored_config(tmp_path)) as (
+        service,
+        executor,
+    ):
+        await stored(service, BOOK, "book")
+        service.lose_ring("rank 1 is gone")
+        lost = await service.get_context(DEFAULT_TENANT, "book")
+        with pytest.raises(RankLost):
+            await generate(service, QUESTION, context="book")
+        executor.start_again(epoch=2)
+        service.restart(2)
+        service.mark_ready()
+        output, usage = await generate(service, QUESTION, context="book")
+        expected, _ = await generate(service, [*BOOK, *QUESTION])
+
+    assert lost.tiers == (Tier.DISK,)
+    assert (output, usage.cached_input_tokens) == (expected, 144)
+
+
+async def test_usage_tells_what_a_tenant_has_on_disk(tmp_path: Path) -> None:
+    async with storing(tmp_path) as service:
+        service._tiers.apply(shares(1, None, disk_limit=1_000_000))
+        await stored(service, BOOK, "book")
+        record = await service.get_context(DEFAULT_TENANT, "book")
+        load = await service.tenant_load(DEFAULT_TENANT, NO_LIMITS)
+
+    assert load.tiers["disk"].used_bytes == record.disk_bytes > 0
+    assert load.tiers["disk"].limit_bytes == 1_000_000
