@@ -19,6 +19,8 @@ SequenceId = NewType("SequenceId", int)
 EXACT = "exact"
 """The codec that leaves K and V as the model gave them."""
 DEFAULT_TENANT = TenantId("default")
+PUBLISHED = TenantId("PUBLISHED")
+"""Holds the prefixes that operators publish. No tenant is called so: ids are in small letters."""
 PAGE_BLOCKS = 8
 """Exact blocks of a page of cache memory: enough that attention over whole pages runs at full
 speed, and that smaller blocks fill a page with little left over."""

@@ -15,6 +15,8 @@ class HeldBlock(NamedTuple):
     rank: Rank
     block_id: BlockId
     encoded_id: BlockId
+    is_lent: bool = False
+    """The encoded block is the published prefixes', of whose pages it is part."""
 
 
 class FreedBlock(NamedTuple):
@@ -73,6 +75,8 @@ class BlockTable:
         """Per group: entries before this one are released; the first one may be held on."""
         self.num_beside: list[int] = [0] * num_groups
         """Per group: what the partition counts beside all blocks."""
+        self._lent: list[set[int]] = [set() for _ in range(num_groups)]
+        """Per group: entries whose encoded block is lent."""
         self._last_ids: list[dict[Rank, BlockId]] = [{} for _ in range(num_groups)]
         self._num_exact = [0] * num_groups
         self._num_encoded = [0] * num_groups
@@ -105,7 +109,12 @@ class BlockTable:
             encoded if any(block != NO_BLOCK for block in encoded) else (),
         )
 
-    def add(self, entry: TableEntry) -> None:
+    def add(self, entry: TableEntry, *, lent: TableEntry | None = None) -> None:
+        """`lent`: the entry as it is in the published prefixes, where it comes from there."""
+        if lent is not None:
+            for group, encoded_id in enumerate(lent.encoded_ids):
+                if encoded_id != NO_BLOCK:
+                    self._lent[group].add(len(self))
         none = (NO_BLOCK,) * len(self.block_ids)
         self.owners.append(entry.rank)
         for group, block_id in enumerate(entry.block_ids):
@@ -139,8 +148,8 @@ class BlockTable:
         return held
 
     def _remove(self, group: int, entry: int) -> HeldBlock:
-        rank, block_id, _ = self.remove_exact(group, entry)
+        rank, block_id, *_ = self.remove_exact(group, entry)
         encoded_id = self.encoded_ids[group][entry]
         self._num_encoded[group] -= encoded_id != NO_BLOCK
         self.encoded_ids[group][entry] = NO_BLOCK
-        return HeldBlock(rank, block_id, encoded_id)
+        return HeldBlock(rank, block_id, encoded_id, entry in self._lent[group])

@@ -67,6 +67,8 @@ class Partition:
         self._encoded: dict[str, tuple[tuple[EncodedPool, ...], ...]] = {}
         self.freed: list[FreedBlock] = []
         """To be zeroed by the next step, before anything is written."""
+        self.lender: Partition | None = None
+        """That of the published prefixes, whose encoded blocks tables of this one may hold."""
         self.on_users_changed: Callable[[str, int, HeldBlock], None] = lambda *_: None
 
     @property
@@ -347,6 +349,10 @@ class Partition:
 
     def release(self, codec: str, group: int, held: HeldBlock) -> None:
         """Take one user of what an entry holds in a group away."""
+        if held.is_lent:
+            assert self.lender is not None, "only published prefixes are lent"
+            self.lender.release(codec, group, HeldBlock(held.rank, NO_BLOCK, held.encoded_id))
+            held = HeldBlock(held.rank, held.block_id, NO_BLOCK)
         if held.block_id != NO_BLOCK:
             pool = self._pools[held.rank][group]
             pool.release(held.block_id)
@@ -370,29 +376,3 @@ class Partition:
         """Requests choose a codec's parameters, so there is no end of codecs."""
         if not any(encoded.num_pages for rank in self._encoded[codec] for encoded in rank):
             del self._encoded[codec]
-
-
-def entries_per_group(
-    windows: Sequence[int | None],
-    num_tokens: int,
-    *,
-    block_size: int,
-    chunk_tokens: int,
-    recent_blocks: int | None = None,
-) -> tuple[int, ...]:
-    """Most table entries per group that a sequence of `num_tokens` holds at one time, when it is
-    computed in chunks of at most `chunk_tokens`. `recent_blocks`: see `BlockTable`.
-    """
-    entries = -(-num_tokens // block_size)
-    # The first one, and a chunk that begins inside a block.
-    unwindowed = (
-        entries
-        if recent_blocks is None
-        else min(entries, recent_blocks + -(-chunk_tokens // block_size) + 2)
-    )
-    return tuple(
-        unwindowed
-        if window is None
-        else min(entries, -(-(window + chunk_tokens) // block_size) + 1)
-        for window in windows
-    )

@@ -11,7 +11,7 @@ from kvcluster.cache.block_table import FreedBlock
 from kvcluster.cache.partition import Partition, PartitionStatistics
 from kvcluster.cache.pool_tier import pool_ledger, rank_statistics
 from kvcluster.cache.tier import TierShare
-from kvcluster.types import DEFAULT_TENANT, TenantId
+from kvcluster.types import DEFAULT_TENANT, PUBLISHED, TenantId
 
 
 class CachePartitions:
@@ -49,6 +49,8 @@ class CachePartitions:
                 exact_recent=self._exact_recent,
                 encoded_step=self._encoded_step,
             )
+            if tenant != PUBLISHED:
+                self._partitions[tenant].lender = self.of(PUBLISHED)
         return self._partitions[tenant]
 
     def take_freed(self) -> list[FreedBlock]:
@@ -62,7 +64,8 @@ class CachePartitions:
         """These shares hold from now on, for new and for running requests: see `TierLedger`."""
         self.ledger.apply(shares)
         for tenant, partition in tuple(self._partitions.items()):
-            if tenant not in self.ledger.tenants and not partition.num_used:
+            is_needed = tenant == PUBLISHED or tenant in self.ledger.tenants or partition.num_used
+            if not is_needed:
                 del self._partitions[tenant]
 
     @property

@@ -76,12 +76,17 @@ class PrefixCache:
         return len(self._blocks)
 
     def match(
-        self, keys: Sequence[BlockKey], tokens: "array[int]", start: int = 0
+        self,
+        keys: Sequence[BlockKey],
+        tokens: "array[int]",
+        start: int = 0,
+        after: CachedBlock | None = None,
     ) -> list[CachedBlock]:
         """The kept blocks of the longest prefix, from block `start` on. Tokens are compared, and
-        that they follow what they followed when they were computed: keys may collide."""
+        that they follow what they followed when they were computed: keys may collide. `after`: the
+        published block before them, where there is one."""
         found: list[CachedBlock] = []
-        parent = self._blocks.get(keys[start - 1]) if start else None
+        parent = after or (self._blocks.get(keys[start - 1]) if start else None)
         for index in range(start, len(keys)):
             block = self._blocks.get(keys[index])
             if block is None or block.parent is not parent:
@@ -111,15 +116,19 @@ class PrefixCache:
         table: BlockTable,
         forms: HeldForms,
         num_blocks: int,
+        published: Sequence[CachedBlock] = (),
     ) -> None:
         """Keep the first blocks of a table, in the forms with which a sequence can go on there.
-        Nothing is kept where the table lacks one of them."""
-        at, parent = forms.at(num_blocks), None
+        Nothing is kept where the table lacks one of them. `published`: what its first entries are,
+        which are kept already, and not here."""
+        at, parent = forms.at(num_blocks), published[-1] if published else None
         entries = [table.entry(index) for index in range(num_blocks)]
         if not all(has(entry, at.needs(index)) for index, entry in enumerate(entries)):
             return
         path: list[CachedBlock] = []
         for index, entry in enumerate(entries):
+            if index < len(published):
+                continue
             block = self._blocks.get(keys[index])
             own = block_tokens(tokens, index, forms.block_size)
             if block is None:
@@ -256,7 +265,7 @@ class PrefixCache:
     def _has_idle_before(self, block: CachedBlock) -> bool:
         """Whether anything of the block, or of those before it, is used by nobody else."""
         at: CachedBlock | None = block
-        while at is not None:
+        while at is not None and self._blocks.get(at.key) is at:
             for copy in at.copies:
                 for group, held in enumerate(copy.held()):
                     if self.shared.num_users(at.codec, held, group) == 1:

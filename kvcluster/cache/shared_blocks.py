@@ -39,11 +39,14 @@ class SharedBlocks:
             users = max(users, encoded.num_users(held.encoded_id))
         return users
 
-    def adopt(self, table: BlockTable, entry: TableEntry) -> TableEntry | None:
+    def adopt(
+        self, table: BlockTable, entry: TableEntry, lender: "SharedBlocks | None" = None
+    ) -> TableEntry | None:
         """Share an entry with the table; returns it as the table has it. Shared blocks are never
         written: what is still to be encoded gets an encoded block of its own. None, and nothing
-        taken: there is none left."""
-        self.retain(table.codec, entry)
+        taken: there is none left. `lender`: of the published prefixes, where it comes from there;
+        its blocks stay counted as theirs."""
+        (lender or self).retain(table.codec, entry)
         codec, is_encoded = table.codec, table.codec != EXACT and len(table) > 0
         encoded = list(entry.encoded_ids or (NO_BLOCK,) * self.partition.num_groups)
         for group in table.groups if is_encoded else ():
@@ -54,8 +57,15 @@ class SharedBlocks:
                     break
             encoded[group] = block
             if block == NO_BLOCK:
-                self.release(codec, entry._replace(encoded_ids=tuple(encoded)))
+                given = entry.encoded_ids or (NO_BLOCK,) * len(encoded)
+                own = (
+                    NO_BLOCK if shared != NO_BLOCK else taken
+                    for taken, shared in zip(encoded, given, strict=True)
+                )
+                self.release(codec, entry._replace(encoded_ids=tuple(own)))
+                none = (NO_BLOCK,) * len(entry.block_ids)
+                (lender or self).release(codec, entry._replace(block_ids=none))
                 return None
         adopted = entry._replace(encoded_ids=tuple(encoded) if is_encoded else ())
-        table.add(adopted)
+        table.add(adopted, lent=None if lender is None else entry)
         return adopted

@@ -40,6 +40,11 @@ from kvcluster.cli.tenants_asking import (
     tenant_name,
     watch,
 )
+from kvcluster.cli.tenants_published import (
+    list_published_prefixes,
+    publish_prefix,
+    withdraw_prefix,
+)
 
 tenants = typer.Typer(
     name="tenants",
@@ -352,5 +357,8 @@ for command in (
     revoke_api_key,
     list_audit_events,
     verify_audit_log,
+    publish_prefix,
+    list_published_prefixes,
+    withdraw_prefix,
 ):
     tenants.command()(with_tls(command))

@@ -46,7 +46,7 @@ from kvcluster.errors import (
     QuotaExceeded,
     ResourceExists,
 )
-from kvcluster.types import GenerationId, Policy, TenantId
+from kvcluster.types import PUBLISHED, GenerationId, Policy, TenantId
 
 MAX_CONTEXTS = 1000
 """Of one tenant: their tokens stay in the engine's memory."""
@@ -196,8 +196,8 @@ class Contexts:
         """Give a request what it begins with and may share. Raises: as `policy_of`."""
         spec = request.spec
         if not spec.context:
-            secret = self._parts.secret_of(spec.tenant)
-            request.prefix = self._prefixes.prefix_of(spec, request.policy, secret)
+            secrets = (self._parts.secret_of(each) for each in (spec.tenant, PUBLISHED))
+            request.prefix = self._prefixes.prefix_of(spec, request.policy, *secrets)
             return
         context = self._readable(spec)
         context.last_access_time_s = self._parts.clock.unix()

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.capacity import block_bytes_per_group
-from kvcluster.cache.partition import Partition, entries_per_group
+from kvcluster.cache.partition import Partition
+from kvcluster.cache.table_entries import entries_per_group
 from kvcluster.engine.kept_beside import KeptBeside
 from kvcluster.engine.survivor_table import group_by_score
 from kvcluster.retention.base import Budgeted

@@ -2,10 +2,11 @@
 
 import secrets
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from kvcluster.cache.block_keys import SECRET_BYTES, BlockKey, BlockKeys
+from kvcluster.cache.prefix_cache import CachedBlock
 from kvcluster.types import TenantId
 
 
@@ -13,9 +14,22 @@ class PrefixKeys:
     """Mutable: the names of a request's blocks, as its prompt comes in."""
 
     def __init__(
-        self, keys: BlockKeys, *, reads: bool, writes: bool, most_blocks: int | None = None
+        self,
+        keys: BlockKeys,
+        *,
+        reads: bool,
+        writes: bool,
+        most_blocks: int | None = None,
+        published_keys: BlockKeys | None = None,
     ) -> None:
-        """`most_blocks`: only so many of the first ones are read; None: all that are there."""
+        """`most_blocks`: only so many of the first ones are read; None: all that are there.
+        `published_keys`: the same blocks' names among the published ones; None: these are not
+        read."""
+        self.published_keys = published_keys
+        self.published: list[CachedBlock] = []
+        """Published blocks with which the prompt begins, as far as it is known."""
+        self.adopted: Sequence[CachedBlock] = ()
+        """Those of them that the request's table begins with."""
         self.blocks = keys
         self.most_blocks = most_blocks
         self.reads = reads

@@ -19,13 +19,15 @@ from kvcluster.cache.held_forms import Form, HeldForms
 from kvcluster.cache.partition import Partition
 from kvcluster.cache.partitions import CachePartitions
 from kvcluster.cache.prefix_cache import Dropped, PrefixCache
+from kvcluster.cache.shared_blocks import SharedBlocks
 from kvcluster.config import CacheConfig
 from kvcluster.engine.api import CacheMode, GenerationRequest
 from kvcluster.engine.plan import NewBlock, Release, SequenceStart
 from kvcluster.engine.prefix_keys import PrefixKeys
+from kvcluster.engine.published_prefixes import PublishedPrefixes, longest
 from kvcluster.engine.request import Request
 from kvcluster.retention.offered import budgeted, recent_blocks
-from kvcluster.types import DEFAULT_TENANT, ModelSpec, Policy, TenantId
+from kvcluster.types import DEFAULT_TENANT, PUBLISHED, ModelSpec, Policy, TenantId
 
 _MAX_POLICIES: Final = 256
 """Whose rules are kept at hand."""
@@ -42,6 +44,7 @@ class Prefixes:
         self._partitions = partitions
         self._forms = lru_cache(_MAX_POLICIES)(self._forms_of)
         self._caches: dict[TenantId, PrefixCache] = {}
+        self._published = PublishedPrefixes(self.cache(PUBLISHED))
 
     def cache(self, tenant: TenantId) -> PrefixCache:
         """What is kept in the tenant's partition."""
@@ -76,9 +79,10 @@ class Prefixes:
         return not is_by_score and policy.selection == Policy().selection
 
     def prefix_of(
-        self, spec: GenerationRequest, policy: Policy, secret: bytes
+        self, spec: GenerationRequest, policy: Policy, secret: bytes, published_secret: bytes
     ) -> PrefixKeys | None:
-        """How a request without a context shares; None: not at all."""
+        """How a request without a context shares; None: not at all. `published_secret`: of the
+        tenant `PUBLISHED`."""
         is_off = not self.is_on or spec.cache_mode is CacheMode.BYPASS
         if is_off or not self.is_shareable(policy):
             return None
@@ -87,6 +91,7 @@ class Prefixes:
             # Kept blocks come without the rows that score their tokens.
             reads=spec.sampling.prompt_logprobs is None,
             writes=spec.cache_mode is CacheMode.READ_WRITE,
+            published_keys=self.keys(policy, "", published_secret),
         )
 
     def known_tokens(self, request: Request) -> int:
@@ -96,22 +101,31 @@ class Prefixes:
         if prefix is None or not prefix.reads or request.is_prompt_complete:
             return 0
         prefix.extend(request.tokens)
-        found = self._cache_of(request).match(prefix.readable, request.tokens, prefix.num_matched)
-        prefix.num_matched += len(found)
+        published = self._published.extend(request)
+        start = max(prefix.num_matched, len(published))
+        after = published[-1] if published and start == len(published) else None
+        found = self._cache_of(request).match(prefix.readable, request.tokens, start, after)
+        prefix.num_matched = start + len(found)
         return prefix.num_matched * self._block_size
 
     @contextmanager
     def present(self, request: Request) -> Iterator[list[TableEntry]]:
         """What the request could begin with, which nothing evicts inside the `with` block."""
         entries, codec = self._present(request), request.policy.storage
-        shared = self._cache_of(request).shared
-        for entry in entries:
+        owners = [self._owner(request, index) for index in range(len(entries))]
+        for shared, entry in zip(owners, entries, strict=True):
             shared.retain(codec, entry)
         try:
             yield entries
         finally:
-            for entry in entries:
+            for shared, entry in zip(owners, entries, strict=True):
                 shared.release(codec, entry)
+
+    def _owner(self, request: Request, index: int) -> SharedBlocks:
+        """Where the blocks of an entry that the request begins with are counted."""
+        prefix = request.prefix
+        is_published = prefix is not None and index < len(prefix.adopted)
+        return self._published.shared if is_published else self._cache_of(request).shared
 
     def _present(self, request: Request) -> list[TableEntry]:
         prefix = request.prefix
@@ -119,14 +133,20 @@ class Prefixes:
             return []
         prefix.extend(request.tokens)
         cache = self._cache_of(request)
-        blocks = cache.match(prefix.readable, request.tokens)
+        own = cache.match(prefix.readable, request.tokens)
+        published = self._published.match(request)
+        after = published and cache.match(
+            prefix.readable, request.tokens, len(published), published[-1]
+        )
+        blocks, num_published = longest(published, own, after)
         # The row of the last token has to be computed: it samples. And a build that has nothing to
         # compute is not started.
         most = (len(request.tokens) - 1) // self._block_size
         if request.builds_context:
             most = min(most, len(request.tokens) // self._block_size - 1)
         entries = cache.usable(blocks, self._forms(request.policy), most)
-        cache.touch(blocks[: len(entries)])
+        prefix.adopted = blocks[: min(num_published, len(entries))]
+        cache.touch(blocks[len(prefix.adopted) : len(entries)])
         return entries
 
     def adopt(self, request: Request, entries: list[TableEntry]) -> list[NewBlock] | None:
@@ -136,8 +156,10 @@ class Prefixes:
         assert table is not None
         assert not len(table), "a request adopts blocks before it computes any"
         adopted, cache = [], self._cache_of(request)
-        for entry in entries:
-            added = cache.shared.adopt(table, entry)
+        for index, entry in enumerate(entries):
+            owner = self._owner(request, index)
+            lender = owner if owner is self._published.shared else None
+            added = cache.shared.adopt(table, entry, lender)
             if added is None:
                 cache.shared.partition.release_all(table)
                 return None
@@ -210,7 +232,7 @@ class Prefixes:
         prefix.extend(request.tokens)
         forms = self._forms(request.policy)
         cache = self._cache_of(request)
-        cache.keep(prefix.blocks.keys, request.tokens, table, forms, num_blocks)
+        cache.keep(prefix.blocks.keys, request.tokens, table, forms, num_blocks, prefix.adopted)
 
     def forget(
         self, tenant: TenantId, keys: Sequence[BlockKey], requests: Iterable[Request]

@@ -18,6 +18,7 @@ from kvcluster.router.auth import admin_credentials
 from kvcluster.router.calls import CallWrapper
 from kvcluster.router.listener import bind, host_and_port, reachable, server_options
 from kvcluster.router.open_calls import OpenCalls
+from kvcluster.router.published import PublishedPrefixes
 from kvcluster.router.tenant_watch import TenantWatch
 from kvcluster.router.tenants import TenantService
 from kvcluster.router.tls import admin_tls
@@ -62,6 +63,7 @@ class AdminServer:
             purge_after_s=tenancy.purge_after_s,
             unix_time=unix_time,
         )
+        self._published = PublishedPrefixes(access.store, backends)
         self._wrap = CallWrapper(
             admin_credentials(
                 access.directory, serves_local=router.insecure_local, tokens=access.tokens
@@ -73,6 +75,7 @@ class AdminServer:
         self._health = health.aio.HealthServicer()
         self._server: aio.Server | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[None] | None = None
         self._port = 0
 
     @property
@@ -93,13 +96,16 @@ class AdminServer:
         await self._server.start()
         self._watching = asyncio.create_task(self._watch.run())
         self._watching.add_done_callback(_log_failure)
+        self._publishing = asyncio.create_task(self._published.run())
+        self._publishing.add_done_callback(_log_failure)
 
     async def stop(self, *, grace_s: float) -> None:
         """Take no more calls, give running ones `grace_s` to end, then cancel them."""
-        if self._watching is not None:
-            self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
+        for task in (self._watching, self._publishing):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)
@@ -128,6 +134,11 @@ class AdminServer:
                 "RevokeApiKey": unary(pb.RevokeApiKeyRequest, service.revoke_api_key),
                 "ListAuditEvents": unary(pb.ListAuditEventsRequest, service.list_audit_events),
                 "VerifyAuditLog": unary(pb.VerifyAuditLogRequest, service.verify_audit_log),
+                "PublishPrefix": unary(pb.PublishPrefixRequest, self._published.publish),
+                "ListPublishedPrefixes": unary(
+                    pb.ListPublishedPrefixesRequest, self._published.list_all
+                ),
+                "WithdrawPrefix": unary(pb.WithdrawPrefixRequest, self._published.withdraw),
             },
         )
 

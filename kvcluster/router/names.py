@@ -8,6 +8,7 @@ from kvcluster.types import GenerationId, TenantId
 _GENERATION_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/generations/([A-Za-z0-9_-]{1,128})")
 _CONTEXT_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/contexts/([a-z0-9-]{1,63})")
 _CONTEXT_ID = re.compile(r"[a-z0-9-]{1,63}")
+_PUBLISHED_NAME = re.compile(r"publishedPrefixes/([a-z0-9-]{1,63})")
 _TENANT_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})")
 _USAGE_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/usage")
 _KEY_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/apiKeys/([a-z0-9-]{1,63})")
@@ -92,6 +93,11 @@ def key_of(name: str) -> tuple[TenantId, str]:
     """Tenant and id of an API key. Raises: InvalidField."""
     match = _match(_KEY_NAME, name, "name", "tenants/{tenant}/apiKeys/{api_key}")
     return TenantId(match[1]), match[2]
+
+
+def published_of(name: str) -> str:
+    """The id of a published prefix. Raises: InvalidField."""
+    return _match(_PUBLISHED_NAME, name, "name", "publishedPrefixes/{published_prefix}")[1]
 
 
 def event_name(tenant: TenantId, number: int) -> str:

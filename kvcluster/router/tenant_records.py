@@ -11,11 +11,13 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvcluster.engine.api import TenantLoad
+from kvcluster.engine.context_api import ContextRecord, ContextState
 from kvcluster.errors import InvalidField
 from kvcluster.router import names
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
 from kvcluster.tenancy.audit import ChainReport
 from kvcluster.tenancy.limits import UNLIMITED, Partitions, TenantLimits, Tier, TierPartition
+from kvcluster.tenancy.published import PublishedPrefix
 from kvcluster.tenancy.tenant import (
     ApiKey,
     AuditEvent,
@@ -232,3 +234,21 @@ def _timestamp(unix_s: float | None) -> Timestamp | None:
     fraction, whole = math.modf(unix_s)
     # A float of seconds since 1970 is no finer.
     return Timestamp(seconds=int(whole), nanos=int(fraction * 1e6) * 1000)
+
+
+def published_to_proto(
+    prefix: PublishedPrefix, found: Sequence[ContextRecord | None]
+) -> pb.PublishedPrefix:
+    """`found`: what each engine of its model has of it."""
+    there = [record for record in found if record is not None]
+    message = pb.PublishedPrefix(
+        name=prefix.name,
+        model=prefix.model,
+        policy=prefix.policy or (there[0].policy if there else ""),
+        token_count=min((record.token_count for record in there), default=0),
+        kv_bytes=sum(record.kv_bytes for record in there),
+        resident=len(there) == len(found) > 0
+        and all(record.state is ContextState.ACTIVE for record in there),
+    )
+    message.create_time.FromMicroseconds(round(prefix.create_time_s * 1e6))
+    return message

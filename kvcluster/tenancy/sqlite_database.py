@@ -69,7 +69,17 @@ def _add_root_key(connection: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_tables, _add_root_key)
+def _add_published_prefixes(connection: sqlite3.Connection) -> None:
+    connection.execute(
+        "CREATE TABLE published_prefixes (prefix TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT"
+    )
+
+
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
+    _create_tables,
+    _add_root_key,
+    _add_published_prefixes,
+)
 """Step n takes a database of version n to version n + 1. A step that has been released is never
 changed."""
 

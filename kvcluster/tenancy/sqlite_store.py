@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from kvcluster.errors import ConfigError, ResourceExists, StateConflict
+from kvcluster.errors import ConfigError, ResourceExists, ResourceNotFound, StateConflict
 from kvcluster.tenancy.audit import ChainHead, ChainReport, changed_fields, check_chain
+from kvcluster.tenancy.published import PublishedPrefix
 from kvcluster.tenancy.root_key import RootKey
 from kvcluster.tenancy.sqlite_database import SqliteDatabase
 from kvcluster.tenancy.sqlite_root_key import check_root_key
@@ -20,6 +21,7 @@ from kvcluster.tenancy.sqlite_transaction import (
     keys_in,
     no_key,
     no_tenant,
+    prefixes_in,
     tenant_name,
     tenants_in,
 )
@@ -215,6 +217,34 @@ class SqliteTenantStore:
         query = f"SELECT {EVENT_COLUMNS} FROM audit_events WHERE {where} ORDER BY number LIMIT ?"
         values = (number, count) if tenant is None else (number, tenant, count)
         return [event_in(row) for row in self._database.read(query, *values)]
+
+    def publish(self, prefix: PublishedPrefix, act: Act) -> PublishedPrefix:
+        with self._writing(act) as writing:
+            if writing.find_prefix(prefix.prefix) is not None:
+                raise ResourceExists(
+                    f"published prefix {prefix.prefix!r} exists, or is being withdrawn: choose "
+                    "another id"
+                )
+            made = msgspec.structs.replace(prefix, create_time_s=writing.now)
+            writing.put_prefix(made)
+        return made
+
+    def published(self) -> Sequence[PublishedPrefix]:
+        query = "SELECT record FROM published_prefixes ORDER BY prefix"
+        return prefixes_in(self._database.read(query))
+
+    def withdraw(self, prefix: str, act: Act) -> PublishedPrefix:
+        with self._writing(act) as writing:
+            found = writing.find_prefix(prefix)
+            if found is None:
+                raise ResourceNotFound(f"there is no published prefix {prefix!r}: check the id")
+            withdrawn = msgspec.structs.replace(found, is_withdrawn=True)
+            writing.put_prefix(withdrawn)
+        return withdrawn
+
+    def forget_prefix(self, prefix: str) -> None:
+        with self._database.writing() as connection:
+            connection.execute("DELETE FROM published_prefixes WHERE prefix = ?", (prefix,))
 
     def check_audit(self) -> ChainReport:
         query = "SELECT number, digest, mac, (SELECT max(number) FROM audit_events) FROM audit_head"

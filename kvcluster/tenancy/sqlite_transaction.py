@@ -9,6 +9,7 @@ import msgspec
 
 from kvcluster.errors import EtagMismatch, ResourceNotFound, StateConflict
 from kvcluster.tenancy.audit import changed_fields, head_of, sealed
+from kvcluster.tenancy.published import PublishedPrefix
 from kvcluster.tenancy.root_key import RootKey
 from kvcluster.tenancy.tenant import OPERATORS, Act, ApiKey, AuditEvent, Tenant
 from kvcluster.types import TenantId
@@ -82,6 +83,21 @@ class TenantTransaction:
             (key.tenant, key.key, key.uid, self._revision, _json(key)),
         )
 
+    def find_prefix(self, prefix: str) -> PublishedPrefix | None:
+        query = "SELECT record FROM published_prefixes WHERE prefix = ?"
+        rows = self._connection.execute(query, (prefix,)).fetchall()
+        return prefixes_in(rows)[0] if rows else None
+
+    def put_prefix(self, prefix: PublishedPrefix) -> None:
+        """Write it down, and that it was, without what it says."""
+        said = {"model": prefix.model, "policy": prefix.policy, "withdrawn": prefix.is_withdrawn}
+        self.audit(OPERATORS, prefix.name, msgspec.json.encode(said, order="sorted").decode())
+        self._connection.execute(
+            "INSERT INTO published_prefixes VALUES (?, ?) ON CONFLICT (prefix) "
+            "DO UPDATE SET record = excluded.record",
+            (prefix.prefix, msgspec.json.encode(prefix).decode()),
+        )
+
     def add_data_key(self, tenant: Tenant) -> None:
         self._connection.execute(
             "INSERT INTO data_keys VALUES (?, ?, ?)",
@@ -136,6 +152,10 @@ def tenants_in(rows: Sequence[tuple[Any, ...]]) -> list[Tenant]:
 
 def keys_in(rows: Sequence[tuple[Any, ...]]) -> list[ApiKey]:
     return [msgspec.json.decode(record, type=ApiKey) for (record,) in rows]
+
+
+def prefixes_in(rows: Sequence[tuple[Any, ...]]) -> list[PublishedPrefix]:
+    return [msgspec.json.decode(record, type=PublishedPrefix) for (record,) in rows]
 
 
 def event_in(row: tuple[Any, ...]) -> AuditEvent:

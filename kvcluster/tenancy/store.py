@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from kvcluster.tenancy.audit import ChainReport
+from kvcluster.tenancy.published import PublishedPrefix
 from kvcluster.tenancy.tenant import Act, ApiKey, AuditEvent, Tenant
 from kvcluster.types import TenantId
 
@@ -96,6 +97,22 @@ class TenantStore(Protocol):
         self, tenant: TenantId | None, number: int, count: int
     ) -> Sequence[AuditEvent]:
         """The first `count` audit events after `number`, of one tenant or of all."""
+        ...
+
+    def publish(self, prefix: PublishedPrefix, act: Act) -> PublishedPrefix:
+        """Raises: ResourceExists."""
+        ...
+
+    def published(self) -> Sequence[PublishedPrefix]:
+        """By id, those included that are being withdrawn."""
+        ...
+
+    def withdraw(self, prefix: str, act: Act) -> PublishedPrefix:
+        """Mark it. Raises: ResourceNotFound."""
+        ...
+
+    def forget_prefix(self, prefix: str) -> None:
+        """Remove one that was withdrawn: no engine has it any more."""
         ...
 
     def check_audit(self) -> ChainReport:

@@ -25,7 +25,7 @@ from tests.thread_executor import running_engine
 CONFIG = ClusterConfig(
     model="tiny",
     cache=CacheConfig(block_size=16, capacity_tokens=2048, exact_recent_tokens=20),
-    engine=EngineConfig(prefill_chunk_tokens=64, shard_min_tokens=32, retention_s=0.5),
+    engine=EngineConfig(prefill_chunk_tokens=64, shard_min_tokens=32, retention_s=3.0),
     ring=RingConfig(num_ranks=2),
 )
 

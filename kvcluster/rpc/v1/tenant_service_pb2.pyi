@@ -11,6 +11,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from kvcluster.rpc.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -1200,3 +1201,161 @@ class VerifyAuditLogResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyAuditLogResponse: _TypeAlias = VerifyAuditLogResponse  # noqa: Y015
+
+@_typing.final
+class PublishedPrefix(_message.Message):
+    """A prefix that every tenant's prompts may begin with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Format: publishedPrefixes/{published_prefix}"""
+    model: _builtins.str
+    """Name as in ListModels, without "models/". Empty: every model that is served."""
+    policy: _builtins.str
+    """How its blocks are compressed: only requests with this policy find it. Empty: the default."""
+    token_count: _builtins.int
+    """Tokens that are there now; only whole blocks of them are shared. 0: none yet."""
+    kv_bytes: _builtins.int
+    """Cache bytes that it takes, in no tenant's share."""
+    resident: _builtins.bool
+    """Whether every engine of its model has it."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was published."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        model: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        resident: _builtins.bool = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "kv_bytes", b"kv_bytes", "model", b"model", "name", b"name", "policy", b"policy", "resident", b"resident", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishedPrefix: _TypeAlias = PublishedPrefix  # noqa: Y015
+
+@_typing.final
+class PublishPrefixRequest(_message.Message):
+    """A prefix to be published."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLISHED_PREFIX_ID_FIELD_NUMBER: _builtins.int
+    PUBLISHED_PREFIX_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    published_prefix_id: _builtins.str
+    """Its id: 1 to 63 of the characters a-z 0-9 -."""
+    @_builtins.property
+    def published_prefix(self) -> Global___PublishedPrefix:
+        """Its model and policy."""
+
+    @_builtins.property
+    def content(self) -> _common_pb2.TokenInput:
+        """What it says."""
+
+    def __init__(
+        self,
+        *,
+        published_prefix_id: _builtins.str = ...,
+        published_prefix: Global___PublishedPrefix | None = ...,
+        content: _common_pb2.TokenInput | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "published_prefix", b"published_prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "published_prefix", b"published_prefix", "published_prefix_id", b"published_prefix_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishPrefixRequest: _TypeAlias = PublishPrefixRequest  # noqa: Y015
+
+@_typing.final
+class ListPublishedPrefixesRequest(_message.Message):
+    """There is nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most 1000, which larger values are taken for; 0: 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPublishedPrefixesRequest: _TypeAlias = ListPublishedPrefixesRequest  # noqa: Y015
+
+@_typing.final
+class ListPublishedPrefixesResponse(_message.Message):
+    """One page of published prefixes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLISHED_PREFIXES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Of the next page; empty: this is the last."""
+    @_builtins.property
+    def published_prefixes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishedPrefix]:
+        """By id."""
+
+    def __init__(
+        self,
+        *,
+        published_prefixes: _abc.Iterable[Global___PublishedPrefix] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "published_prefixes", b"published_prefixes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPublishedPrefixesResponse: _TypeAlias = ListPublishedPrefixesResponse  # noqa: Y015
+
+@_typing.final
+class WithdrawPrefixRequest(_message.Message):
+    """Which prefix to take back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Format: publishedPrefixes/{published_prefix}"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WithdrawPrefixRequest: _TypeAlias = WithdrawPrefixRequest  # noqa: Y015

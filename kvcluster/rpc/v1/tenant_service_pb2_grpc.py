@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from kvcluster.rpc.v1 import tenant_service_pb2 as kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -124,6 +125,21 @@ class TenantServiceStub:
                 '/kvcluster.rpc.v1.TenantService/VerifyAuditLog',
                 request_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.VerifyAuditLogRequest.SerializeToString,
                 response_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.VerifyAuditLogResponse.FromString,
+                _registered_method=True)
+        self.PublishPrefix = channel.unary_unary(
+                '/kvcluster.rpc.v1.TenantService/PublishPrefix',
+                request_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PublishPrefixRequest.SerializeToString,
+                response_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PublishedPrefix.FromString,
+                _registered_method=True)
+        self.ListPublishedPrefixes = channel.unary_unary(
+                '/kvcluster.rpc.v1.TenantService/ListPublishedPrefixes',
+                request_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListPublishedPrefixesRequest.SerializeToString,
+                response_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListPublishedPrefixesResponse.FromString,
+                _registered_method=True)
+        self.WithdrawPrefix = channel.unary_unary(
+                '/kvcluster.rpc.v1.TenantService/WithdrawPrefix',
+                request_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.WithdrawPrefixRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
 
 
@@ -262,6 +278,31 @@ class TenantServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PublishPrefix(self, request, context):
+        """Publishes a prefix, such as a system prompt: from then on every tenant's prompts that begin with
+        it, under the same policy, find it computed. It is in the operator's memory, is never evicted,
+        and comes back by itself after a loss of ranks or engines. Returns when it is there. Operators
+        only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPublishedPrefixes(self, request, context):
+        """Lists what is published, by id. Operators only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WithdrawPrefix(self, request, context):
+        """Takes a published prefix back. Returns when its memory is zeroed; generations that read it are
+        waited for. Operators only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -349,6 +390,21 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.VerifyAuditLog,
                     request_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.VerifyAuditLogRequest.FromString,
                     response_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.VerifyAuditLogResponse.SerializeToString,
+            ),
+            'PublishPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishPrefix,
+                    request_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PublishPrefixRequest.FromString,
+                    response_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PublishedPrefix.SerializeToString,
+            ),
+            'ListPublishedPrefixes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPublishedPrefixes,
+                    request_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListPublishedPrefixesRequest.FromString,
+                    response_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListPublishedPrefixesResponse.SerializeToString,
+            ),
+            'WithdrawPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.WithdrawPrefix,
+                    request_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.WithdrawPrefixRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -816,6 +872,87 @@ class TenantService:
             '/kvcluster.rpc.v1.TenantService/VerifyAuditLog',
             kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.VerifyAuditLogRequest.SerializeToString,
             kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.VerifyAuditLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvcluster.rpc.v1.TenantService/PublishPrefix',
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PublishPrefixRequest.SerializeToString,
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PublishedPrefix.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPublishedPrefixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvcluster.rpc.v1.TenantService/ListPublishedPrefixes',
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListPublishedPrefixesRequest.SerializeToString,
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListPublishedPrefixesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WithdrawPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvcluster.rpc.v1.TenantService/WithdrawPrefix',
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.WithdrawPrefixRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,
             insecure,

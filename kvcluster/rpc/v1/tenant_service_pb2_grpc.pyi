@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from google.protobuf import empty_pb2 as _empty_pb2
 from grpc import aio as _aio
 from kvcluster.rpc.v1 import tenant_service_pb2 as _tenant_service_pb2
 import abc as _abc_1
@@ -87,6 +88,18 @@ class TenantServiceStub:
     """Reads the whole audit log and checks that each event follows from the one before. Operators
     only.
     """
+    PublishPrefix: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.PublishPrefixRequest, _tenant_service_pb2.PublishedPrefix]
+    """Publishes a prefix, such as a system prompt: from then on every tenant's prompts that begin with
+    it, under the same policy, find it computed. It is in the operator's memory, is never evicted,
+    and comes back by itself after a loss of ranks or engines. Returns when it is there. Operators
+    only.
+    """
+    ListPublishedPrefixes: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.ListPublishedPrefixesRequest, _tenant_service_pb2.ListPublishedPrefixesResponse]
+    """Lists what is published, by id. Operators only."""
+    WithdrawPrefix: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.WithdrawPrefixRequest, _empty_pb2.Empty]
+    """Takes a published prefix back. Returns when its memory is zeroed; generations that read it are
+    waited for. Operators only.
+    """
 
 @_typing.type_check_only
 class TenantServiceAsyncStub(TenantServiceStub):
@@ -146,6 +159,18 @@ class TenantServiceAsyncStub(TenantServiceStub):
     VerifyAuditLog: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.VerifyAuditLogRequest, _tenant_service_pb2.VerifyAuditLogResponse]  # type: ignore[assignment]
     """Reads the whole audit log and checks that each event follows from the one before. Operators
     only.
+    """
+    PublishPrefix: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.PublishPrefixRequest, _tenant_service_pb2.PublishedPrefix]  # type: ignore[assignment]
+    """Publishes a prefix, such as a system prompt: from then on every tenant's prompts that begin with
+    it, under the same policy, find it computed. It is in the operator's memory, is never evicted,
+    and comes back by itself after a loss of ranks or engines. Returns when it is there. Operators
+    only.
+    """
+    ListPublishedPrefixes: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.ListPublishedPrefixesRequest, _tenant_service_pb2.ListPublishedPrefixesResponse]  # type: ignore[assignment]
+    """Lists what is published, by id. Operators only."""
+    WithdrawPrefix: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.WithdrawPrefixRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Takes a published prefix back. Returns when its memory is zeroed; generations that read it are
+    waited for. Operators only.
     """
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -305,6 +330,36 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_tenant_service_pb2.VerifyAuditLogResponse, _abc.Awaitable[_tenant_service_pb2.VerifyAuditLogResponse]]:
         """Reads the whole audit log and checks that each event follows from the one before. Operators
         only.
+        """
+
+    @_abc_1.abstractmethod
+    def PublishPrefix(
+        self,
+        request: _tenant_service_pb2.PublishPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tenant_service_pb2.PublishedPrefix, _abc.Awaitable[_tenant_service_pb2.PublishedPrefix]]:
+        """Publishes a prefix, such as a system prompt: from then on every tenant's prompts that begin with
+        it, under the same policy, find it computed. It is in the operator's memory, is never evicted,
+        and comes back by itself after a loss of ranks or engines. Returns when it is there. Operators
+        only.
+        """
+
+    @_abc_1.abstractmethod
+    def ListPublishedPrefixes(
+        self,
+        request: _tenant_service_pb2.ListPublishedPrefixesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tenant_service_pb2.ListPublishedPrefixesResponse, _abc.Awaitable[_tenant_service_pb2.ListPublishedPrefixesResponse]]:
+        """Lists what is published, by id. Operators only."""
+
+    @_abc_1.abstractmethod
+    def WithdrawPrefix(
+        self,
+        request: _tenant_service_pb2.WithdrawPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Takes a published prefix back. Returns when its memory is zeroed; generations that read it are
+        waited for. Operators only.
         """
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

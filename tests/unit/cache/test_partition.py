@@ -3,8 +3,9 @@ import pytest
 from kvcluster.cache.block_pool import BlockPool
 from kvcluster.cache.block_table import BlockTable
 from kvcluster.cache.capacity import block_bytes_per_group
-from kvcluster.cache.partition import Partition, entries_per_group
+from kvcluster.cache.partition import Partition
 from kvcluster.cache.pool_tier import pool_ledger
+from kvcluster.cache.table_entries import entries_per_group
 from kvcluster.cache.tier import TierShare
 from kvcluster.tenancy.limits import UNLIMITED
 from kvcluster.types import NO_BLOCK, Rank, TenantId

@@ -69,12 +69,16 @@ class Served:
         await self.service.finish_prompt(generation, 0)
         return generation
 
-    async def read(self, generation: GenerationId, after: int = 0) -> list[GenerationEvent]:
-        batches = self.service.watch(DEFAULT_TENANT, generation, after)
+    async def read(
+        self, generation: GenerationId, after: int = 0, *, tenant: TenantId = DEFAULT_TENANT
+    ) -> list[GenerationEvent]:
+        batches = self.service.watch(tenant, generation, after)
         return [event async for batch in batches for event in batch]
 
-    async def output(self, generation: GenerationId) -> list[int]:
-        events = [event.event for event in await self.read(generation)]
+    async def output(
+        self, generation: GenerationId, *, tenant: TenantId = DEFAULT_TENANT
+    ) -> list[int]:
+        events = [event.event for event in await self.read(generation, tenant=tenant)]
         return [token for event in events if isinstance(event, Output) for token in event.token_ids]
 
     def expected(self, prompt: list[int], max_output_tokens: int = 4) -> list[int]:

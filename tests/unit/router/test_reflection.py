@@ -71,6 +71,13 @@ TENANTS = (
     Step("UndeleteTenant", {"name": "tenants/red"}, ["undelete-tenant", "red"]),
     Step("ListAuditEvents", {"parent": "tenants/-"}, ["list-audit-events"]),
     Step("VerifyAuditLog", {}, ["verify-audit-log"]),
+    Step(
+        "PublishPrefix",
+        {"publishedPrefixId": "system", "content": PROMPT},
+        ["publish-prefix", "system", "--prompt-ids", "{ids}"],
+    ),
+    Step("ListPublishedPrefixes", {}, ["list-published-prefixes"]),
+    Step("WithdrawPrefix", {"name": "publishedPrefixes/system"}, ["withdraw-prefix", "system"]),
 )
 CONTEXTS = (
     Step(

@@ -231,6 +231,15 @@ OPERATOR_ACTS: dict[str, Ask] = {
     "VerifyAuditLog": lambda stub, name, key: stub.VerifyAuditLog(
         pb.VerifyAuditLogRequest(), metadata=key
     ),
+    "PublishPrefix": lambda stub, name, key: stub.PublishPrefix(
+        pb.PublishPrefixRequest(published_prefix_id="system"), metadata=key
+    ),
+    "ListPublishedPrefixes": lambda stub, name, key: stub.ListPublishedPrefixes(
+        pb.ListPublishedPrefixesRequest(), metadata=key
+    ),
+    "WithdrawPrefix": lambda stub, name, key: stub.WithdrawPrefix(
+        pb.WithdrawPrefixRequest(name="publishedPrefixes/system"), metadata=key
+    ),
     "ListAuditEvents of all": lambda stub, name, key: stub.ListAuditEvents(
         pb.ListAuditEventsRequest(parent="tenants/-"), metadata=key
     ),
