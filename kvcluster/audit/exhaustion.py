@@ -241,6 +241,7 @@ async def _spoiling(
     scene: Scene, spoil: Callable[[_Stream], Awaitable[None]]
 ) -> AsyncIterator[Callable[[], int]]:
     """Gives how many of the streams are open still."""
+    await scene.until_no_stream_is_open(scene.attacker)
     method = scene.method("InferenceService", "StreamGenerate")
     async with AsyncExitStack() as stack:
         calls = [

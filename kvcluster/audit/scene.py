@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ INFERENCE = pb.ApiKey.ROLE_INFERENCE
 ADMIN = pb.ApiKey.ROLE_TENANT_ADMIN
 OPEN_STREAMS = 4
 MAX_CONTEXT_TOKENS = 65_536
+_POLL_S = 0.02
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -114,6 +115,15 @@ class Scene:
         except TimeoutError:
             return f"the victim had no answer within {self.target.patience_s:g} s"
         return None
+
+    async def until_no_stream_is_open(self, party: Party) -> None:
+        """A stream that was broken off is open to the server until it notices. Returns also when it
+        does not: what needs places for streams will tell."""
+        usage = pb.GetTenantUsageRequest(name=f"{party.name}/usage")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.target.patience_s):
+                while getattr(await self.operator.ask(usage), "open_streams", 0):
+                    await asyncio.sleep(_POLL_S)
 
     async def new_key(self, party: Party, *, role: int = INFERENCE, **fields: object) -> str:
         """The secret of another key of the party; its id is `audit` unless `fields` say."""

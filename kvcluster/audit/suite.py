@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kvcluster.audit import channels, contexts, exhaustion, identity, reach
+from kvcluster.audit import channels, collisions, contexts, exhaustion, identity, reach
 from kvcluster.audit.attack import Attack, Outcome, Verdict, breached
 from kvcluster.audit.scene import Scene, Target, staged
 from kvcluster.errors import InvalidField, KvClusterError
@@ -15,6 +15,7 @@ ATTACKS: tuple[Attack, ...] = (
     *reach.ATTACKS,
     *contexts.ATTACKS,
     *exhaustion.ATTACKS,
+    *collisions.ATTACKS,
     *channels.ATTACKS,
 )
 
