@@ -17,14 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcluster_kernels import latent_plain
 from kvcluster_kernels.codes import dot, has_assembly
 from kvcluster_kernels.float8_decode import Float8Pages
 from kvcluster_kernels.integer_decode import IntegerPages, code_bits
-from kvcluster_kernels.latent_pages import KeyExpansion, LatentPages
+from kvcluster_kernels.latent_pages import (
+    KeyExpansion,
+    LatentPages,
+    Latents,
+    LatentSections,
+    sections_of,
+)
+from kvcluster_kernels.latent_restore import restore_numbers, restore_values
 from kvcluster_kernels.latent_tiles import cos_and_sin
+from kvcluster_kernels.latent_values import ValuePages
 from kvcluster_kernels.packed_restore import restore_columns, restore_rows
 from kvcluster_kernels.prefill_arguments import Keys
+from kvcluster_kernels.rotated_decode import RotatedPages
 
 _BLOCK_S = 128
 _BLOCK_C = 64
@@ -37,10 +45,11 @@ _MAX_KERNEL_RANK = 1024
 class LatentHistory(NamedTuple):
     """Encoded blocks of one sequence, of which keys are latents."""
 
-    keys: LatentPages
+    keys: Latents
     expansion: KeyExpansion
-    values: IntegerPages | Float8Pages | LatentPages
-    """Latents with `value_expansion`; without it, numbers of 16 bits of each KV head."""
+    values: ValuePages | Float8Pages
+    """Latents with `value_expansion`; without it, numbers of 16 bits of each KV head. Rotated ones
+    with `rotation_DD`."""
     value_expansion: KeyExpansion | None
     """Made without a rotation."""
     blocks_N: Tensor
@@ -52,10 +61,12 @@ class LatentHistory(NamedTuple):
     key_dim: int
     """Channels of a key's head. An expansion knows them as well, on the device alone."""
     value_dim: int
+    rotation_DD: Tensor | None = None
+    """What rotated values are multiplied with to be rotated back."""
 
     @property
     def block_tokens(self) -> int:
-        return int(self.keys.codes.shape[3])
+        return int(sections_of(self.keys)[0].codes.shape[3])
 
     @property
     def num_kv_heads(self) -> int:
@@ -78,10 +89,9 @@ def check_latents(q_THD: Tensor, history: LatentHistory) -> None:
             f"latent prefill: {num_heads} query heads of {dim}, {history.num_kv_heads} KV heads of "
             f"{history.key_dim}"
         )
-    if history.keys.rank != history.expansion.up_KJCE.shape[2]:
-        raise ValueError(
-            f"latent prefill: latents of {history.keys.rank} numbers, another way back"
-        )
+    rank = sum(section.rank for section in sections_of(history.keys))
+    if rank != history.expansion.up_KJCE.shape[2]:
+        raise ValueError(f"latent prefill: latents of {rank} numbers, another way back")
     if len(history.positions_N) != len(history.blocks_N):
         raise ValueError("latent prefill: want the position of each block")
     if history.num_keys > len(history.blocks_N) * history.block_tokens:
@@ -105,20 +115,27 @@ def restore_latents(history: LatentHistory, dtype: torch.dtype) -> Keys:
     k_KSD = blocks_N.new_empty((num_heads, num_slots, history.key_dim), dtype=dtype)
     _expand(_latents_in_line(history.keys, blocks_N), expansion, history.positions_N, k_KSD)
     v_KSD = blocks_N.new_empty((num_heads, num_slots, history.value_dim), dtype=dtype)
-    if history.value_expansion is not None:
-        assert isinstance(values, LatentPages), "a way back of values that are no latents"
+    if isinstance(values, RotatedPages):
+        assert history.rotation_DD is not None, "rotated values without their rotation"
+        stored_KSD = restore_values(values, blocks_N, history.block_tokens)
+        v_KSD.copy_(stored_KSD @ history.rotation_DD.half())
+    elif history.value_expansion is not None:
+        assert isinstance(values, LatentPages | LatentSections), "values that are no latents"
         _expand(_latents_in_line(values, blocks_N), history.value_expansion, None, v_KSD)
     elif isinstance(values, LatentPages):
         v_KNSD = v_KSD.view(num_heads, len(blocks_N), history.block_tokens, history.value_dim)
         v_KNSD.copy_(_gathered(values.codes, blocks_N).transpose(0, 1))
     else:
+        assert not isinstance(values, LatentSections), "latents without a way back"
         bits = 0 if isinstance(values, Float8Pages) else code_bits(values, history.block_tokens)
         restore_columns(values, blocks_N, v_KSD, bits)
     return Keys(k_KSD[None], v_KSD[None], history.num_keys)
 
 
-def _latents_in_line(pages: LatentPages, blocks_N: Tensor) -> Tensor:
+def _latents_in_line(pages: Latents, blocks_N: Tensor) -> Tensor:
     """x_SC, float16."""
+    if isinstance(pages, LatentSections) or pages.rotated_rank is not None:
+        return restore_numbers(pages, blocks_N)
     if pages.scale is None:
         return _gathered(pages.codes, blocks_N)[:, 0].flatten(0, 1)
     if pages.bits in (8, 4) and pages.rank <= _MAX_KERNEL_RANK and pages.zero is not None:
@@ -127,7 +144,7 @@ def _latents_in_line(pages: LatentPages, blocks_N: Tensor) -> Tensor:
         x_1SC = blocks_N.new_empty((1, num_slots, pages.rank), dtype=torch.float16)
         restore_rows(integers, blocks_N, x_1SC, pages.bits)
         return x_1SC[0]
-    return latent_plain.restore_latents(pages, blocks_N[None], torch.float16)[0, :, 0].flatten(0, 1)
+    return restore_numbers(pages, blocks_N)
 
 
 def _gathered(plane: Tensor, blocks_N: Tensor) -> Tensor:

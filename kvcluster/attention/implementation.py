@@ -87,6 +87,13 @@ class Implementation(Protocol):
         block."""
         ...
 
+    def attention_sums(
+        self, q_THD: Tensor, k_KSD: Tensor, layer: LayerGeometry, first: int
+    ) -> Tensor | None:
+        """sums_KS: how much attention each key gets from query rows of which row t is key
+        `first + t` and sees no later one. None: that is to be computed otherwise."""
+        ...
+
     def merge(self, *partials: Partial) -> Partial:
         """`partial.merge`."""
         ...
@@ -120,6 +127,15 @@ class PlainAttention:
         part: SequencePart,  # noqa: ARG002
         q_THD: Tensor,  # noqa: ARG002
     ) -> Partial | None:
+        return None
+
+    def attention_sums(
+        self,
+        q_THD: Tensor,  # noqa: ARG002
+        k_KSD: Tensor,  # noqa: ARG002
+        layer: LayerGeometry,  # noqa: ARG002
+        first: int,  # noqa: ARG002
+    ) -> Tensor | None:
         return None
 
     def attend_switching(

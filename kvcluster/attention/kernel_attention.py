@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from kvcluster_kernels import merge as merge_kernel
 from kvcluster_kernels import prefill_gluon, prefill_tl
+from kvcluster_kernels.column_sums import column_sums
 from kvcluster_kernels.encode_blocks import Blocks
-from kvcluster_kernels.packed_history import prefill_history
+from kvcluster_kernels.packed_history import AnyHistory, prefill_history
 from kvcluster_kernels.prefill_arguments import (
     MAX_HEAD_DIM,
     BlockBound,
@@ -33,6 +34,7 @@ from kvcluster.attention.implementation import SwitchingKeys
 from kvcluster.attention.kernel_choice import Prefill, prefill_choice
 from kvcluster.attention.kernel_encoding import EncodeBlocks, block_encoder
 from kvcluster.attention.kernel_rows import KernelRows
+from kvcluster.attention.latent_cache import LatentCache
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
 from kvcluster.attention.row_tables import exact_span
@@ -41,6 +43,8 @@ from kvcluster.types import EXACT, LayerGeometry
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
 """What matrix units multiply. Float32 is served, but not faster than by torch."""
+_LEAST_DIM: Final = 16
+"""Of values that only their weights are asked of: a matrix product is of 16 numbers at least."""
 _PAGED_ROWS: Final = 4096
 """Rows of a chunk from which on its history is gathered first: kernels are a fortieth faster over
 keys in one piece, and what gathering costs does not grow with the rows."""
@@ -56,7 +60,9 @@ class KernelAttention:
         self._spec = store.spec
         self._dtypes = dtypes
         self._encoders: dict[tuple[int, str], tuple[EncodeBlocks, EncodeBlocks] | None] = {}
-        self._page_ids: WeakKeyDictionary[SequencePart, dict[int, Tensor]] = WeakKeyDictionary()
+        self._page_ids: WeakKeyDictionary[SequencePart, dict[tuple[int, bool], Tensor]] = (
+            WeakKeyDictionary()
+        )
         self.rows: KernelRows | None = (
             KernelRows(store, self.merge) if store.planes(0).k_PKSD.dtype in dtypes else None
         )
@@ -120,7 +126,12 @@ class KernelAttention:
         if packed is None or geometry.softcap is not None or held.num_skipped:
             return None
         ids_N = self._ids(part, layer, history.encoded_ids_B.numpy())
-        blocks = packed.history(ids_N, self._store.block_size)
+        blocks: AnyHistory | None
+        if isinstance(packed, LatentCache):
+            positions_N = self._ids(part, layer, held.starts_B.numpy(), are_positions=True)
+            blocks = packed.history(ids_N, positions_N, geometry)
+        else:
+            blocks = packed.history(ids_N, self._store.block_size)
         if blocks is None or not held.num_blocks:
             return None
         carry = None
@@ -129,14 +140,22 @@ class KernelAttention:
             carry = PartialAttention(*_prefill(q_THD, Keys.in_line(*exact), geometry, None))
         return Partial(*prefill_history(q_THD, blocks, scale=geometry.scale, carry=carry))
 
-    def _ids(self, part: SequencePart, layer: int, blocks_B: NDArray[np.int64]) -> Tensor:
-        """Blocks of a chunk's history, copied once for all layers of a KV group."""
-        group = self._spec.group_of(self._spec.layers[layer])
-        ids_by_group = self._page_ids.setdefault(part, {})
-        if group not in ids_by_group:
+    def _ids(
+        self,
+        part: SequencePart,
+        layer: int,
+        blocks_B: NDArray[np.int64],
+        *,
+        are_positions: bool = False,
+    ) -> Tensor:
+        """Blocks of a chunk's history, or their positions, copied once for all layers of a KV
+        group."""
+        key = (self._spec.group_of(self._spec.layers[layer]), are_positions)
+        known = self._page_ids.setdefault(part, {})
+        if key not in known:
             ids_N = torch.from_numpy(blocks_B.astype(np.int32))
-            ids_by_group[group] = ids_N.to(self._store.device)
-        return ids_by_group[group]
+            known[key] = ids_N.to(self._store.device)
+        return known[key]
 
     def attend_switching(
         self, q_THD: Tensor, keys: SwitchingKeys, layer: LayerGeometry, first: int
@@ -150,6 +169,20 @@ class KernelAttention:
         earlier = _prefill(q_THD, Keys.in_line(*read), layer, causal)
         causal = causal._replace(bound=before._replace(is_before=False))
         return _prefill(q_THD, Keys.in_line(*near), layer, causal, earlier)
+
+    def attention_sums(
+        self, q_THD: Tensor, k_KSD: Tensor, layer: LayerGeometry, first: int
+    ) -> Tensor | None:
+        """In float32, where the definition is exact: of tokens that got as much attention as each
+        other to seven digits, another may stay than without kernels."""
+        v_KSD = k_KSD[..., :_LEAST_DIM]
+        if layer.window is not None or not self._serves(q_THD, k_KSD, v_KSD, layer):
+            return None
+        keys, causal = Keys.in_line(k_KSD, v_KSD), Causal(first)
+        lse_TH = _prefill(q_THD, keys, layer, causal).lse_TH
+        return column_sums(
+            q_THD, keys, lse_TH, scale=layer.scale, causal=causal, softcap=layer.softcap
+        )
 
     def merge(self, *partials: Partial) -> Partial:
         if len(partials) == 1:

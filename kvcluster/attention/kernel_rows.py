@@ -20,6 +20,7 @@ from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
 from kvcluster.attention.row_splits import pool_splits
 from kvcluster.attention.row_tables import RowTables, row_tables
+from kvcluster.attention.survivors import SurvivorReader
 from kvcluster.cache.store import KVStore
 from kvcluster.types import EXACT, LayerGeometry
 
@@ -43,17 +44,21 @@ class KernelRows:
         self._tables.clear()
 
     def serves(self, layer: int, part: SequencePart) -> bool:
-        # Survivors are parts of another kind, and have other tables.
-        if type(part) is not SequencePart or part.has_chunk:
+        if type(part) not in (SequencePart, SurvivorReader) or part.has_chunk:
             return False
         geometry = self._spec.layers[layer]
         if max(geometry.key_dim, geometry.value_dim) > _max_dim(geometry):
             return False
         codec = part.codec_in(geometry.window)
-        return codec == EXACT or self.packed(layer, codec) is not None
+        if codec == EXACT:
+            return True
+        packed = self.packed(layer, codec)
+        # Places of survivors tell nothing of the positions of latents.
+        are_placed = isinstance(packed, LatentCache) and type(part) is SurvivorReader
+        return packed is not None and not are_placed
 
     def serves_all_layers(self, part: SequencePart) -> bool:
-        """Whether `serves` says so of every layer."""
+        """Whether `serves` says so of every layer. Survivors are read beside another part."""
         if type(part) is not SequencePart or part.has_chunk:
             return False
         key = (part.codec, part.rules.epoch_tokens is None)

@@ -16,6 +16,7 @@ import torch
 from kvcluster_kernels.integer_decode import BITS as INTEGER_BITS
 from kvcluster_kernels.integer_decode import IntegerPages
 from kvcluster_kernels.latent_decode import decode_latents, fits
+from kvcluster_kernels.latent_history import LatentHistory
 from kvcluster_kernels.latent_pages import (
     KeyExpansion,
     KeyRotation,
@@ -26,7 +27,6 @@ from kvcluster_kernels.latent_pages import (
     sections_of,
 )
 from kvcluster_kernels.latent_values import ValuePages, row_fits
-from kvcluster_kernels.packed_prefill import History
 from kvcluster_kernels.paging import Attention, PagedRows, Partial
 from kvcluster_kernels.rotated_decode import RotatedPages
 from torch import Tensor
@@ -78,15 +78,32 @@ class LatentCache(NamedTuple):
     values: ValuePages
     back: WayBack | None
     """Of values that are stored in another basis."""
+    value_expansion: KeyExpansion | None
+    """The same of values that are latents, for many rows."""
 
     def decode(self, q_RTHD: Tensor, rows: PagedRows, attention: Attention) -> Partial:
         """Attention of a few query tokens of each row over its blocks."""
         found = decode_latents(q_RTHD, self.keys, self.expansion, self.values, rows, attention)
         return found if self.back is None else self.back.restored(found)
 
-    def history(self, blocks_N: Tensor, block_size: int) -> History | None:  # noqa: ARG002
-        """None: no kernel attends rows of a chunk to latents."""
-        return None
+    def history(
+        self, blocks_N: Tensor, positions_N: Tensor, geometry: LayerGeometry
+    ) -> LatentHistory:
+        """Whole blocks for `prefill_history`, and the positions of their first tokens; int32."""
+        block_size = sections_of(self.keys)[0].codes.shape[3]
+        is_rotated = isinstance(self.values, RotatedPages)
+        return LatentHistory(
+            self.keys,
+            self.expansion,
+            self.values,
+            self.value_expansion,
+            blocks_N,
+            positions_N,
+            len(blocks_N) * block_size,
+            geometry.key_dim,
+            geometry.value_dim,
+            self.back.up_KCD[0] if self.back is not None and is_rotated else None,
+        )
 
 
 def latent_cache(
@@ -115,7 +132,15 @@ def latent_cache(
         num_kv_heads=geometry.num_kv_heads,
         rotation=None if rotation is None else KeyRotation(*rotation.pairs),
     )
-    return LatentCache(latents, expansion, *found)
+    value_expansion = None
+    if isinstance(values, LatentValues) and geometry.value_dim % 2 == 0:
+        value_expansion = key_expansion(
+            stored_up(values.stored, values.basis),
+            values.basis.mean_F,
+            num_kv_heads=geometry.num_kv_heads,
+            rotation=None,
+        )
+    return LatentCache(latents, expansion, *found, value_expansion)
 
 
 def latent_pages(stored: ArrayCodec, planes: Sequence[Tensor], rank: int) -> Latents | None:

@@ -66,7 +66,7 @@ class StepAttention:
         self._own = OwnKeys(store, ring.rank, self._local)
         self._chunks = ChunkAttention(spec, store, ring, self._local)
         self._selected = SelectedAttention(spec, store, ring, selected) if selected else None
-        self._choice = SurvivorChoice(spec, store, ring) if survivors else None
+        self._choice = SurvivorChoice(spec, store, ring, self._local) if survivors else None
         self._encoding = BlockEncoding(spec, store, ring.rank, parts, self._local)
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}

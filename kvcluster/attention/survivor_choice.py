@@ -12,17 +12,20 @@ heads, D head dimension, B blocks.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvcluster.attention.implementation import Implementation
 from kvcluster.attention.ring import Message, Ring
 from kvcluster.attention.ring_ranks import RingRanks
 from kvcluster.attention.survivors import Marks, SurvivorPart
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore, Piece, keys_and_values
 from kvcluster.codec.array import consecutive
+from kvcluster.retention.attention_mass import UNIT, attention_mass
 from kvcluster.retention.base import Heads
 from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.ranks import ALONE, Ranks
@@ -55,7 +58,10 @@ class _Layout:
 class SurvivorChoice:
     """Mutates the store and what is remembered of the sequences. One object a step."""
 
-    def __init__(self, spec: ModelSpec, store: KVStore, ring: Ring) -> None:
+    def __init__(
+        self, spec: ModelSpec, store: KVStore, ring: Ring, implementation: Implementation
+    ) -> None:
+        self._local = implementation
         self._spec = spec
         self._store = store
         self._ring = ring
@@ -84,7 +90,9 @@ class SurvivorChoice:
         if part.is_observed:
             rows_THD = self._gather_rows(part, q_THD)
             queries = Queries(rows_THD, part.part.start, geometry, sinks_H)
-            mass_KS = observe(method, _candidates(held), queries, self._ranks)
+            candidates = _candidates(held)
+            mass_of = partial(self._mass, part, marks.positions_KJ.shape[1])
+            mass_KS = observe(method, candidates, queries, self._ranks, mass_of)
             held = held._replace(mass_KS=mass_KS)
         if part.ends_epoch and self._spec.is_last_reader(layer):
             kept_KS = choose(method, _candidates(held), part.part.end, self._ranks)
@@ -94,6 +102,25 @@ class SurvivorChoice:
         else:
             after = marks._replace(mass_KS=held.mass_KS)
         part.survivors.marks[source] = after
+
+    def _mass(
+        self,
+        part: SurvivorPart,
+        num_before: int,
+        candidates: Candidates,
+        queries: Queries,
+        ranks: Ranks,
+    ) -> Tensor:
+        """`attention_mass`; of a rank that holds all tokens, as it is offered. Of its candidates
+        `num_before` are survivors of earlier epochs, and the others follow one another."""
+        if ranks is ALONE and queries.sinks_H is None:
+            first = num_before + queries.first - part.epoch_start
+            shares_KS = self._local.attention_sums(
+                queries.q_THD, candidates.k_KSD, queries.layer, first
+            )
+            if shares_KS is not None:
+                return (shares_KS.double() / UNIT).round().long()
+        return attention_mass(candidates, queries, ranks)
 
     def _held(self, layer: int, part: SurvivorPart, survivors: Piece, marks: Marks) -> _Held:
         """The survivors of this rank, then its tokens of the epoch."""

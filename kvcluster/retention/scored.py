@@ -11,7 +11,7 @@ Shape letters: S tokens that may survive, K KV heads.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple, Protocol
 
@@ -69,8 +69,16 @@ class ScoredRetention(RetentionPolicy, Protocol):
         ...
 
 
+MassOf = Callable[[Candidates, Queries, Ranks], Tensor]
+"""`attention_mass`, or what stands for it."""
+
+
 def observe(
-    method: ScoredRetention, candidates: Candidates, queries: Queries, ranks: Ranks = ALONE
+    method: ScoredRetention,
+    candidates: Candidates,
+    queries: Queries,
+    ranks: Ranks = ALONE,
+    mass_of: MassOf = attention_mass,
 ) -> Tensor:
     """mass_KS of this rank's candidates after these queries of one epoch. All tokens that they may
     see must be among the candidates of some rank."""
@@ -78,7 +86,7 @@ def observe(
     observed = queries.since(method.first_observed(epoch_start))
     if not len(observed.q_THD):
         return candidates.mass_KS
-    return candidates.mass_KS + attention_mass(candidates, observed, ranks)
+    return candidates.mass_KS + mass_of(candidates, observed, ranks)
 
 
 def choose(

@@ -1,6 +1,6 @@
 """Sharded over any number of ranks, tokens are kept by score as the plain definition says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvcluster.attention.implementation import Implementation, implementation_for
+from kvcluster.cache.store import KVStore
 from kvcluster.quality.retained import Reader, RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.registry import scored_retention
@@ -99,7 +101,12 @@ def chunks(epoch_tokens: int, serving: Serving) -> Sequence[int]:
     return sizes
 
 
-def served(policy: Policy, serving: Serving, subject: Served) -> list[Tensor]:
+def served(
+    policy: Policy,
+    serving: Serving,
+    subject: Served,
+    implementation: Callable[[KVStore], Implementation] = implementation_for,
+) -> list[Tensor]:
     model = subject.model
     model.recorded.clear()
     group = ReferenceGroup(
@@ -108,6 +115,7 @@ def served(policy: Policy, serving: Serving, subject: Served) -> list[Tensor]:
         block_size=serving.block_size,
         codecs=subject.codecs,
         exact_blocks=serving.exact_blocks,
+        implementation=implementation,
     )
     group.start(7, [3] * serving.num_prompt_tokens, policy)
     retention = scored_retention(policy.retention, serving.block_size)

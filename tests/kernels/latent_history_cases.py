@@ -9,22 +9,26 @@ from kvcluster_kernels.float8_decode import Float8Pages
 from kvcluster_kernels.integer_decode import IntegerPages
 from kvcluster_kernels.latent_history import LatentHistory
 from kvcluster_kernels.latent_pages import KeyExpansion, LatentPages
+from kvcluster_kernels.latent_values import ValuePages
 from kvcluster_kernels.packed_history import prefill_restored
 from kvcluster_kernels.paging import Attention, PagedRows, Partial
 from kvcluster_kernels.prefill_arguments import Keys
+from kvcluster_kernels.rotated_decode import RotatedPages
 from torch import Tensor
 
+from kvcluster.attention import latent_cache
 from kvcluster.codec.array import ArrayCodec
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.float8 import Float8
 from kvcluster.codec.latent import LatentKeys, LatentStorage, LatentValues
 from kvcluster.codec.quantized import TokenQuantizer
+from kvcluster.codec.rotated import Rotated, rotate
 from tests.kernels.decode_cases import Batch, Bounds, assert_within, draw_rows
-from tests.kernels.latent_cases import HALF_SPLIT, draw_basis, expansion_of, latent_pages, rotary
+from tests.kernels.latent_cases import HALF_SPLIT, draw_basis, drawn_latents, expansion_of, rotary
 from tests.kernels.packed_cases import draw_packed
 
 SCALE = 0.1
-VALUES = ("int4", "fp8", "latent", "latent in 4 bits", "exact")
+VALUES = ("int4", "fp8", "latent", "latent in 4 bits", "exact", "rotated3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class LatentCase:
     values: str = "int4"
     group: int = 64
     scale_bits: int = 16
+    is_rotated: bool = False
+    """Latents, in sections that are powers of two."""
     num_tokens: int = 5
     num_keys: int = 190
     num_heads: int = 4
@@ -58,6 +64,7 @@ GPU_CASES = (
     *(replace(_LONG, values=values, rank=100) for values in VALUES),
     replace(_LONG, dim=96, rank=96, rotation="partial", bits=4),
     replace(_LONG, num_kv_heads=4, rank=512, bits=4, scale_bits=8),
+    replace(_LONG, rank=200, bits=4, is_rotated=True, values="rotated3"),
 )
 
 
@@ -95,6 +102,8 @@ def definition(history: LatentHistory, rows: PagedRows) -> tuple[Tensor, Tensor]
         v_KSD = latent_plain.restore_values(
             history.values, rows.blocks_RB, history.block_tokens, torch.float64
         )[0]
+        if history.rotation_DD is not None:
+            v_KSD = v_KSD @ history.rotation_DD.double()
     return k_KSD[:, : history.num_keys], v_KSD[:, : history.num_keys]
 
 
@@ -115,12 +124,13 @@ def latent_arguments(
     rows = draw_rows(batch, generator, device)
     basis = draw_basis(case.num_kv_heads, case.dim, case.rank, generator)
     turning = rotary(case.rotation, case.dim)
-    storage = LatentStorage(bits=case.bits, group=case.group, scale_bits=case.scale_bits)
+    storage = LatentStorage(case.bits, case.is_rotated, case.group, case.scale_bits)
     codec = LatentKeys(
         basis, num_heads=case.num_kv_heads, rank=case.rank, rotation=turning, storage=storage
     )
-    keys = latent_pages(codec, batch, rows, 1)
-    expansion = expansion_of(basis, case.num_kv_heads, turning, device)
+    keys = drawn_latents(codec, case.dim, batch, rows, 1)
+    up_CF = latent_cache.stored_up(codec.stored, basis)
+    expansion = expansion_of(basis, case.num_kv_heads, turning, device, up_CF)
     values, value_expansion = _values(case, batch, rows, device)
     q_shape = (case.num_tokens, case.num_heads, case.dim)
     q_THD = torch.randn(q_shape, generator=generator).to(case.dtype).to(device)
@@ -135,13 +145,14 @@ def latent_arguments(
         case.num_keys,
         case.dim,
         case.dim,
+        rotate(torch.eye(case.dim, device=device)).T if case.values == "rotated3" else None,
     )
     return q_THD, history, rows
 
 
 def _values(
     case: LatentCase, batch: Batch, rows: PagedRows, device: torch.device
-) -> tuple[IntegerPages | Float8Pages | LatentPages, KeyExpansion | None]:
+) -> tuple[ValuePages | Float8Pages, KeyExpansion | None]:
     generator = torch.Generator().manual_seed(2)
 
     def drawn(codec: ArrayCodec) -> list[Tensor]:
@@ -151,11 +162,16 @@ def _values(
         return IntegerPages(*drawn(TokenQuantizer(4, group=32))), None
     if case.values == "fp8":
         return Float8Pages(*drawn(Float8(transposed=True))), None
+    if case.values == "rotated3":
+        codes, high, scale = drawn(Rotated(3, transposed=True))
+        return RotatedPages(codes, scale, high=high), None
     if case.values == "exact":
-        return LatentPages(*drawn(ExactArray(torch.bfloat16))), None
+        return LatentPages(drawn(ExactArray(torch.bfloat16))[0]), None
     bits = 4 if case.values == "latent in 4 bits" else None
     basis = draw_basis(case.num_kv_heads, case.dim, case.rank, generator)
     codec = LatentValues(
         basis, num_heads=case.num_kv_heads, rank=case.rank, storage=LatentStorage(bits=bits)
     )
-    return LatentPages(*drawn(codec)), expansion_of(basis, case.num_kv_heads, None, device)
+    return drawn_latents(codec, case.dim, batch, rows, 3), expansion_of(
+        basis, case.num_kv_heads, None, device
+    )

@@ -19,7 +19,12 @@ def test_every_kind_of_values(values: str, interpreted: torch.device) -> None:
     check(LatentCase(values=values), interpreted)
 
 
-@pytest.mark.parametrize(("rank", "bits"), [(44, None), (44, 4), (72, 8)])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_rotated_latents(bits: int, interpreted: torch.device) -> None:
+    check(LatentCase(rank=72, bits=bits, is_rotated=True, values="rotated3"), interpreted)
+
+
+@pytest.mark.parametrize(("rank", "bits"), [(44, None), (44, 4), (72, 8), (72, 3)])
 def test_every_rank_and_width(rank: int, bits: int | None, interpreted: torch.device) -> None:
     check(LatentCase(rank=rank, bits=bits), interpreted)
 

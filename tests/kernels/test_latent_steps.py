@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from kvcluster_kernels import packed_history
 
+from kvcluster.attention import latent_cache
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.latent_cache import LatentCache
 from kvcluster.attention.partial import merge
@@ -31,11 +35,11 @@ SERVED = {
     "latent:r=0.5,bits=4,values=rotated3,ranks=adaptive": WIDE,
     "latent:r=0.25,value_r=0.5,bits=8,scale_bits=8": DEFAULT,
     "latent:r=0.5,value_r=0.75,bits=4,value_bits=2,codes=rotated": DEFAULT,
-    "latent:r=0.25,value_r=0.5,bits=4,ranks=filled,scale_bits=8,layers=2": JOINED,
+    "latent:r=0.5,bits=4,values=int4,layers=2": JOINED,
     "latent:r=0.5": DEFAULT,
     "latent:r=0.5,bits=3,values=int4,windowed=int8": DEFAULT,
     "latent:r=0.5,bits=2,values=exact": DEFAULT,
-    "latent:r=0.5,bits=4,values=int4,layers=2": JOINED,
+    "latent:r=0.25,value_r=0.5,bits=4,ranks=filled,scale_bits=8,layers=2": JOINED,
 }
 """The first of them are computed with."""
 REFUSED = {
@@ -77,8 +81,29 @@ def test_what_no_kernel_reads_is_not_served(codec: str) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("codec", list(SERVED)[:4])
-def test_a_step_over_latents_is_the_step_in_torch(codec: str, interpreted: torch.device) -> None:
+def test_a_step_over_latents_is_the_step_in_torch(
+    codec: str, monkeypatch: pytest.MonkeyPatch, interpreted: torch.device
+) -> None:
+    restored = counted(monkeypatch, packed_history, "restore_latents")
+    read = counted(monkeypatch, latent_cache, "decode_latents")
+
     compare((codec, "exact"), SERVED[codec])
+
+    assert len(restored) > 0
+    assert len(read) > 0
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[None]:
+    """One for each call of a function that the module has imported."""
+    calls: list[None] = []
+    function = getattr(module, name)
+
+    def note(*arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(module, name, note)
+    return calls
 
 
 @pytest.mark.timeout(300)
