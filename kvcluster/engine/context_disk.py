@@ -39,6 +39,8 @@ from kvcluster.types import TenantId
 _RETRY_S = 2.0
 """Pause before what could not be destroyed is tried again."""
 
+_ENTRIES_AT_ONCE = 256
+"""Whose blocks are taken without a pause: some 10 ms."""
 _KNOWN_S = 5.0
 """Longest wait for the keys of tenants after a start."""
 
@@ -185,10 +187,9 @@ class ContextDisk:
         return self._prefixes.held_at(context.tenant, context.keys, context.tokens, context.policy)
 
     async def _read(self, context: Context) -> None:
-        engine = self._engine
-        if engine.refusal is not None:
-            raise engine.refusal
-        epoch, cache = engine.epoch, self._prefixes.cache(context.tenant)
+        engine, epoch = self._engine, self._engine.epoch
+        self._check_ring(epoch)
+        cache = self._prefixes.cache(context.tenant)
         num_tokens = len(context.tokens)
         blocks = RestoredBlocks(
             context,
@@ -198,10 +199,13 @@ class ContextDisk:
             is_spread=num_tokens >= engine.parts.config.shard_min_tokens,
         )
         try:
+            while blocks.take(_ENTRIES_AT_ONCE):
+                # Steps are planned meanwhile.
+                await asyncio.sleep(0)
+            self._check_ring(epoch)
             await self._zeroed()
             await self._files.read(context, blocks)
-            if engine.epoch != epoch or engine.refusal is not None:
-                raise engine.refusal or RankLost("the ring was started again: try again")
+            self._check_ring(epoch)
             if context.state is ContextState.ACTIVE:
                 blocks.keep()
                 self._contexts.hold(context)
@@ -213,6 +217,13 @@ class ContextDisk:
             await self._zeroed()
             raise unreadable(context)
         log.info("context_read", tenant=context.tenant, num_blocks=len(blocks.missing))
+
+    def _check_ring(self, epoch: int) -> None:
+        """Raises: RankLost, Draining, when the ranks are not those of this epoch."""
+        if self._engine.refusal is not None:
+            raise self._engine.refusal
+        if self._engine.epoch != epoch:
+            raise RankLost("the ring was started again: try again", retry_after_s=_RETRY_S)
 
     async def _zeroed(self) -> None:
         """Return when the ranks have zeroed all that was free or taken before."""

@@ -31,7 +31,7 @@ class RestoredBlocks:
         *,
         is_spread: bool,
     ) -> None:
-        """Takes what is missing. `is_spread`: over all ranks, not one.
+        """Takes what is there; the rest, `take` does. `is_spread`: over all ranks, not one.
 
         Raises: QuotaExceeded, ClusterOverloaded; then nothing is taken.
         """
@@ -53,10 +53,27 @@ class RestoredBlocks:
         """The entries that have to be read."""
         try:
             self._check_room()
-            self._take_missing()
         except BaseException:
             self.release()
             raise
+
+    def take(self, most: int) -> bool:
+        """Take blocks for so many of the missing entries; False: all are taken.
+
+        Raises: QuotaExceeded, ClusterOverloaded; then everything is released.
+        """
+        probe = BlockTable(self._partition.num_groups, self._codec)
+        start = len(self._entries)
+        for index in range(start, min(start + most, self._num_entries)):
+            needs = self._at.needs(index)
+            entry = self._take(needs)
+            while entry is None and self._partition.make_room(probe):
+                entry = self._take(needs)
+            if entry is None:
+                self.release()
+                self._refuse(is_own=self._partition.is_at_limit())
+            self._entries.append(entry)
+        return len(self._entries) < self._num_entries
 
     def stored(self, block_keys: Sequence[bytes]) -> StoredBlocks:
         """Where the entries lie."""
@@ -107,17 +124,6 @@ class RestoredBlocks:
         ]
         if not partition.has_room(counts):
             self._refuse(is_own=not partition.is_below_limit(counts))
-
-    def _take_missing(self) -> None:
-        probe = BlockTable(self._partition.num_groups, self._codec)
-        for index in self.missing:
-            needs = self._at.needs(index)
-            entry = self._take(needs)
-            while entry is None and self._partition.make_room(probe):
-                entry = self._take(needs)
-            if entry is None:
-                self._refuse(is_own=self._partition.is_at_limit())
-            self._entries.append(entry)
 
     def _take(self, needs: Sequence[Form]) -> TableEntry | None:
         for rank in self._ranks():
