@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import msgspec
+from grpc import aio
 
 from kvcluster.audit import channels, collisions, contexts, exhaustion, identity, reach
-from kvcluster.audit.attack import Attack, Outcome, Verdict, breached
+from kvcluster.audit.attack import Attack, Outcome, Verdict, breached, inconclusive
 from kvcluster.audit.scene import Scene, Target, staged
 from kvcluster.errors import InvalidField, KvClusterError
 
@@ -81,8 +82,14 @@ async def run_audit(
 
 
 async def _outcome(attack: Attack, scene: Scene) -> Outcome:
+    # Of the attack before; its streams count until the server has noticed that they are gone.
+    await scene.until_no_stream_is_open(scene.attacker)
     try:
         return await attack.run(scene)
     except KvClusterError as error:
         # The attack's own ordinary calls are to be answered: a server that stops is a breach too.
         return breached(f"the server did not answer an ordinary call: {error.reason}")
+    except aio.AioRpcError as error:
+        return inconclusive(
+            f"a call of the attack ended otherwise than it may: {error.code().name}"
+        )
