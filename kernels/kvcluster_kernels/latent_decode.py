@@ -77,7 +77,10 @@ _SHARED_BYTES = 227 << 10
 _OTHER_BYTES = 20 << 10
 """Of a program, beside latents and the way back: values, queries, and what moves between warps."""
 _PIECE = 64
-"""Latents of a token that are worked on together: as many as one row of a matrix product."""
+"""Bytes, or numbers of 16 bits, of a token's latent that are worked on together at most."""
+_NUMBERS = 128
+"""And numbers. Nothing else of a warp goes on while it waits for their product, so that there
+should be few."""
 
 
 def decode_latents(
@@ -111,7 +114,7 @@ def latent_splits(
     """The same before it is merged, to be merged with more of its kind."""
     sections = sections_of(keys)
     block_size, dim = sections[0].codes.shape[3], q_RTHD.shape[3]
-    forms = tuple(SectionForm.of(x, _PIECE // num_fields(x.bits)) for x in sections)
+    forms = tuple(SectionForm.of(x, min(_PIECE, _NUMBERS // num_fields(x.bits))) for x in sections)
     form = ValueFormat.of(values, block_size)
     num_kv_heads, _, rank, num_pairs = expansion.up_KJCE.shape
     _check(sections, expansion, form, rows, dim, block_size // max(x.groups for x in forms))

@@ -104,8 +104,8 @@ def load_up(
     up_ptr: tl.tensor, FORMS: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr
 ) -> tl.tuple:
     """The rows of a head's `up` in the order in which `expand` meets latents: piece after piece of
-    the codes of each section, and of each its fields; for each the first and the second channels,
-    [P, E]."""
+    the codes of each section, and of each its fields, [P, 2 E]: the first channels of all pairs,
+    then the second ones."""
     rows = ()
     for section in tl.static_range(len(FORMS)):
         rows = _section_up(rows, up_ptr, FORMS, section, RANK, PAIRS)
@@ -125,19 +125,18 @@ def _section_up(
     FIELDS: tl.constexpr = form_fields(FORMS, SECTION)
     COUNT: tl.constexpr = form_count(FORMS, SECTION)
     offs_p = tl.arange(0, P)
-    offs_e = tl.arange(0, PAIRS)
+    offs_n = tl.arange(0, 2 * PAIRS)
+    columns_N = offs_n // PAIRS * (RANK * PAIRS) + offs_n % PAIRS
     for piece in tl.static_range(triton.cdiv(COUNT, P)):
         for field in tl.static_range(FIELDS):
             inside_P = piece * P + offs_p < COUNT
             places_P = first_number(FORMS, SECTION) + field * COUNT + piece * P + offs_p
-            for channel in tl.static_range(2):
-                ptr = up_ptr + channel * (RANK * PAIRS)
-                up_PE = tl.load(
-                    ptr + places_P[:, None] * PAIRS + offs_e[None, :],
-                    mask=inside_P[:, None],
-                    other=0.0,
-                )
-                rows = append(rows, up_PE)
+            up_PN = tl.load(
+                up_ptr + places_P[:, None] * PAIRS + columns_N[None, :],
+                mask=inside_P[:, None],
+                other=0.0,
+            )
+            rows = append(rows, up_PN)
     return rows
 
 
@@ -190,12 +189,12 @@ def expand(
     IS_GPU: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """What `load_up` makes of a block's latents: first and second channels, float32 [S, E]."""
-    first_SE = tl.zeros([S, up[0].shape[1]], tl.float32)
-    second_SE = tl.zeros([S, up[0].shape[1]], tl.float32)
+    acc_SN = tl.zeros([S, up[0].shape[1]], tl.float32)
     for section in tl.static_range(len(FORMS)):
-        first_SE, second_SE = _expand_section(
-            blocks[section], up, first_SE, second_SE, S, FORMS, section, IS_GPU
-        )
+        acc_SN = _expand_section(blocks[section], up, acc_SN, S, FORMS, section, IS_GPU)
+    # A thread has the same column of both halves, so that nothing moves.
+    halves = acc_SN.reshape(S, 2, up[0].shape[1] // 2).permute(0, 2, 1)
+    first_SE, second_SE = tl.split(halves)
     return first_SE, second_SE
 
 
@@ -203,13 +202,12 @@ def expand(
 def _expand_section(
     block: tl.tuple,
     up: tl.tuple,
-    first_SE: tl.tensor,
-    second_SE: tl.tensor,
+    acc_SN: tl.tensor,
     S: tl.constexpr,
     FORMS: tl.constexpr,
     SECTION: tl.constexpr,
     IS_GPU: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
+) -> tl.tensor:
     P: tl.constexpr = form_piece(FORMS, SECTION)
     FIELDS: tl.constexpr = form_fields(FORMS, SECTION)
     BEFORE: tl.constexpr = num_arrays(FORMS, SECTION)
@@ -217,11 +215,8 @@ def _expand_section(
     for piece in tl.static_range(triton.cdiv(form_count(FORMS, SECTION), P)):
         fields = load_numbers(block, unit, piece * P, S, FORMS, SECTION, IS_GPU)
         for field in tl.static_range(FIELDS):
-            first_up = up[2 * (BEFORE + piece * FIELDS + field)]
-            second_up = up[2 * (BEFORE + piece * FIELDS + field) + 1]
-            first_SE = dot(fields[field], first_up, first_SE, IS_GPU)
-            second_SE = dot(fields[field], second_up, second_SE, IS_GPU)
-    return first_SE, second_SE
+            acc_SN = dot(fields[field], up[BEFORE + piece * FIELDS + field], acc_SN, IS_GPU)
+    return acc_SN
 
 
 @triton.jit
