@@ -1,7 +1,6 @@
 """Which ways of storing a block have a kernel for rows of decode, for people: each is asked for."""
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -49,9 +48,9 @@ def decode_lines() -> dict[str, str]:
     values = dict(_values())
     alone = [name for name, codec in plain.items() if is_served(codec)]
     mixed = [
-        f"{keys}:values={other}"
-        for keys, other in product(plain, plain)
-        if keys != other and is_served(LayerCodec(plain[keys].keys, plain[other].values))
+        f"{keys}:values={'|'.join(others)}"
+        for keys in plain
+        if (others := [other for other in plain if _is_mixture(plain, keys, other)])
     ]
     latents = [name for name in _STORAGES if is_served(_beside_latents(_values_of(name), name))]
     beside = [name for name, codec in values.items() if is_served(_beside_latents(codec))]
@@ -64,6 +63,10 @@ def decode_lines() -> dict[str, str]:
         + "".join(f", {name} values beside latents" for name in in_torch)
         + "".join(f", {name}" for name in plain if name not in alone),
     }
+
+
+def _is_mixture(plain: Mapping[str, LayerCodec], keys: str, values: str) -> bool:
+    return keys != values and is_served(LayerCodec(plain[keys].keys, plain[values].values))
 
 
 def is_served(codec: LayerCodec) -> bool:

@@ -22,9 +22,12 @@ from kvcluster.attention.row_splits import pool_splits
 from kvcluster.attention.row_tables import RowTables, row_tables
 from kvcluster.attention.survivors import SurvivorReader
 from kvcluster.cache.store import KVStore
+from kvcluster.log import get_logger
 from kvcluster.types import EXACT, LayerGeometry
 
 Merge = Callable[..., Partial]
+
+_log = get_logger(__name__)
 
 
 class KernelRows:
@@ -120,12 +123,17 @@ class KernelRows:
         return self._pages[key]
 
     def _find_packed(self, layer: int, codec: str) -> PackedPages | LatentCache | None:
-        return packed_pages(
+        found = packed_pages(
             self._store.layer_codec(layer, codec),
             self._store.encoded_planes(layer, codec),
             self._spec.layers[layer],
             self._store.block_size,
         )
+        known = [pages for (_, other), pages in self._pages.items() if other == codec]
+        is_first = all(pages is not None for pages in known)
+        if found is None and is_first:
+            _log.warning("codec_without_kernel", policy=codec, layer=layer, reason="read in torch")
+        return found
 
 
 def _is_absorbed(layer: LayerGeometry) -> bool:

@@ -13,6 +13,7 @@ from kvcluster_kernels.float8_decode import Float8Pages, decode_float8
 from kvcluster_kernels.integer_decode import BITS as INTEGER_BITS
 from kvcluster_kernels.integer_decode import IntegerPages, decode_integers
 from kvcluster_kernels.levels import BITS as LEVEL_BITS
+from kvcluster_kernels.mixed_decode import decode_mixed, reason_against
 from kvcluster_kernels.packed_history import AnyHistory
 from kvcluster_kernels.packed_prefill import History
 from kvcluster_kernels.paging import Attention, PagedRows, Partial
@@ -35,7 +36,7 @@ class PackedPages(NamedTuple):
 
     keys: Pages
     values: Pages
-    """Of the same kind."""
+    """Of the same kind, or rotated ones beside integers."""
     rotation_DD: Tensor | None = None
     """Of rotated vectors."""
 
@@ -46,9 +47,11 @@ class PackedPages(NamedTuple):
             return decode_integers(q_RTHD, k, v, rows, attention)
         if isinstance(k, Float8Pages) and isinstance(v, Float8Pages):
             return decode_float8(q_RTHD, k, v, rows, attention)
-        assert isinstance(k, RotatedPages), "keys of a kind that is not here"
-        assert isinstance(v, RotatedPages), "values of another kind than keys"
+        assert isinstance(v, RotatedPages), "values of a kind that is not here"
         assert self.rotation_DD is not None, "rotated vectors without their rotation"
+        if isinstance(k, IntegerPages):
+            return decode_mixed(q_RTHD, k, v, self.rotation_DD, rows, attention)
+        assert isinstance(k, RotatedPages), "keys of a kind that is not here"
         return decode_rotated(q_RTHD, k, v, self.rotation_DD, rows, attention)
 
     def history(self, blocks_N: Tensor, block_size: int) -> AnyHistory | None:
@@ -83,6 +86,8 @@ def packed_pages(
         return _float8(keys, values, planes)
     if isinstance(keys, ChannelQuantizer) and isinstance(values, TokenQuantizer):
         return _integers(keys, values, planes, geometry, block_size)
+    if isinstance(keys, ChannelQuantizer) and isinstance(values, Rotated):
+        return _mixed(keys, values, planes, geometry)
     if isinstance(keys, Rotated) and isinstance(values, Rotated):
         return _rotated(keys, values, planes, geometry, block_size)
     return latent_cache(codec, planes, geometry, block_size)
@@ -140,6 +145,21 @@ def _rotated(
         return None
     k, v = _rotated_pages(keys.bits, planes[0]), _rotated_pages(values.bits, planes[1])
     return PackedPages(k, v, rotate(torch.eye(dim, device=k.codes.device)).T.contiguous())
+
+
+def _mixed(
+    keys: ChannelQuantizer,
+    values: Rotated,
+    planes: tuple[Sequence[Tensor], Sequence[Tensor]],
+    geometry: LayerGeometry,
+) -> PackedPages | None:
+    if not values.transposed or values.centred or keys.bits not in INTEGER_BITS:
+        return None
+    k, v = _integer_pages(keys.bits, planes[0]), _rotated_pages(values.bits, planes[1])
+    if values.bits not in LEVEL_BITS or reason_against(k, v, geometry.key_dim) is not None:
+        return None
+    rotation_DD = rotate(torch.eye(geometry.value_dim, device=v.codes.device)).T.contiguous()
+    return PackedPages(k, v, rotation_DD)
 
 
 def _integer_pages(bits: int, planes: Sequence[Tensor]) -> IntegerPages:

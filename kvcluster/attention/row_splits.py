@@ -36,4 +36,6 @@ def pool_splits(
 
 
 def _is_merged_as_it_is(pages: object) -> bool:
-    return isinstance(pages, PackedPages) and isinstance(pages.keys, IntegerPages | Float8Pages)
+    return isinstance(pages, PackedPages) and all(
+        isinstance(x, IntegerPages | Float8Pages) for x in (pages.keys, pages.values)
+    )

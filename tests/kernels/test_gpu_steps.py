@@ -34,6 +34,7 @@ ATOL = {torch.bfloat16: 4e-2, torch.float16: 6e-3}
         ("int4", "exact", "int8"),
         ("fp8", "rotated4"),
         ("int3", "int4:scale_bits=8"),
+        ("int4:values=rotated3", "exact"),
         ("latent:r=0.375,bits=4,values=rotated3,ranks=adaptive", "exact"),
         ("latent:r=0.25,value_r=0.5,bits=8,scale_bits=8", "latent:r=0.5,bits=2,values=exact"),
         ("latent:r=0.5,value_r=0.75,bits=4,value_bits=2,codes=rotated", "latent:r=0.5"),

@@ -73,10 +73,15 @@ def test_every_layer_is_read_by_a_kernel(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", REFUSED)
-def test_what_no_kernel_reads_is_not_served(codec: str) -> None:
-    rows, _ = rows_of(REFUSED[codec])
+def test_what_no_kernel_reads_is_not_served_and_is_told_once(
+    codec: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, spec = rows_of(REFUSED[codec])
+    storage = Policy(codec=codec).storage
+    found = [rows.packed(layer, storage) for layer in range(len(spec.layers))]
 
-    assert rows.packed(0, Policy(codec=codec).storage) is None
+    assert found[0] is None
+    assert caplog.text.count("codec_without_kernel") == 1
 
 
 @pytest.mark.timeout(300)

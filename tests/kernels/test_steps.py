@@ -199,6 +199,7 @@ def outputs(
         (("exact", "exact"), 1, Route.PASS_KV, (0,)),
         (("int4", "exact", "int8"), 1, Route.PASS_KV, (0,)),
         (("fp8", "rotated4"), 1, Route.PASS_KV, (0,)),
+        (("int4:values=rotated4", "exact"), 1, Route.PASS_KV, (0,)),
         (("int4", "exact"), 3, Route.PASS_KV, (0, 2)),
         (("exact", "int8"), 2, Route.PASS_Q, (1, 0)),
         (("int3", "int4:scale_bits=8"), 2, Route.GATHER, (0, 1)),
