@@ -64,11 +64,15 @@ class Distillation:
         exact: ExactTokens,
         settings: DistillationSettings,
     ) -> None:
-        """Raises: ValueError for fewer than two texts."""
+        """Texts in which nothing is read encoded are left out. Raises: ValueError for fewer than
+        two others."""
         self._model = model
         self._exact = exact
         self._settings = settings
-        self.held_out, self._trained = _split(texts, settings.num_held_out)
+        self.held_out, self._trained = _split(
+            [text for text in texts if exact.encoded_blocks(len(text.token_ids))],
+            settings.num_held_out,
+        )
 
     def divergence(self, student: Student, texts: Sequence[CalibrationText] | None = None) -> float:
         """Mean over texts, by default those that are held out, of the mean divergence of the
@@ -126,7 +130,10 @@ def _split(
 ) -> tuple[list[CalibrationText], list[CalibrationText]]:
     """Held out, spread evenly over all; and the others."""
     if len(texts) < 2:
-        raise ValueError(f"want at least two texts, to train on and to hold out, got {len(texts)}")
+        raise ValueError(
+            "want at least two texts, to train on and to hold out, of which something is read "
+            f"encoded, got {len(texts)}"
+        )
     num_held_out = min(max(1, num_held_out), len(texts) // 2)
     held = {(2 * place + 1) * len(texts) // (2 * num_held_out) for place in range(num_held_out)}
     return (

@@ -72,6 +72,10 @@ class ExactTokens:
                 f"want block_size >= 1 and lag >= 0, got {self.block_size} and {self.lag}"
             )
 
+    def encoded_blocks(self, num_tokens: int) -> range:
+        """Blocks that some query of a sequence reads encoded."""
+        return range(int(self.exact_sinks), (num_tokens - 1) // self.block_size - self.lag)
+
 
 class StrictAttention:
     """A `LayerAttention` for one forward pass over one sequence, positions 0 to T - 1 in order.
@@ -129,7 +133,7 @@ class StrictAttention:
         num_heads, num_tokens, dim = x_KTD.shape
         visible_from = max(0, num_tokens - (geometry.window or num_tokens))
         size = self._exact.block_size
-        blocks = self._encoded_blocks(num_tokens) if codec is not None else range(0)
+        blocks = self._exact.encoded_blocks(num_tokens) if codec is not None else range(0)
         kept = [block for block in blocks if (block + 1) * size > visible_from]
         first_kept = visible_from // size * size
         num_encoded = len(kept) * size * num_heads * dim
@@ -150,11 +154,6 @@ class StrictAttention:
     def _count(self, geometry: LayerGeometry, stored: StoredBytes) -> None:
         if geometry.kv_layer is None:
             self._stored += stored
-
-    def _encoded_blocks(self, num_tokens: int) -> range:
-        """Blocks that some query of the sequence reads encoded."""
-        last_block = (num_tokens - 1) // self._exact.block_size
-        return range(int(self._exact.exact_sinks), last_block - self._exact.lag)
 
 
 def restored(

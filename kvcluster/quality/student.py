@@ -99,9 +99,8 @@ class Student:
     def encoded_rows(self, num_tokens: int) -> slice:
         """Positions of the blocks that some query of so many tokens reads encoded."""
         size = self._exact.block_size
-        first = int(self._exact.exact_sinks)
-        last = max(first, (num_tokens - 1) // size - self._exact.lag)
-        return slice(first * size, last * size)
+        blocks = self._exact.encoded_blocks(num_tokens)
+        return slice(blocks.start * size, max(blocks.start, blocks.stop) * size)
 
     def _plain(self, codec: ArrayCodec, x_KTD: Tensor, rows: slice) -> Tensor:
         far_KTD = x_KTD[:, rows].float()

@@ -64,6 +64,27 @@ def test_bases_of_several_layers_are_fitted_where_they_are_asked_for(
     assert all(len(group.layers) == 2 for group in groups)
 
 
+def test_bases_are_refined_for_the_policies_that_ask_for_it(model: Path, tmp_path: Path) -> None:
+    out, codec = tmp_path / "tiny.safetensors", "latent:r=0.5,bits=4,layers=2"
+
+    result = calibrate(model, out, "--refine", codec, "--refine-steps", "2")
+
+    assert result.exit_code == 0, result.stderr
+    assert f"refined {codec}: divergence " in result.stdout
+    spec = load_model(str(model), dtype="float32", device="cpu").spec
+    calibration = read_calibration(out, spec.weights_digest)
+    assert codec in calibration.recipes_json
+    is_kept = "so the fitted bases stay" not in result.stdout
+    assert {each.codec for each in calibration.refined} == ({codec} if is_kept else set())
+
+
+def test_a_policy_without_latents_is_not_refined(model: Path, tmp_path: Path) -> None:
+    result = calibrate(model, tmp_path / "tiny.safetensors", "--refine", "int4")
+
+    assert result.exit_code == 2
+    assert "policy int4 has no bases to refine: want latents of keys or values" in result.stderr
+
+
 def test_json_is_one_object_with_the_recipes(model: Path, tmp_path: Path) -> None:
     result = calibrate(model, tmp_path / "tiny.safetensors", "--json")
 
