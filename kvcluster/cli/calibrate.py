@@ -29,6 +29,14 @@ def calibrate(
     policy: Annotated[
         list[str] | None, typer.Option(help="To measure; repeatable. Default: a dozen.")
     ] = None,
+    fisher: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Texts on which directions are ordered by what losing them costs the predictions "
+            "(Fisher information), 64 or so; 0: by what it costs each layer. Wants a GPU.",
+        ),
+    ] = 0,
     refine: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,6 +77,7 @@ def calibrate(
         settings = CalibrationSettings(
             out=out,
             policies=tuple(policy or ()),
+            num_fisher=fisher,
             refine=tuple(refine or ()),
             distillation=DistillationSettings(num_steps=refine_steps),
             num_tokens=tokens,

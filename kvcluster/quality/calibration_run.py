@@ -74,6 +74,9 @@ class CalibrationSettings:
     refine: tuple[str, ...] = ()
     """Policies with latents whose bases are trained, each for itself. They are measured too."""
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    num_fisher: int = 0
+    """Texts on which the directions of all bases are ordered by what losing them costs the
+    predictions; 0: by what it costs each layer."""
     num_tokens: int | None = None
     """Of each pass; None: as many as the model can read, but at most 4096."""
     num_documents: int = 2
@@ -118,23 +121,28 @@ def calibrate(
     Raises: InvalidField, ConfigError, ModelUnsupported; OSError when a file cannot be written.
     """
     joined = _joined(settings)
-    codecs = codecs_to_refine(settings.refine)
     exact = recent_exact(settings.block_size, settings.exact_recent_tokens)
     num_tokens = _length(model, settings)
     try:
         held_out = _held_out(tokenizer, texts, num_tokens, settings.num_documents)
         passes = _passes(tokenizer, texts, contents, num_tokens, settings.num_documents)
-        pieces = _pieces(tokenizer, texts, contents, settings, num_tokens) if codecs else []
+        pieces = _pieces(tokenizer, texts, contents, settings, num_tokens)
     except ValueError as error:
         raise ConfigError(f"calibrate: {error}") from error
     partial = PartialMoments(settings.out, model.spec.weights_digest)
     calibration = _fit(model, passes, partial, joined, progress)
     unfinished = PartialRefinements(settings.out)
-    refiner = Refiner(
-        model=model, texts=pieces, exact=exact, settings=settings.distillation, partial=unfinished
-    )
-    calibration, refinements = refiner.refine(
-        calibration, codecs, lambda done, of: progress("refinement", done, of)
+    calibration, refinements = _refined(
+        Refiner(
+            model=model,
+            texts=pieces,
+            exact=exact,
+            settings=settings.distillation,
+            partial=unfinished,
+        ),
+        calibration,
+        settings,
+        progress,
     )
     policies = _policies(settings, model, calibration, exact)
     measured = _measured(model, held_out, policies, settings, progress)
@@ -233,7 +241,9 @@ def _pieces(
     settings: CalibrationSettings,
     num_tokens: int,
 ) -> list[CalibrationText]:
-    """What bases are refined on."""
+    """What bases are ordered and refined on."""
+    if not settings.num_fisher and not codecs_to_refine(settings.refine):
+        return []
     return distillation_texts(
         tokenizer,
         texts,
@@ -275,6 +285,20 @@ def _fit(
             finished.add(text.digest)
     progress("texts", len(passes), len(passes))
     return fitted(model, rotaries, moments)
+
+
+def _refined(
+    refiner: Refiner, calibration: Calibration, settings: CalibrationSettings, progress: Progress
+) -> tuple[Calibration, tuple[Refinement, ...]]:
+    if settings.num_fisher:
+        ordering = replace(settings.distillation, num_fisher=settings.num_fisher)
+        calibration = replace(refiner, settings=ordering).ordered(calibration, _joined(settings))
+        refiner = replace(refiner, settings=replace(ordering, num_fisher=0))
+    return refiner.refine(
+        calibration,
+        codecs_to_refine(settings.refine),
+        lambda done, total: progress("refinement", done, total),
+    )
 
 
 def _policies(

@@ -37,15 +37,15 @@ class DistillationSettings:
     """How long and how fast. One step reads one text."""
 
     num_steps: int = 300
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-4
     """At the most, in units of `TrainableLatent`. It rises from 0 and falls to 0 again, as a
     cosine."""
     warm_up_share: float = 0.1
     """Of the steps, in which the rate rises."""
     answer_weight: float = 4.0
     """Of a token of a needle's answer; other tokens count 1."""
-    num_fisher: int = 24
-    """Texts that directions are ordered on before training."""
+    num_fisher: int = 64
+    """Texts that directions are ordered on before training; 0: they are in order."""
     num_held_out: int = 8
     """Texts that are not trained on: what is learned is kept if they are predicted better."""
     seed: int = 0

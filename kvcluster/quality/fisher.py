@@ -23,7 +23,7 @@ from kvcluster.codec.basis import Basis
 from kvcluster.codec.refined import Array
 from kvcluster.quality.student import Student
 
-PRIOR_SHARE: Final = 0.05
+PRIOR_SHARE: Final = 0.01
 """Of the whole weight: that of the fitted order, for directions in which the texts' gradients
 happened to be small."""
 

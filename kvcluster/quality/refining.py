@@ -5,16 +5,17 @@ predict held-out texts better than the fitted bases do is thrown away. A run tha
 on after the last codec that it finished.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from kvcluster.codec.basis import Basis
 from kvcluster.codec.calibration import Calibration, bases_digest, fitted_bases
 from kvcluster.codec.latent_method import LATENT, trained_as
-from kvcluster.codec.refined import RefinedBasis, refined_bases, refined_tensors
+from kvcluster.codec.refined import Array, RefinedBasis, refined_bases, refined_tensors
 from kvcluster.codec.registry import CODEC_METHODS
 from kvcluster.codec.sealed_file import FileKind
 from kvcluster.errors import CalibrationMismatch, ConfigError
@@ -106,13 +107,49 @@ def distillation_texts(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refiner:
-    """Trains bases on one model."""
+    """Orders and trains bases on one model."""
 
     model: LoadedModel
     texts: Sequence[CalibrationText]
     exact: ExactTokens
     settings: DistillationSettings
     partial: "PartialRefinements"
+
+    def ordered(self, calibration: Calibration, joined: Collection[int]) -> Calibration:
+        """The calibration with the directions of all its bases, which have full rank, in the order
+        of what losing them costs the predictions: see `fisher.py`. `joined`: of how many layers its
+        groups are. Blocks; as long as some `DistillationSettings.num_fisher` steps of training.
+
+        Raises: ConfigError for a model that cannot have latents, or with too few texts.
+        """
+        fitted = fitted_bases(calibration.layers, calibration.groups)
+        codecs, rotaries = codecs_of(self.model, calibration), checked_rotaries(self.model)
+        found: dict[tuple[range, Array], Basis] = {}
+        try:
+            teacher = Distillation(self.model, self.texts, self.exact, self.settings)
+            for size in (1, *sorted(joined if calibration.groups else ())):
+                layers = codecs.layers(f"{LATENT.method.name}:layers={size}")
+                student = Student(self.model.spec, rotaries, layers, self.exact, fitted)
+                found |= teacher.fisher_bases(student, fitted)
+        except ValueError as error:
+            raise ConfigError(f"calibrate: {error}") from error
+        return replace(
+            calibration,
+            layers=tuple(
+                replace(layer, keys=found[alone, "keys"], values=found[alone, "values"])
+                for layer, alone in zip(
+                    calibration.layers, _each_alone(len(calibration.layers)), strict=True
+                )
+            ),
+            groups=tuple(
+                replace(
+                    group,
+                    keys=found[group.layers, "keys"],
+                    values=found[group.layers, "values"],
+                )
+                for group in calibration.groups
+            ),
+        )
 
     def refine(
         self,
@@ -157,8 +194,9 @@ class Refiner:
             student = Student(self.model.spec, rotaries, layers, self.exact, fitted)
             teacher = Distillation(self.model, self.texts, self.exact, self.settings)
             before = teacher.divergence(student)
-            ordered = teacher.fisher_bases(student, fitted)
-            student = Student(self.model.spec, rotaries, layers, self.exact, ordered)
+            if self.settings.num_fisher:
+                ordered = teacher.fisher_bases(student, fitted)
+                student = Student(self.model.spec, rotaries, layers, self.exact, ordered)
             teacher.train(student, progress)
             after = teacher.divergence(student)
         except ValueError as error:
@@ -170,6 +208,10 @@ class Refiner:
             is_kept=after < before,
         )
         return refinement, tuple(student.refined(name)) if refinement.is_kept else ()
+
+
+def _each_alone(num_layers: int) -> list[range]:
+    return [range(place, place + 1) for place in range(num_layers)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from kvcluster.codec.calibration import read_calibration
+from kvcluster.codec.calibration import fitted_bases, read_calibration
 from kvcluster.errors import CalibrationMismatch, ConfigError, InvalidField
 from kvcluster.model.loader import LoadedModel
 from kvcluster.quality.calibration_run import (
@@ -96,6 +97,33 @@ def test_what_was_refined_is_measured_with_its_refined_bases(
     assert refined.recipes[0] == fitted.recipes[0]
     assert refined.recipes[1].ratio == fitted.recipes[1].ratio
     assert refined.recipes[1].perplexity_increase != fitted.recipes[1].perplexity_increase
+
+
+def test_directions_of_all_bases_are_ordered_and_none_is_lost(
+    model: LoadedModel, settings: CalibrationSettings
+) -> None:
+    calibrated(model, replace(settings, refine=(), joined=(2, 3), num_fisher=4))
+
+    found = read_calibration(settings.out, model.spec.weights_digest)
+    bases = fitted_bases(found.layers, found.groups)
+    assert {layers for layers, _ in bases} == {
+        range(1), range(1, 2), range(2, 3), range(2), range(3),
+    }  # fmt: skip
+    for basis in bases.values():
+        width = len(basis.mean_F)
+        assert (basis.spectrum_F[:-1] >= basis.spectrum_F[1:]).all()
+        # Matrices whose condition, a few hundred, multiplies the rounding of float32.
+        assert torch.allclose(basis.down_FC @ basis.up_CF, torch.eye(width), atol=1e-3)
+
+
+def test_what_is_ordered_already_is_refined_from_there(
+    model: LoadedModel, settings: CalibrationSettings
+) -> None:
+    report = calibrated(model, replace(settings, refine=(JOINED,), num_fisher=4))
+
+    own = calibrated(model, replace(settings, refine=(JOINED,)))
+    [from_ordered], [from_fitted] = report.refinements, own.refinements
+    assert from_ordered.divergence_before < from_fitted.divergence_before
 
 
 def test_a_run_that_was_broken_off_trains_what_it_had_not_finished(
