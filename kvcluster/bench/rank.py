@@ -114,6 +114,11 @@ def measure(
                 value=statistics.fmean(times_ms),
                 unit="ms",
             )
+            # A block's steps, so that one of them leaves a block full.
+            seconds, _ = rank.decode(_STEPS)
+            yield Measurement(
+                name=f"{name} decoded token, a step ahead", value=seconds * 1e3, unit="ms"
+            )
             peak = torch.cuda.max_memory_allocated() / 2**30
             yield Measurement(name=f"{name} peak memory", value=peak, unit="GiB")
             torch.cuda.reset_peak_memory_stats()

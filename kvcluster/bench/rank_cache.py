@@ -15,6 +15,7 @@ from kvcluster.attention.implementation import Implementation, implementation_fo
 from kvcluster.attention.ring import LoneRing
 from kvcluster.cache.store import KVStore, Piece
 from kvcluster.cluster.runner import StepRunner
+from kvcluster.cluster.running_step import RunningStep
 from kvcluster.codec.array import consecutive
 from kvcluster.engine.plan import NewBlock, SampledToken, SequenceStart, SequenceStep, StepPlan
 from kvcluster.model.codecs import load_codecs
@@ -149,11 +150,34 @@ class LoneRank:
     def step(self, start: int, num_tokens: int, *, ids: Sequence[int] = ()) -> float:
         """Compute positions [start, start + num_tokens): tokens with these ids or, without them,
         the one that was sampled last. Seconds until the last one's successor is known."""
+        plan = self._plan(start, num_tokens, ids)
+        begin = time.perf_counter()
+        self._sampled = self._runner.run(plan, self._sampled).answer.sampled
+        return time.perf_counter() - begin
+
+    def decode(self, num_steps: int) -> tuple[float, list[int]]:
+        """Go on from the last step, each step begun before the tokens of the one before are known.
+        Seconds a step, and the tokens."""
+        begin = time.perf_counter()
+        token_ids = []
+        running: RunningStep | None = None
+        for _ in range(num_steps):
+            following = self._runner.begin(self._plan(self.num_tokens, 1, ()), ())
+            if running is not None:
+                token_ids += [each.token_id for each in running.outcome().answer.sampled]
+            running = following
+        if running is not None:
+            self._sampled = running.outcome().answer.sampled
+            token_ids += [each.token_id for each in self._sampled]
+        return (time.perf_counter() - begin) / max(1, num_steps), token_ids
+
+    def _plan(self, start: int, num_tokens: int, ids: Sequence[int]) -> StepPlan:
         started: tuple[SequenceStart, ...] = ()
         if self._num_steps == 0:
             started = (SequenceStart(1, SamplingParams(), self._policy),)
         self._num_steps += 1
-        plan = StepPlan(
+        self.num_tokens = start + num_tokens
+        return StepPlan(
             1,
             self._num_steps,
             started,
@@ -169,10 +193,6 @@ class LoneRank:
                 ),
             ),
         )
-        self.num_tokens = start + num_tokens
-        begin = time.perf_counter()
-        self._sampled = self._runner.run(plan, self._sampled).answer.sampled
-        return time.perf_counter() - begin
 
     def fill(self) -> None:
         """Random numbers in all blocks, encoded where they are of a codec: then the same in all

@@ -29,10 +29,13 @@ T = TypeVar("T")
 log = get_logger(__name__)
 
 PLACEMENT_TIMEOUT_S = 120.0
+_STEPS = 2
+"""A step that runs, and the next one."""
 
 
 def worker_actor(worker_class: type[Worker]) -> Any:
-    """The Ray actor around a worker: steps in one thread, everything else beside them."""
+    """The Ray actor around a worker: steps in as many threads as may be under way, everything else
+    beside them."""
 
     class WorkerActor(worker_class):  # type: ignore[valid-type, misc]
         def node_id(self) -> str:
@@ -48,7 +51,8 @@ def worker_actor(worker_class: type[Worker]) -> Any:
     for name, group in groups.items():
         marked = ray.method(concurrency_group=group)(_own_method(worker_class, name))
         setattr(WorkerActor, name, marked)
-    options: Any = ray.remote(concurrency_groups={"step": 1, "life": 1, "disk": 1, "control": 2})  # type: ignore[call-overload]
+    sizes = {"step": _STEPS, "life": 1, "disk": 1, "control": 2}
+    options: Any = ray.remote(concurrency_groups=sizes)  # type: ignore[call-overload]
     return options(WorkerActor)
 
 
@@ -63,6 +67,8 @@ class RingGroup:
         self._watching: list[asyncio.Future[None]] = []
         self._lost: asyncio.Future[None] | None = None
         self.epoch = 0
+        self._num_calls = 0
+        """Of `execute`, in this epoch."""
         self.nodes: list[str] = []
 
     async def start(self) -> ModelSpec:
@@ -85,8 +91,11 @@ class RingGroup:
         Raises: RankLost if any rank dies, fails or leaves the ring.
         """
         assert self._lost is not None, "start comes first"
+        self._num_calls += 1
         answer = asyncio.ensure_future(
-            _unwrapped(self.workers[0].execute.remote(msgspec.msgpack.encode(plan)))
+            _unwrapped(
+                self.workers[0].execute.remote(msgspec.msgpack.encode(plan), self._num_calls)
+            )
         )
         try:
             await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -189,6 +198,7 @@ class RingGroup:
 
     async def _connect(self, transport: TransportKind) -> None:
         self.epoch += 1
+        self._num_calls = 0
         meeting: Rendezvous = await _unwrapped(
             self.workers[0].propose_meeting.remote(self.epoch, transport)
         )

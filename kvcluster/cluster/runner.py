@@ -7,8 +7,8 @@ Shape letters: T this rank's rows, R rows that sample, V vocabulary.
 """
 
 from array import array
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kvcluster.attention.encoding import BlockEncoding
 from kvcluster.attention.implementation import Implementation, implementation_for
-from kvcluster.attention.part import CacheRules, SequencePart
+from kvcluster.attention.part import SequencePart
 from kvcluster.attention.ring import Ring
-from kvcluster.attention.selected_part import SelectedPart, Selecting
+from kvcluster.attention.selected_part import SelectedPart
 from kvcluster.attention.selected_survivors import SelectedSurvivors
 from kvcluster.attention.step import StepAttention
 from kvcluster.attention.survivors import SequenceSurvivors, SurvivorPart
@@ -26,7 +26,9 @@ from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
 from kvcluster.cache.zeroed_blocks import zero_blocks
+from kvcluster.cluster.running_step import RunningStep, StepOutcome
 from kvcluster.cluster.scoring import ScoredPiece, scored_by, scored_pieces, scores
+from kvcluster.cluster.step_rows import Rows, SequenceState
 from kvcluster.cluster.thread_share import ThreadShare
 from kvcluster.engine.plan import (
     EncodingError,
@@ -38,75 +40,14 @@ from kvcluster.engine.plan import (
     TopLogprob,
 )
 from kvcluster.errors import RankLost
+from kvcluster.model.ahead_row import AheadRow
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.sampler import SequenceSampling, sample
-from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.registry import scored_retention
-from kvcluster.selection.registry import build_selection
 from kvcluster.types import EXACT, Policy
 
 if TYPE_CHECKING:
     from kvcluster.model.decode_graphs import DecodeGraphs
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What a step gave on one rank."""
-
-    answer: RankAnswer
-    answering_ranks: tuple[int, ...]
-    """The ranks that have something to say, ascending: the same on every rank."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """This rank's rows of one sequence in a step."""
-
-    state: "_SequenceState"
-    step: SequenceStep
-    part: SequencePart
-    survivors: SurvivorPart | None
-    selected: SelectedPart | None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is one row that reads its sequence's table, and does no more than sample."""
-        is_alone = self.survivors is None and self.selected is None and self.step.scoring is None
-        return is_alone and not self.part.has_chunk
-
-    @property
-    def sampling_rank(self) -> int | None:
-        """The rank with the last row, if that row's logits are asked for."""
-        return self.part.pieces[-1].rank if self.step.samples else None
-
-
-class _SequenceState:
-    """What every rank remembers of a sequence between steps."""
-
-    def __init__(
-        self,
-        table: SequenceMap,
-        survivors: SequenceSurvivors | None,
-        sampling: SequenceSampling,
-        policy: Policy,
-        *,
-        exact: ExactRegion,
-    ) -> None:
-        self.table = table
-        self.survivors = survivors
-        self.rules = CacheRules(
-            policy.storage,
-            exact.recent_blocks,
-            recent_blocks(policy.retention, table.block_size),
-            None if survivors is None else survivors.method.epoch_tokens,
-            exact.step_blocks,
-        )
-        selection = build_selection(policy.selection, table.block_size)
-        self.selecting = (
-            None if selection is None else Selecting(selection, self.rules.recent_blocks)
-        )
-        self.sampling = sampling
-        self.last_token: int | None = None
 
 
 class StepRunner:
@@ -135,7 +76,9 @@ class StepRunner:
         self._graphs = _decode_graphs(model, store, self._implementation)
         self._share = share
         self._next_step = 1
-        self._sequences: dict[int, _SequenceState] = {}
+        self._sequences: dict[int, SequenceState] = {}
+        self._running: deque[RunningStep] = deque()
+        """Of a rank that is alone: steps whose tokens it has not taken in."""
 
     @property
     def num_sequences(self) -> int:
@@ -148,24 +91,75 @@ class StepRunner:
         may move to another rank between steps.
         Raises: RankLost on a plan out of order, or when another rank is gone.
         """
+        return self.begin(plan, sampled_before).outcome()
+
+    def begin(self, plan: StepPlan, sampled_before: Sequence[SampledToken]) -> RunningStep:
+        """As `run`, but a rank that is alone may not wait for the tokens of a step of decode: the
+        next step can begin without them. What such a rank sampled it knows without being told."""
         if (plan.epoch, plan.step) != (self._epoch, self._next_step):
             raise RankLost(
                 f"rank {self._ring.rank} expected step {self._next_step} of epoch {self._epoch}, "
                 f"got step {plan.step} of epoch {plan.epoch}"
             )
         self._next_step += 1
-        self._remember(sampled_before)
+        if self._ring.size > 1:
+            self._remember(sampled_before)
+        # One step may be under way, whose tokens are on the device.
+        self._settle(leave=1)
         self._apply(plan)
         for zeroed in plan.zeroed:
             if zeroed.rank == self._ring.rank:
                 zero_blocks(self._store, zeroed.group, zeroed.codec, zeroed.block_ids)
         rows = self._lay_out(plan)
-        answer = self._compute(rows) if rows else RankAnswer()
+        running = self._begin_ahead(rows) if rows else None
+        if running is None:
+            self._settle(leave=0)
+            answer = self._compute(rows) if rows else RankAnswer()
+            outcome = StepOutcome(answer, self._answering(rows))
+            running = RunningStep(lambda: outcome)
+        if self._ring.size == 1:
+            self._running.append(running)
         for sequence in plan.ended:
             self._sequences.pop(sequence, None)
-        return StepOutcome(answer, self._answering(rows))
+        return running
 
-    def _answering(self, rows: Sequence[_Rows]) -> tuple[int, ...]:
+    def _settle(self, *, leave: int) -> None:
+        """Know the tokens of the steps that have begun, but for the latest ones."""
+        while len(self._running) > leave or (self._running and not self._running[0].rows):
+            self._remember(self._running.popleft().outcome().answer.sampled)
+
+    def _begin_ahead(self, rows: Sequence[Rows]) -> RunningStep | None:
+        """Begin a step whose tokens the device chooses itself; None for any other step."""
+        graphs = self._graphs
+        if graphs is None or self._ring.size > 1 or not all(row.is_greedy for row in rows):
+            return None
+        parts = [row.part for row in rows]
+        encoding = self._encoding_of(parts)
+        if encoding.is_due or not graphs.serves(parts):
+            return None
+        before = self._running[-1].rows if self._running else {}
+        token_ids = [
+            AheadRow(before[row.step.sequence])
+            if not row.step.token_ids and row.step.sequence in before
+            else int(self._token_ids(row)[0])
+            for row in rows
+        ]
+        wait = graphs.send_tokens(graphs.forward(parts, token_ids))
+        answering = self._answering(rows)
+
+        def find() -> StepOutcome:
+            sampled = [
+                SampledToken(row.step.sequence, row.step.start + row.step.num_tokens, token_id)
+                for row, token_id in zip(rows, wait(), strict=True)
+            ]
+            return StepOutcome(RankAnswer(tuple(sampled)), answering)
+
+        return RunningStep(find, {row.step.sequence: place for place, row in enumerate(rows)})
+
+    def _encoding_of(self, parts: Sequence[SequencePart]) -> BlockEncoding:
+        return BlockEncoding(self._spec, self._store, self._ring.rank, parts, self._implementation)
+
+    def _answering(self, rows: Sequence[Rows]) -> tuple[int, ...]:
         answering: set[int] = set()
         for row in rows:
             if row.sampling_rank is not None:
@@ -186,7 +180,7 @@ class StepRunner:
 
     def _apply(self, plan: StepPlan) -> None:
         for start in plan.started:
-            self._sequences[start.sequence] = _SequenceState(
+            self._sequences[start.sequence] = SequenceState(
                 self._empty_table(),
                 self._no_survivors(start.policy),
                 SequenceSampling(params=start.sampling, end_token_ids=self._spec.eos_token_ids),
@@ -224,7 +218,7 @@ class StepRunner:
             return None
         return SequenceSurvivors(method, self._spec.windows.index(None), self._empty_table())
 
-    def _lay_out(self, plan: StepPlan) -> list[_Rows]:
+    def _lay_out(self, plan: StepPlan) -> list[Rows]:
         rows = []
         offset = 0
         for step in plan.sequences:
@@ -241,12 +235,12 @@ class StepRunner:
             offset += part.num_rows[self._ring.rank]
             survivors = None if state.survivors is None else SurvivorPart(part, state.survivors)
             selected = self._selected(state, step, part, survivors)
-            rows.append(_Rows(state, step, part, survivors, selected))
+            rows.append(Rows(state, step, part, survivors, selected))
         return rows
 
     def _selected(
         self,
-        state: _SequenceState,
+        state: SequenceState,
         step: SequenceStep,
         part: SequencePart,
         survivors: SurvivorPart | None,
@@ -258,7 +252,7 @@ class StepRunner:
             return SelectedSurvivors(survivors, state.selecting, num_prompt, device)
         return SelectedPart(part, state.table, state.selecting, num_prompt, device)
 
-    def _compute(self, rows: Sequence[_Rows]) -> RankAnswer:
+    def _compute(self, rows: Sequence[Rows]) -> RankAnswer:
         if self._share is not None:
             busy = [
                 rank
@@ -311,14 +305,12 @@ class StepRunner:
 
     @torch.inference_mode()
     def _decode(
-        self, graphs: "DecodeGraphs", rows: Sequence[_Rows], parts: Sequence[SequencePart]
+        self, graphs: "DecodeGraphs", rows: Sequence[Rows], parts: Sequence[SequencePart]
     ) -> RankAnswer:
         """A step of single rows, all of them here."""
         outcome = graphs.forward(parts, [int(self._token_ids(row)[0]) for row in rows])
         # A row reads exact what becomes encoded because of it, so that this may come last.
-        encoding = BlockEncoding(
-            self._spec, self._store, self._ring.rank, parts, self._implementation
-        )
+        encoding = self._encoding_of(parts)
         for layer, q_RHD in outcome.queries.items() if encoding.is_due else ():
             encoding.encode_full(layer, q_RHD)
         sampling = [index for index, row in enumerate(rows) if row.step.samples]
@@ -329,7 +321,7 @@ class StepRunner:
         sampled = self._sample(here, logits_RV, likeliest_R)
         return RankAnswer(tuple(sampled), (), _encoding_errors(rows, encoding.errors()))
 
-    def _token_ids(self, row: _Rows) -> Tensor:
+    def _token_ids(self, row: Rows) -> Tensor:
         """All token ids of the step's part, on every rank: penalties count each of them."""
         if not row.step.token_ids:
             if row.state.last_token is None:
@@ -340,7 +332,7 @@ class StepRunner:
         return torch.tensor(ids, dtype=torch.long)
 
     def _sample(
-        self, here: Sequence[_Rows], logits_RV: Tensor, likeliest_R: Tensor | None = None
+        self, here: Sequence[Rows], logits_RV: Tensor, likeliest_R: Tensor | None = None
     ) -> list[SampledToken]:
         if not here:
             return []
@@ -367,7 +359,7 @@ def _extend(table: SequenceMap, blocks: Sequence[NewBlock]) -> None:
 
 
 def _encoding_errors(
-    rows: Sequence[_Rows], errors: Mapping[SequencePart, tuple[float, float]]
+    rows: Sequence[Rows], errors: Mapping[SequencePart, tuple[float, float]]
 ) -> tuple[EncodingError, ...]:
     return tuple(
         EncodingError(row.step.sequence, *errors[row.part]) for row in rows if row.part in errors

@@ -9,7 +9,8 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,7 @@ from kvcluster.cluster.socket_ring import SocketRing
 from kvcluster.cluster.spilling import SpillShare
 from kvcluster.cluster.thread_share import ThreadShare
 from kvcluster.cluster.torch_ring import TorchRing
+from kvcluster.cluster.turns import Turns
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, result_of
@@ -65,7 +67,8 @@ class StepOrder(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Worker:
-    """One rank of a ring group. `execute` (rank 0) or `follow` (the others) runs in one thread."""
+    """One rank of a ring group. `follow` (all but rank 0) runs in one thread, `execute` (rank 0) in
+    as many as there are steps under way."""
 
     def __init__(self, rank: int, config: ClusterConfig) -> None:
         self._rank = rank
@@ -81,6 +84,8 @@ class Worker:
         self._spilling: SpillShare | None = None
         self._memory = threading.Lock()
         """Held by a step, and by what reads or writes blocks beside the steps."""
+        self._turns = Turns()
+        self._steps = ThreadPoolExecutor(1, thread_name_prefix="steps")
 
     @property
     def device(self) -> str:
@@ -118,6 +123,7 @@ class Worker:
         self._ring = ring = self._join(meeting)
         self._control = ControlChannel(ring)
         self._sampled_before = ()
+        self._turns = Turns()
         spec = self._model.spec
         store = KVStore(
             spec,
@@ -142,28 +148,45 @@ class Worker:
             lock=self._memory,
         )
 
-    def execute(self, encoded_plan: bytes) -> bytes:
-        """Rank 0: run a step with all ranks. Takes a StepPlan, gives a StepResult, as msgpack."""
+    def execute(self, encoded_plan: bytes, place: int) -> bytes:
+        """Rank 0: run a step with all ranks. Takes a StepPlan, gives a StepResult, as msgpack.
+
+        Calls may overlap, each in a thread: steps begin in the order of `place`, from 1 on since
+        `connect`, and while one call waits for what its step gives, the next step can begin.
+        Raises: RankLost.
+        """
         runner, control = self._running()
         plan = msgspec.msgpack.decode(encoded_plan, type=StepPlan)
-        order = StepOrder(plan, self._sampled_before)
-        control.broadcast(msgspec.msgpack.encode(order))
         try:
-            with self._memory:
-                outcome = runner.run(plan, self._sampled_before)
-            answers = [outcome.answer]
-            others = [rank for rank in outcome.answering_ranks if rank != LEADER]
-            answers += [
-                msgspec.msgpack.decode(answer, type=RankAnswer)
-                for answer in control.collect(others)
-            ]
+            with self._turns.turn(place):
+                # All steps begin in one thread: each thread that computes on a CPU has its own
+                # threads beside it.
+                begun = self._steps.submit(self._begin, runner, control, plan).result()
+            result = result_of(plan, begun())
         except BaseException:
             # The others may be waiting for this rank in the middle of a layer: let them go.
             self.disconnect()
             raise
-        result = result_of(plan, answers)
-        self._sampled_before = result.sampled
         return msgspec.msgpack.encode(result)
+
+    def _begin(
+        self, runner: StepRunner, control: ControlChannel, plan: StepPlan
+    ) -> Callable[[], list[RankAnswer]]:
+        """Begin a step on all ranks. What is returned waits for their answers."""
+        order = StepOrder(plan, self._sampled_before)
+        control.broadcast(msgspec.msgpack.encode(order))
+        with self._memory:
+            running = runner.begin(plan, self._sampled_before)
+        if self._config.ring.num_ranks == 1:
+            return lambda: [running.outcome().answer]
+        outcome = running.outcome()
+        others = [rank for rank in outcome.answering_ranks if rank != LEADER]
+        answers = [outcome.answer]
+        answers += [
+            msgspec.msgpack.decode(answer, type=RankAnswer) for answer in control.collect(others)
+        ]
+        self._sampled_before = result_of(plan, answers).sampled
+        return lambda: answers
 
     def follow(self) -> None:
         """Other ranks: run the steps that rank 0 hands on until the ring is closed.
@@ -208,6 +231,7 @@ class Worker:
 
     def disconnect(self) -> None:
         """Leave the ring; a thread that waits in it gets RankLost. Safe to call at any time."""
+        self._turns.end()
         if self._ring is not None:
             self._ring.close()
 

@@ -17,10 +17,12 @@ from kvcluster.attention.decode_step import DecodeAttention, DecodeInputs, Decod
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.cache.store import KVStore
+from kvcluster.model.ahead_row import AheadRow
 from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.model.compiled_layers import CompiledLayers
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.row_layers import row_layers
+from kvcluster.model.sampled_ahead import SampledAhead
 
 ROW_COUNTS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 """Rows of recordings. A step has some of its rows twice to have as many."""
@@ -52,6 +54,7 @@ class DecodeGraphs:
         self._store = store
         self._rows = rows
         self._inputs = DecodeInputs(store, max_rows=ROW_COUNTS[-1])
+        self._ahead = SampledAhead(ROW_COUNTS[-1], model.device)
         self._recordings: dict[DecodeShape, _Recording] = {}
         self._can_record = model.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._can_record else None
@@ -68,15 +71,19 @@ class DecodeGraphs:
         return len(parts) <= ROW_COUNTS[-1] and all(is_served(part) for part in parts)
 
     @torch.inference_mode()
-    def forward(self, parts: Sequence[SequencePart], token_ids: Sequence[int]) -> DecodeOutcome:
-        """Run the rows of the parts, one token each."""
+    def forward(
+        self, parts: Sequence[SequencePart], token_ids: Sequence[int | AheadRow]
+    ) -> DecodeOutcome:
+        """Run the rows of the parts, one token each: one that the host knows, or one that is on the
+        device since `send_tokens`."""
         num_rows = next(count for count in ROW_COUNTS if count >= len(parts))
         # Rows that are there twice write the same twice: the shortest, which reads the least.
         shortest = min(range(len(parts)), key=lambda row: parts[row].start)
         rows = [*range(len(parts)), *[shortest] * (num_rows - len(parts))]
-        shape = self._inputs.set_rows(
-            [parts[row] for row in rows], [token_ids[row] for row in rows]
-        )
+        tokens = [token_ids[row] for row in rows]
+        known = [0 if isinstance(token, AheadRow) else token for token in tokens]
+        shape = self._inputs.set_rows([parts[row] for row in rows], known)
+        self._take_tokens(tokens)
         if self._can_record and shape not in self._recordings:
             self._record(shape)
         recording = self._recordings.get(shape)
@@ -89,6 +96,21 @@ class DecodeGraphs:
             logits_RV=outcome.logits_RV[: len(parts)],
             likeliest_R=outcome.likeliest_R[: len(parts)],
         )
+
+    def send_tokens(self, outcome: DecodeOutcome) -> Callable[[], list[int]]:
+        """Keep the likeliest tokens of a step for the next one: see `SampledAhead.send`."""
+        return self._ahead.send(outcome.likeliest_R)
+
+    def _take_tokens(self, tokens: Sequence[int | AheadRow]) -> None:
+        """Put tokens of the step before among those that the host has set."""
+        token_ids_R = self._inputs.token_ids(len(tokens))
+        places = [token.row if isinstance(token, AheadRow) else None for token in tokens]
+        if places == list(range(len(tokens))):
+            token_ids_R.copy_(self._ahead.tokens_R[: len(tokens)])
+            return
+        for row, place in enumerate(places):
+            if place is not None:
+                token_ids_R[row].copy_(self._ahead.tokens_R[place])
 
     def _run(self, shape: DecodeShape) -> DecodeOutcome:
         attention = DecodeAttention(self._store, self._rows, self._inputs, shape)

@@ -10,7 +10,7 @@ from kvcluster_kernels.row_products import Norm, gated_product, products
 from transformers import LlamaConfig
 
 from kvcluster.attention.implementation import Implementation
-from kvcluster.bench.rank_cache import random_model
+from kvcluster.bench.rank_cache import LoneRank, random_model
 from kvcluster.cache.store import KVStore
 from kvcluster.codec.method import CodecModel
 from kvcluster.codec.model_codecs import ModelCodecs
@@ -90,6 +90,24 @@ def test_one_sequence_gives_the_same_tokens_through_kernels(
     found = generated(model, codec, in_kernels, num_output)
 
     assert found == generated(model, codec, in_torch, num_output)
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8"])
+def test_steps_begin_before_the_tokens_of_the_one_before_are_known(
+    codec: str, gpu: torch.device
+) -> None:
+    """From a row's second to last token of a block on, so that blocks become encoded too."""
+    model = tiny_llama(gpu)
+    found, right = (
+        LoneRank(model, Policy(codec=codec), capacity=1024, implementation=implementation)
+        for implementation in (in_kernels, in_torch)
+    )
+    for lone in (found, right):
+        lone.step(0, 510, ids=[(7 * place + 3) % 211 for place in range(510)])
+
+    _, token_ids = found.decode(6)
+
+    assert token_ids == right.decode(6)[1]
 
 
 def generated(

@@ -18,6 +18,7 @@ from transformers import (
 
 from kvcluster.attention.implementation import Implementation
 from kvcluster.attention.kernel_attention import KernelAttention
+from kvcluster.bench.rank_cache import LoneRank
 from kvcluster.cache.store import KVStore
 from kvcluster.codec.method import CodecModel
 from kvcluster.codec.model_codecs import ModelCodecs
@@ -161,3 +162,21 @@ def generated(
     for _ in range(OUTPUT_TOKENS - 1):
         group.run({0: 1}, owners=(0,))
     return group.output(0)
+
+
+@pytest.mark.parametrize("codec", ["exact", "int4"])
+def test_steps_begin_before_the_tokens_of_the_one_before_are_known(
+    codec: str, interpreted: torch.device
+) -> None:
+    """From a row's second to last token of a block on, so that blocks become encoded too."""
+    model = loaded(SERVED["llama"]())
+    found, right = (
+        LoneRank(model, Policy(codec=codec), capacity=1024, implementation=implementation)
+        for implementation in (in_kernels, in_torch)
+    )
+    for lone in (found, right):
+        lone.step(0, 382, ids=[(7 * place + 3) % 97 for place in range(382)])
+
+    _, token_ids = found.decode(4)
+
+    assert token_ids == right.decode(4)[1]
