@@ -34,7 +34,7 @@ from kvcluster.errors import (
 )
 from kvcluster.log import get_logger
 from kvcluster.tenancy.shares import TenantShares
-from kvcluster.types import TenantId
+from kvcluster.types import PUBLISHED, TenantId
 
 _RETRY_S = 2.0
 """Pause before what could not be destroyed is tried again."""
@@ -164,6 +164,9 @@ class ContextDisk:
                 ) from error
 
     def note_built(self, context: Context) -> None:
+        if context.tenant == PUBLISHED:
+            # Nobody's key would seal it. Routers keep what is published, and publish it again.
+            return
         self._unsaved.setdefault(context.uid, context)
         self._has_unsaved.set()
 
