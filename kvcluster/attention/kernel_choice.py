@@ -30,8 +30,8 @@ SPEEDS: Final[dict[tuple[int, bool], dict[Prefill, float]]] = {
 }
 """TFLOP/s by head size and whether the call is causal: 32K rows over 32K keys of 32 / 8 heads in
 bfloat16 on an H100, `kvcluster bench kernels --suite prefill`, 2026-11-23; those of the portable
-kernel are of a later run, which it had the copy engine in. A head size that is not
-here has the portable kernel alone.
+kernel are of a later run, in which the copy engine fetched its keys. A head size that is not here
+has the portable kernel alone.
 
 FlashAttention 3 (700, 696, 538, 553 there) and cuDNN (620, 599, 466, 470 in another run) are no
 candidates: they round what they give to bfloat16, and a partial that is merged must not be."""
