@@ -2,12 +2,20 @@
 
 from pathlib import Path
 
+import pytest
+
 from kvcluster.admin_client import AdminClient
 from kvcluster.config import ClusterConfig, RouterConfig, TenancyConfig
 from kvcluster.errors import ErrorRecord
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
 from kvcluster.serve.ingress import Ingress
 from tests.unit.router.administering import bootstrap
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router sets the allocator of its process, which is that of other tests here."""
+    monkeypatch.setattr("kvcluster.serve.ingress.overwrite_freed_memory", lambda: True)
 
 
 def config(database: str, *, insecure_local: bool) -> ClusterConfig:
