@@ -252,6 +252,7 @@ async def _spoiling(
         try:
             # The server has seen them all before the victim comes.
             await asyncio.gather(*(call.wait_for_connection() for call in calls))
+            await scene.until_streams_are_open(scene.attacker, len(calls))
             yield lambda: sum(not call.done() for call in calls)
         finally:
             for task in running:

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +26,7 @@ ADMIN = pb.ApiKey.ROLE_TENANT_ADMIN
 OPEN_STREAMS = 4
 MAX_CONTEXT_TOKENS = 65_536
 _POLL_S = 0.02
+_LET_IN_S = 0.5
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -119,10 +120,19 @@ class Scene:
     async def until_no_stream_is_open(self, party: Party) -> None:
         """A stream that was broken off is open to the server until it notices. Returns also when it
         does not: what needs places for streams will tell."""
+        await self._until_open(party, lambda count: not count, self.target.patience_s)
+
+    async def until_streams_are_open(self, party: Party, count: int) -> None:
+        """A stream that was begun is open to the server a moment later, if it is let in."""
+        await self._until_open(party, lambda found: found >= count, _LET_IN_S)
+
+    async def _until_open(
+        self, party: Party, is_enough: Callable[[int], bool], timeout_s: float
+    ) -> None:
         usage = pb.GetTenantUsageRequest(name=f"{party.name}/usage")
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.target.patience_s):
-                while getattr(await self.operator.ask(usage), "open_streams", 0):
+            async with asyncio.timeout(timeout_s):
+                while not is_enough(getattr(await self.operator.ask(usage), "open_streams", 0)):
                     await asyncio.sleep(_POLL_S)
 
     async def new_key(self, party: Party, *, role: int = INFERENCE, **fields: object) -> str:
