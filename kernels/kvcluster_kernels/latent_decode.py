@@ -74,8 +74,8 @@ from kvcluster_kernels.softmax import to_base_2, visible_columns
 _LEAST_TOKENS = 16
 """Of a block, and of a group that shares scales: a matrix product is of 16 numbers at least."""
 _SHARED_BYTES = 227 << 10
-_OTHER_BYTES = 20 << 10
-"""Of a program, beside latents and the way back: values, queries, and what moves between warps."""
+_OTHER_BYTES = 10 << 10
+"""Of a program, beside blocks and the way back: queries, scales, and what moves between warps."""
 _PIECE = 64
 """Bytes, or numbers of 16 bits, of a token's latent that are worked on together at most."""
 _NUMBERS = 128
@@ -121,8 +121,7 @@ def latent_splits(
     v_planes = value_planes(values)
     if v_planes[0][0].shape[:2] != sections[0].codes.shape[:2]:
         raise ValueError("keys and values want pages of as many blocks")
-    block_bytes = sum(x.codes[0, 0].nbytes for x in sections)
-    chosen = settings or default_settings(rank, dim, block_bytes)
+    chosen = settings or default_settings(rank, dim, block_bytes(keys, values))
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=form.dim)
     k_planes = tuple(section_planes(x) for x in sections)
     _latent_kernel[launch.grid](
@@ -147,14 +146,20 @@ def latent_splits(
     return launch.found
 
 
-def default_settings(rank: int, dim: int, block_bytes: int) -> DecodeSettings:
-    """As many programs as have their part of `up`, and the `block_bytes` of latents of the blocks
-    under way, in a processor's shared memory, and their numbers in its registers: two at most.
-    From what was compiled; not measured yet."""
-    num_stages = 6 if block_bytes <= 16 << 10 else 4
-    while num_stages > 2 and _needed(rank, dim, num_stages // 2 * block_bytes) > _SHARED_BYTES:
+def block_bytes(keys: Latents, values: ValuePages) -> int:
+    """Codes of one block that a program reads: latents, and values of one head."""
+    of_keys = sum(int(section.codes[0, 0].nbytes) for section in sections_of(keys))
+    return of_keys + sum(int(planes[0][0, 0, 0].nbytes) for planes in value_planes(values))
+
+
+def default_settings(rank: int, dim: int, bytes_of_block: int) -> DecodeSettings:
+    """As many programs as have their part of `up`, and the bytes of the blocks under way, in a
+    processor's shared memory, and their numbers in its registers: two at most. From what was
+    compiled; not measured yet."""
+    num_stages = 6 if bytes_of_block <= 20 << 10 else 4
+    while num_stages > 2 and _needed(rank, dim, num_stages // 2 * bytes_of_block) > _SHARED_BYTES:
         num_stages -= 2
-    needed = _needed(rank, dim, num_stages // 2 * block_bytes)
+    needed = _needed(rank, dim, num_stages // 2 * bytes_of_block)
     return DecodeSettings(
         num_warps=4,
         num_stages=num_stages,
@@ -162,9 +167,10 @@ def default_settings(rank: int, dim: int, block_bytes: int) -> DecodeSettings:
     )
 
 
-def fits(rank: int, dim: int, block_bytes: int) -> bool:
-    """Whether a program's part of `up`, and one block of latents, fit a processor."""
-    return _needed(rank, dim, block_bytes) <= _SHARED_BYTES
+def fits(rank: int, dim: int, bytes_of_block: int) -> bool:
+    """Whether a program's part of `up`, and two blocks, fit a processor: with two stages as many
+    are there."""
+    return _needed(rank, dim, 2 * bytes_of_block) <= _SHARED_BYTES
 
 
 def _needed(rank: int, dim: int, bytes_under_way: int) -> int:
