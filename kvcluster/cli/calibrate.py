@@ -117,7 +117,8 @@ def _run(
     with Progress(
         *Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)
     ) as bar:
-        names = ("texts", *(["refinement"] if settings.refine else []), "recipes")
+        asked = {"directions": settings.num_fisher > 0, "refinement": bool(settings.refine)}
+        names = ("texts", *(stage for stage, is_asked in asked.items() if is_asked), "recipes")
         stages = {stage: bar.add_task(stage, total=None) for stage in names}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -292,7 +292,9 @@ def _refined(
 ) -> tuple[Calibration, tuple[Refinement, ...]]:
     if settings.num_fisher:
         ordering = replace(settings.distillation, num_fisher=settings.num_fisher)
+        progress("directions", 0, 1)
         calibration = replace(refiner, settings=ordering).ordered(calibration, _joined(settings))
+        progress("directions", 1, 1)
         refiner = replace(refiner, settings=replace(ordering, num_fisher=0))
     return refiner.refine(
         calibration,

@@ -67,7 +67,7 @@ def test_bases_of_several_layers_are_fitted_where_they_are_asked_for(
 def test_bases_are_refined_for_the_policies_that_ask_for_it(model: Path, tmp_path: Path) -> None:
     out, codec = tmp_path / "tiny.safetensors", "latent:r=0.5,bits=4,layers=2"
 
-    result = calibrate(model, out, "--refine", codec, "--refine-steps", "2")
+    result = calibrate(model, out, "--refine", codec, "--refine-steps", "2", "--fisher", "2")
 
     assert result.exit_code == 0, result.stderr
     assert f"refined {codec}: divergence " in result.stdout

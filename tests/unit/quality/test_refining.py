@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from kvcluster.codec.calibration import fitted_bases, read_calibration
+from kvcluster.codec.joined import JoinedKeys
 from kvcluster.errors import CalibrationMismatch, ConfigError, InvalidField
+from kvcluster.model.codecs import measured_recipes
 from kvcluster.model.loader import LoadedModel
+from kvcluster.policy_bounds import parse_bound, resolve
 from kvcluster.quality.calibration_run import (
     CalibrationReport,
     CalibrationSettings,
@@ -18,6 +21,7 @@ from kvcluster.quality.calibration_run import (
 from kvcluster.quality.distillation import DistillationSettings
 from kvcluster.quality.held_out import CHOICE_TEXTS
 from kvcluster.quality.refining import codecs_to_refine, distillation_texts
+from kvcluster.quality.served import codecs_of
 from kvcluster.quality.texts import Purpose, Text
 from tests.unit.quality.toys import character_tokenizer, tiny_model
 
@@ -97,6 +101,24 @@ def test_what_was_refined_is_measured_with_its_refined_bases(
     assert refined.recipes[0] == fitted.recipes[0]
     assert refined.recipes[1].ratio == fitted.recipes[1].ratio
     assert refined.recipes[1].perplexity_increase != fitted.recipes[1].perplexity_increase
+
+
+def test_auto_may_choose_what_was_refined_and_is_served_with_its_bases(
+    model: LoadedModel, settings: CalibrationSettings
+) -> None:
+    report = calibrated(model, replace(settings, policies=("exact",), refine=(JOINED,)))
+
+    calibration = read_calibration(settings.out, model.spec.weights_digest)
+    recipes = measured_recipes(calibration)
+    bound = parse_bound("auto: ratio>=1.5, recall>=0%")
+    assert bound is not None
+    chosen = resolve(bound, recipes)
+    assert recipes == report.recipes
+    assert chosen == JOINED
+    layers = codecs_of(model, calibration).layers(chosen)
+    [keys] = [each.basis for each in calibration.refined if each.array == "keys"]
+    assert isinstance(layers[0].keys, JoinedKeys)
+    assert torch.equal(layers[0].keys.basis.up_CF, keys.up_CF.chunk(len(layers), dim=1)[0])
 
 
 def test_directions_of_all_bases_are_ordered_and_none_is_lost(
