@@ -164,9 +164,9 @@ def generated(
     return group.output(0)
 
 
-@pytest.mark.parametrize("codec", ["exact", "int4"])
+@pytest.mark.parametrize(("codec", "num_prompt"), [("exact", 62), ("int4", 382)])
 def test_steps_begin_before_the_tokens_of_the_one_before_are_known(
-    codec: str, interpreted: torch.device
+    codec: str, num_prompt: int, interpreted: torch.device
 ) -> None:
     """From a row's second to last token of a block on, so that blocks become encoded too."""
     model = loaded(SERVED["llama"]())
@@ -175,7 +175,7 @@ def test_steps_begin_before_the_tokens_of_the_one_before_are_known(
         for implementation in (in_kernels, in_torch)
     )
     for lone in (found, right):
-        lone.step(0, 382, ids=[(7 * place + 3) % 97 for place in range(382)])
+        lone.step(0, num_prompt, ids=[(7 * place + 3) % 97 for place in range(num_prompt)])
 
     _, token_ids = found.decode(4)
 
