@@ -140,6 +140,18 @@ class BlockTable:
         self.released_below[group] = len(self)
         return [self._remove(group, entry) for entry in range(len(self))]
 
+    def clear(self) -> None:
+        """Be as it was when it was made. Its blocks have been removed before."""
+        assert not any(self._num_exact), "blocks are removed first"
+        assert not any(self._num_encoded), "blocks are removed first"
+        self.owners.clear()
+        for group, lent in enumerate(self._lent):
+            lent.clear()
+            self.block_ids[group].clear()
+            self.encoded_ids[group].clear()
+            self._last_ids[group].clear()
+            self.released_below[group] = 0
+
     def remove_exact(self, group: int, entry: int) -> HeldBlock:
         """Forget the group's exact block of an entry that is encoded now."""
         held = HeldBlock(self.owners[entry], self.block_ids[group][entry], NO_BLOCK)

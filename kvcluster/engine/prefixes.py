@@ -162,6 +162,9 @@ class Prefixes:
             added = cache.shared.adopt(table, entry, lender)
             if added is None:
                 cache.shared.partition.release_all(table)
+                table.clear()
+                assert request.prefix is not None
+                request.prefix.adopted = ()
                 return None
             adopted.append(NewBlock(added.rank, added.block_ids, added.encoded_ids))
         if adopted:

@@ -224,3 +224,18 @@ def test_whatever_is_published_each_request_gets_its_own_tokens(
         assert fake.num_leaked == 0
 
     asyncio.run(play())
+
+
+async def test_where_there_is_no_room_beside_it_a_request_computes_everything() -> None:
+    """Blocks that a codec keeps exact need encoded ones of the tenant's own."""
+    async for served in serve(cluster(num_blocks=40, num_ranks=1)):
+        await uploaded(served, "own", TOKENS[:16], tenant=RED)
+        for policy, length in (("exact", 12), ("half", 24)):
+            await uploaded(
+                served, policy, TOKENS[:length], tenant=PUBLISHED, pinned=True, policy=policy
+            )
+        reading = await served.start([1], tenant=RED, context="own")
+        assert await served.output(reading, tenant=RED)
+
+        assert await asked(served, [*TOKENS[:24], 1], policy="half", tenant=RED) < 24
+        served.fake.check_books()
