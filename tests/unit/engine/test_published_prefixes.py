@@ -226,7 +226,7 @@ def test_whatever_is_published_each_request_gets_its_own_tokens(
     asyncio.run(play())
 
 
-async def test_where_there_is_no_room_beside_it_a_request_computes_everything() -> None:
+async def test_a_request_that_has_no_room_beside_it_begins_with_nothing_of_it() -> None:
     """Blocks that a codec keeps exact need encoded ones of the tenant's own."""
     async for served in serve(cluster(num_blocks=40, num_ranks=1)):
         await uploaded(served, "own", TOKENS[:16], tenant=RED)
@@ -237,5 +237,11 @@ async def test_where_there_is_no_room_beside_it_a_request_computes_everything() 
         reading = await served.start([1], tenant=RED, context="own")
         assert await served.output(reading, tenant=RED)
 
-        assert await asked(served, [*TOKENS[:24], 1], policy="half", tenant=RED) < 24
+        generation = await served.start([*TOKENS[:24], 1], policy="half", tenant=RED)
+        finished = (await served.read(generation, tenant=RED))[-1].event
+
+        assert isinstance(finished, Finished)
+        # Everything by itself does not fit either: it is refused, and the ring goes on.
+        assert finished.error_kind == "QuotaExceeded"
         served.fake.check_books()
+        assert await asked(served, [1, 2, 3], tenant=BLUE) == 0
