@@ -36,6 +36,7 @@ class BlockKeys:
 
     def __init__(self, secret: bytes, scope: Scope) -> None:
         """`secret`: the tenant's, `SECRET_BYTES` long."""
+        self.scope = scope
         self.block_size = scope.block_size
         self.keys: list[BlockKey] = []
         self._secret = secret

@@ -239,6 +239,10 @@ class Partition:
         shares = [PAGE_BLOCKS / per_page for per_page in self._encoded_per_page(codec)]
         return sum(shares) / len(shares)
 
+    def encoded_worth(self, codec: str, group: int) -> float:
+        """Exact blocks' worth of memory that one encoded block of the group takes."""
+        return PAGE_BLOCKS / self._encoded_per_page(codec)[group]
+
     def has_room(self, blocks: Sequence[int]) -> bool:
         """Whether so many more blocks (one number per group) would fit, once idle ones are evicted
         for them."""

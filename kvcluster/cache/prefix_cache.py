@@ -6,13 +6,14 @@ blocks that nobody else uses are given back, the least recently used prefix's la
 when memory is wanted. Those of a context stay longer, those of a pinned one for ever.
 """
 
+import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvcluster.cache.block_keys import BlockKey, block_tokens
+from kvcluster.cache.block_keys import BlockKey, Scope, block_tokens
 from kvcluster.cache.block_table import BlockTable, TableEntry
 from kvcluster.cache.held_forms import Form, FormsAt, HeldForms, has, restricted
 from kvcluster.cache.idle_blocks import IdleBlocks
@@ -41,6 +42,12 @@ class CachedBlock:
     num_children: int = 0
     holders: dict[str, bool] = field(default_factory=dict)
     """The contexts that hold it, and whether they are pinned."""
+    last_use_s: float = 0.0
+    """Unix seconds."""
+    scope: Scope | None = None
+    """On the first block of a prefix that is kept here: what all of them mean."""
+    label: str = ""
+    """What it is called outside, once it was asked for: says nothing of its tokens."""
 
     @property
     def is_pinned(self) -> bool:
@@ -60,7 +67,8 @@ class PrefixCacheStatistics:
 class PrefixCache:
     """The kept blocks of one partition. Takes users of blocks through it, and none of its own."""
 
-    def __init__(self, partition: Partition) -> None:
+    def __init__(self, partition: Partition, unix_time: Callable[[], float] = time.time) -> None:
+        self._unix_time = unix_time
         self.shared = SharedBlocks(partition)
         self._partition = partition
         self._blocks: dict[BlockKey, CachedBlock] = {}
@@ -145,8 +153,24 @@ class PrefixCache:
 
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
         """These blocks of one prefix were used just now."""
+        now = self._unix_time()
         for block in reversed(blocks):
+            block.last_use_s = now
             self._queue_of(block).move_to_end(block.key)
+
+    def note_scope(self, keys: Sequence[BlockKey], scope: Scope) -> None:
+        """`keys`: of a prefix, without what is published of it."""
+        first = self._blocks.get(keys[0]) if keys else None
+        if first is not None and first.scope is None:
+            first.scope = scope
+
+    def blocks(self) -> Iterable[CachedBlock]:
+        """All that is kept, in no order."""
+        return self._blocks.values()
+
+    def has(self, block: CachedBlock) -> bool:
+        """Whether it is kept here: not what was given up, nor what is published."""
+        return self._blocks.get(block.key) is block
 
     def count_hits(self, num_blocks: int) -> None:
         """So many blocks were adopted."""
@@ -195,12 +219,25 @@ class PrefixCache:
             return []
         dropped: list[Dropped] = []
         for block in self._tree_of(root):
-            for copy in block.copies:
-                self._unused.remove(block, copy)
-                dropped.append(Dropped(block.codec, copy))
-            block.copies = []
-            self._drop(block)
+            dropped += self.give_up(block)
         return dropped
+
+    def give_up(self, block: CachedBlock) -> list[Dropped]:
+        """Forget one block that no other of this cache follows; returns as `drop_tree`."""
+        dropped = [Dropped(block.codec, copy) for copy in block.copies]
+        for copy in block.copies:
+            self._unused.remove(block, copy)
+        block.copies = []
+        self._drop(block)
+        return dropped
+
+    def is_free(self, block: CachedBlock) -> bool:
+        """Whether nobody else uses the block."""
+        return all(
+            self.shared.num_users(block.codec, held, group) <= 1
+            for copy in block.copies
+            for group, held in enumerate(copy.held())
+        )
 
     def first_unheld(self, keys: Sequence[BlockKey]) -> BlockKey | None:
         """The first of these blocks, of one prefix, that no context holds."""
@@ -256,7 +293,7 @@ class PrefixCache:
         # A last block that is in use frees nothing itself, but may stand behind what nobody uses: a
         # window has moved on, or a codec reads another form.
         for queue in (self._idle, self._of_contexts):
-            for may_go in (self._is_free, self._has_idle_before):
+            for may_go in (self.is_free, self._has_idle_before):
                 for block in queue.values():
                     if not block.num_children and not block.is_pinned and may_go(block):
                         return block
@@ -272,14 +309,6 @@ class PrefixCache:
                         return not at.is_pinned
             at = at.parent
         return False
-
-    def _is_free(self, block: CachedBlock) -> bool:
-        """Whether nobody else uses the block."""
-        return all(
-            self.shared.num_users(block.codec, held, group) <= 1
-            for copy in block.copies
-            for group, held in enumerate(copy.held())
-        )
 
     def _drop(self, block: CachedBlock) -> None:
         for copy in block.copies:

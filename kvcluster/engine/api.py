@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from kvcluster.engine.cache_api import CacheBackend
 from kvcluster.engine.context_api import ContextBackend
 from kvcluster.policy import Menu
 from kvcluster.tenancy.limits import NO_LIMITS, UNLIMITED, TenantLimits
@@ -296,7 +297,7 @@ class TenantLoad(msgspec.Struct, frozen=True, kw_only=True):
     """By the names of `Tier`, those that the engine has."""
 
 
-class Backend(ContextBackend, Protocol):
+class Backend(ContextBackend, CacheBackend, Protocol):
     """An engine as the router calls it. Every method may raise any `KvClusterError`.
 
     `tenant` comes from the credential, never from a request field. A generation of another

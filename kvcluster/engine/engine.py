@@ -54,6 +54,7 @@ class Engine:
             partitions=parts.partitions,
             choose_route=parts.choose_route,
         )
+        self._scheduler.prefixes.unix_time = parts.clock.unix
         self._estimator = SpeedEstimator()
         self.forecast = Forecast(self._scheduler, self._estimator)
         self.tenants = TenantUses(parts.clock)

@@ -7,8 +7,9 @@ prompt, answer or context ended. Policies that keep tokens by score or select bl
 sequence than its blocks, so theirs are not shared.
 """
 
+import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Final
@@ -37,6 +38,8 @@ class Prefixes:
     """Sharing of blocks within each tenant's partition. Mutates requests and their tables."""
 
     def __init__(self, spec: ModelSpec, *, cache: CacheConfig, partitions: CachePartitions) -> None:
+        self.unix_time: Callable[[], float] = time.time
+        """When a block is used."""
         self._spec = spec
         self._block_size = cache.block_size
         self.is_on = cache.prefix_cache
@@ -50,7 +53,9 @@ class Prefixes:
         """What is kept in the tenant's partition."""
         found = self._caches.get(tenant)
         if found is None:
-            found = self._caches[tenant] = PrefixCache(self._partitions.of(tenant))
+            found = self._caches[tenant] = PrefixCache(
+                self._partitions.of(tenant), lambda: self.unix_time()
+            )
         return found
 
     def clear(self) -> None:
@@ -236,6 +241,7 @@ class Prefixes:
         forms = self._forms(request.policy)
         cache = self._cache_of(request)
         cache.keep(prefix.blocks.keys, request.tokens, table, forms, num_blocks, prefix.adopted)
+        cache.note_scope(prefix.blocks.keys[len(prefix.adopted) :], prefix.blocks.scope)
 
     def forget(
         self, tenant: TenantId, keys: Sequence[BlockKey], requests: Iterable[Request]

@@ -87,6 +87,7 @@ class RestoredBlocks:
         context = self._context
         keys = context.keys.keys
         self._cache.keep(keys, context.tokens, table, self._forms, self._num_entries)
+        self._cache.note_scope(keys, context.keys.scope)
 
     def release(self) -> None:
         """Take our users away. Blocks that have no other are zeroed."""

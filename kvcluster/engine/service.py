@@ -4,6 +4,7 @@ Adds to the engine what needs waiting or memory of the caller: idempotency keys,
 prompts come in through `intake`.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
@@ -22,6 +23,8 @@ from kvcluster.engine.api import (
     ShardSize,
     TenantLoad,
 )
+from kvcluster.engine.cache_api import CacheEntry, CachePurge, CachePurged
+from kvcluster.engine.cache_entries import CacheEntries
 from kvcluster.engine.context_disk import ContextDisk
 from kvcluster.engine.context_service import ContextService
 from kvcluster.engine.driver import EngineDriver, Executor
@@ -231,6 +234,18 @@ class EngineService(ContextService):
         load = self._engine.tenants.load(tenant, limits, own, kv_bytes)
         return msgspec.structs.replace(load, tiers=self._tiers.loads(tenant))
 
+    async def list_cache_entries(self, tenant: TenantId) -> tuple[CacheEntry, ...]:
+        return tuple(self._kept(tenant).entries(self._parts.new_id))
+
+    async def purge_cache_entries(self, tenant: TenantId, wanted: CachePurge) -> CachePurged:
+        purged, dropped = self._kept(tenant).purge(wanted)
+        zeroed = asyncio.Event()
+        shared = self._engine.prefixes.cache(tenant).shared
+        self._engine.zeroing.add(shared, dropped, zeroed.set)
+        self._driver.wake()
+        await zeroed.wait()
+        return purged
+
     async def apply_shares(self, shares: TenantShares) -> None:
         self._tiers.apply(shares)
         self._driver.wake()
@@ -287,6 +302,10 @@ class EngineService(ContextService):
                 f"no generation {generation!r}: it never was, or its events are no longer kept"
             )
         return found
+
+    def _kept(self, tenant: TenantId) -> CacheEntries:
+        cache = self._engine.prefixes.cache(tenant)
+        return CacheEntries(cache, self._parts.spec, self._parts.cache.block_size)
 
     def _holds_key(self, generation: GenerationId) -> bool:
         """Whether a retry attaches to it: not when it failed, ran late or was abandoned, since a

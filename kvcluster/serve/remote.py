@@ -23,6 +23,7 @@ from kvcluster.engine.api import (
     PromptChunk,
     TenantLoad,
 )
+from kvcluster.engine.cache_api import CacheEntry, CachePurge, CachePurged
 from kvcluster.errors import ErrorRecord, RankLost, from_record
 from kvcluster.serve.remote_contexts import RemoteContexts
 from kvcluster.tenancy.limits import TenantLimits
@@ -90,6 +91,12 @@ class RemoteBackend(RemoteContexts):
 
     async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad:
         return await _value(self._handle.tenant_load.remote(tenant, limits))
+
+    async def list_cache_entries(self, tenant: TenantId) -> tuple[CacheEntry, ...]:
+        return await _value(self._handle.list_cache_entries.remote(tenant))
+
+    async def purge_cache_entries(self, tenant: TenantId, wanted: CachePurge) -> CachePurged:
+        return await _value(self._handle.purge_cache_entries.remote(tenant, wanted))
 
     async def apply_shares(self, shares: TenantShares) -> None:
         await _value(self._handle.apply_shares.remote(shares))

@@ -18,6 +18,7 @@ from kvcluster.engine.api import (
     PromptChunk,
     TenantLoad,
 )
+from kvcluster.engine.cache_api import CacheEntry, CachePurge, CachePurged
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import ErrorRecord, KvClusterError, RankLost
 from kvcluster.freed_memory import overwrite_freed_memory
@@ -132,6 +133,14 @@ class Replica(ReplicaContexts):
 
     async def tenant_load(self, tenant: TenantId, limits: TenantLimits) -> TenantLoad | ErrorRecord:
         return await self._answer(lambda engine: engine.tenant_load(tenant, limits))
+
+    async def list_cache_entries(self, tenant: TenantId) -> tuple[CacheEntry, ...] | ErrorRecord:
+        return await self._answer(lambda engine: engine.list_cache_entries(tenant))
+
+    async def purge_cache_entries(
+        self, tenant: TenantId, wanted: CachePurge
+    ) -> CachePurged | ErrorRecord:
+        return await self._answer(lambda engine: engine.purge_cache_entries(tenant, wanted))
 
     async def apply_shares(self, shares: TenantShares) -> ErrorRecord | None:
         return await self._answer(lambda engine: engine.apply_shares(shares))

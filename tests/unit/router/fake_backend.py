@@ -35,6 +35,7 @@ from kvcluster.engine.api import (
     TierLoad,
     Usage,
 )
+from kvcluster.engine.cache_api import CacheEntry, CachePurge, CachePurged
 from kvcluster.errors import (
     ContextTooLong,
     GenerationNotFound,
@@ -294,6 +295,12 @@ class FakeBackend:
             input_tokens=sum(len(g.ids) for g in own),
             tiers=self.tiers,
         )
+
+    async def list_cache_entries(self, _tenant: TenantId) -> tuple[CacheEntry, ...]:
+        return ()
+
+    async def purge_cache_entries(self, _tenant: TenantId, _wanted: CachePurge) -> CachePurged:
+        return CachePurged()
 
     async def apply_shares(self, shares: TenantShares) -> None:
         if self.status_failure is not None:
