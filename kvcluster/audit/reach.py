@@ -19,6 +19,7 @@ from kvcluster.rpc.v1 import tenant_service_pb2 as pb
 _ABSENT = "audit-no-such-tenant"
 _GUESS = "audit-guess"
 _MAX_DEPTH = 2
+_PLURALS = {"CacheEntry": "cacheEntries"}
 _PICKLE = b"\x80\x05cposix\nsystem\n(S'true'\ntR."
 
 
@@ -61,15 +62,22 @@ def _name_of(field: _Field, tenant: str, generation: str) -> str:
     if kind == "TenantUsage":
         return f"tenants/{tenant}/usage"
     leaf = generation if kind == "Generation" else _GUESS
-    return f"tenants/{tenant}/{kind[0].lower()}{kind[1:]}s/{leaf}"
+    plural = _PLURALS.get(kind, f"{kind[0].lower()}{kind[1:]}s")
+    return f"tenants/{tenant}/{plural}/{leaf}"
 
 
-def _request(method: MethodDescriptor, field: _Field, name: str) -> Message:
+def _request(method: MethodDescriptor, field: _Field, name: str, own: str) -> Message:
+    """`own`: the attacker's name, under which it puts a list of others'."""
     request = GetMessageClass(method.input_type)()
     owner = request
     for part in field.path[:-1]:
         owner = getattr(owner, part)
-    setattr(owner, field.path[-1], name)
+    last = owner.DESCRIPTOR.fields_by_name[field.path[-1]]
+    if last.is_repeated:
+        getattr(owner, last.name).append(name)
+        request.parent = own  # type: ignore[attr-defined]
+    else:
+        setattr(owner, last.name, name)
     return request
 
 
@@ -90,7 +98,9 @@ async def foreign_names(scene: Scene) -> Outcome:
                 foreign, absent = [
                     await scene.ask(
                         method,
-                        _request(method, field, _name_of(field, tenant, generation)),
+                        _request(
+                            method, field, _name_of(field, tenant, generation), scene.attacker.name
+                        ),
                         bearer(key),
                     )
                     for tenant in (scene.victim.tenant, _ABSENT)

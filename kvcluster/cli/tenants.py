@@ -40,6 +40,7 @@ from kvcluster.cli.tenants_asking import (
     tenant_name,
     watch,
 )
+from kvcluster.cli.tenants_cache import list_cache_entries, purge_cache_entries
 from kvcluster.cli.tenants_published import (
     list_published_prefixes,
     publish_prefix,
@@ -352,6 +353,8 @@ def watch_tenant_usage(
 
 
 for command in (
+    list_cache_entries,
+    purge_cache_entries,
     create_api_key,
     list_api_keys,
     revoke_api_key,

@@ -129,6 +129,10 @@ class AdminServer:
                 "WatchTenantUsage": self._wrap.server_stream(
                     pb.WatchTenantUsageRequest, service.watch_tenant_usage
                 ),
+                "ListCacheEntries": unary(pb.ListCacheEntriesRequest, service.list_cache_entries),
+                "PurgeCacheEntries": unary(
+                    pb.PurgeCacheEntriesRequest, service.purge_cache_entries
+                ),
                 "CreateApiKey": unary(pb.CreateApiKeyRequest, service.create_api_key),
                 "ListApiKeys": unary(pb.ListApiKeysRequest, service.list_api_keys),
                 "RevokeApiKey": unary(pb.RevokeApiKeyRequest, service.revoke_api_key),

@@ -8,6 +8,7 @@ from kvcluster.types import GenerationId, TenantId
 _GENERATION_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/generations/([A-Za-z0-9_-]{1,128})")
 _CONTEXT_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/contexts/([a-z0-9-]{1,63})")
 _CONTEXT_ID = re.compile(r"[a-z0-9-]{1,63}")
+_ENTRY_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/cacheEntries/([A-Za-z0-9_-]{1,128})")
 _PUBLISHED_NAME = re.compile(r"publishedPrefixes/([a-z0-9-]{1,63})")
 _TENANT_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})")
 _USAGE_NAME = re.compile(r"tenants/([A-Za-z0-9-]{1,63})/usage")
@@ -93,6 +94,19 @@ def key_of(name: str) -> tuple[TenantId, str]:
     """Tenant and id of an API key. Raises: InvalidField."""
     match = _match(_KEY_NAME, name, "name", "tenants/{tenant}/apiKeys/{api_key}")
     return TenantId(match[1]), match[2]
+
+
+def cache_entry_of(name: str, tenant: TenantId) -> str:
+    """The id of a cache entry, which is to be `tenant`'s. Raises: InvalidField."""
+    form = "tenants/{tenant}/cacheEntries/{cache_entry}"
+    match = _match(_ENTRY_NAME, name, "names", form)
+    if match[1] != tenant:
+        raise InvalidField("names", f"want entries of the parent, {tenant_name(tenant)}")
+    return match[2]
+
+
+def cache_entry_name(tenant: TenantId, entry: str) -> str:
+    return f"tenants/{tenant}/cacheEntries/{entry}"
 
 
 def published_of(name: str) -> str:

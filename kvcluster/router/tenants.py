@@ -15,7 +15,7 @@ import msgspec
 from kvcluster.engine.api import Backend, TenantLoad
 from kvcluster.errors import InvalidField, PermissionDenied, StateConflict
 from kvcluster.log import get_logger
-from kvcluster.router import names, tenant_lists
+from kvcluster.router import cache_entries, names, tenant_lists
 from kvcluster.router.calls import Call
 from kvcluster.router.open_calls import OpenCalls
 from kvcluster.router.tenant_policies import PolicyTexts
@@ -222,6 +222,30 @@ class TenantService:
         while True:
             await call.send(await self._usage(tenant))
             await asyncio.sleep(interval_s)
+
+    async def list_cache_entries(
+        self, message: pb.ListCacheEntriesRequest, call: Call
+    ) -> pb.ListCacheEntriesResponse:
+        tenant = names.tenant_of(message.parent, field="parent")
+        _check_own(call, tenant, _VIEWERS)
+        await self._get(tenant)
+        return await cache_entries.page(self._backends, tenant, message)
+
+    async def purge_cache_entries(
+        self, message: pb.PurgeCacheEntriesRequest, call: Call
+    ) -> pb.PurgeCacheEntriesResponse:
+        tenant = names.tenant_of(message.parent, field="parent")
+        _check_own(call, tenant, _ADMINS)
+        wanted = cache_entries.wanted_in(message, tenant)
+        await self._get(tenant)
+        await cache_entries.check_found(self._backends, tenant, wanted)
+        act = _act(call, "PurgeCacheEntries", validates_only=wanted.validates_only)
+        # Before the act: what engines have given up cannot be taken back.
+        await _in_thread(lambda: self._store.note(tenant, act, cache_entries.said(wanted)))
+        purged = await cache_entries.purge(self._backends, tenant, wanted)
+        if not act.validates_only:
+            _log.info("admin_act", method=act.method, tenant=tenant)
+        return purged
 
     async def create_api_key(
         self, message: pb.CreateApiKeyRequest, call: Call

@@ -1,7 +1,7 @@
 """The `TenantStore` in a SQLite file: for one machine, or for routers that share a local disk."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,13 @@ class SqliteTenantStore:
     ) -> Tenant:
         with self._writing(act) as writing:
             return writing.replace(writing.changeable(tenant, etag), change)
+
+    def note(self, tenant: TenantId, act: Act, said: Mapping[str, object]) -> None:
+        with self._writing(act) as writing:
+            if writing.find(tenant) is None:
+                raise no_tenant(tenant)
+            text = msgspec.json.encode(said, order="sorted").decode()
+            writing.audit(tenant, tenant_name(tenant), text)
 
     def rotate_key(self, tenant: TenantId, act: Act, *, erases: bool) -> Tenant:
         with self._writing(act) as writing:

@@ -1,6 +1,6 @@
 """Where tenants' records are kept: the protocol that a database has to implement."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from kvcluster.tenancy.audit import ChainReport
@@ -53,6 +53,10 @@ class TenantStore(Protocol):
 
         Raises: ResourceNotFound, EtagMismatch, and what `change` raises.
         """
+        ...
+
+    def note(self, tenant: TenantId, act: Act, said: Mapping[str, object]) -> None:
+        """Add an audit event of an act that changes no record. Raises: ResourceNotFound."""
         ...
 
     def rotate_key(self, tenant: TenantId, act: Act, *, erases: bool) -> Tenant:

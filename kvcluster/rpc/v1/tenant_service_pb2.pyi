@@ -457,6 +457,123 @@ class TierUsage(_message.Message):
 Global___TierUsage: _TypeAlias = TierUsage  # noqa: Y015
 
 @_typing.final
+class CacheEntry(_message.Message):
+    """A run of tokens whose keys and values are kept for prompts that begin alike. Another entry may
+    come before it, and several after; everything that is kept is in exactly one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[CacheEntry._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: CacheEntry._State.ValueType  # 0
+        """A state that this version does not know."""
+        STATE_IDLE: CacheEntry._State.ValueType  # 1
+        """Nobody uses it: it is evicted where memory is short."""
+        STATE_IN_USE: CacheEntry._State.ValueType  # 2
+        """A running generation or upload uses it."""
+        STATE_IN_CONTEXT: CacheEntry._State.ValueType  # 3
+        """It is a context's, and goes with that."""
+        STATE_PINNED: CacheEntry._State.ValueType  # 4
+        """It is a pinned context's."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """Why it is kept."""
+
+    STATE_UNSPECIFIED: CacheEntry.State.ValueType  # 0
+    """A state that this version does not know."""
+    STATE_IDLE: CacheEntry.State.ValueType  # 1
+    """Nobody uses it: it is evicted where memory is short."""
+    STATE_IN_USE: CacheEntry.State.ValueType  # 2
+    """A running generation or upload uses it."""
+    STATE_IN_CONTEXT: CacheEntry.State.ValueType  # 3
+    """It is a context's, and goes with that."""
+    STATE_PINNED: CacheEntry.State.ValueType  # 4
+    """It is a pinned context's."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    CACHE_NAMESPACE_FIELD_NUMBER: _builtins.int
+    START_TOKEN_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    LAST_USE_TIME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Format: tenants/{tenant}/cacheEntries/{cache_entry}; the id is random, made when it is first
+    listed, and good for as long as the entry's first tokens are kept.
+    """
+    model: _builtins.str
+    """Name as in ListModels, without "models/"."""
+    policy: _builtins.str
+    """How it is compressed: only requests with this policy find it."""
+    cache_namespace: _builtins.str
+    """The cache_namespace of the requests that find it."""
+    start_token: _builtins.int
+    """Tokens that come before it in its prompt."""
+    token_count: _builtins.int
+    """Tokens that it stands for."""
+    kv_bytes: _builtins.int
+    """Cache bytes as stored, its part of shared pages included."""
+    state: Global___CacheEntry.State.ValueType
+    """Now."""
+    @_builtins.property
+    def last_use_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was last read or written."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        model: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        cache_namespace: _builtins.str = ...,
+        start_token: _builtins.int = ...,
+        token_count: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        state: Global___CacheEntry.State.ValueType = ...,
+        last_use_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_use_time", b"last_use_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_namespace", b"cache_namespace", "kv_bytes", b"kv_bytes", "last_use_time", b"last_use_time", "model", b"model", "name", b"name", "policy", b"policy", "start_token", b"start_token", "state", b"state", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEntry: _TypeAlias = CacheEntry  # noqa: Y015
+
+@_typing.final
+class CacheAmount(_message.Message):
+    """So many cache entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    entries: _builtins.int
+    """How many."""
+    kv_bytes: _builtins.int
+    """Cache bytes of them together."""
+    def __init__(
+        self,
+        *,
+        entries: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "kv_bytes", b"kv_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheAmount: _TypeAlias = CacheAmount  # noqa: Y015
+
+@_typing.final
 class ApiKey(_message.Message):
     """A credential of a tenant, without its secret."""
 
@@ -946,6 +1063,144 @@ class WatchTenantUsageRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchTenantUsageRequest: _TypeAlias = WatchTenantUsageRequest  # noqa: Y015
+
+@_typing.final
+class ListCacheEntriesRequest(_message.Message):
+    """Whose cache entries to list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Format: tenants/{tenant}"""
+    page_size: _builtins.int
+    """At most 1000, which larger values are taken for; 0: 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCacheEntriesRequest: _TypeAlias = ListCacheEntriesRequest  # noqa: Y015
+
+@_typing.final
+class ListCacheEntriesResponse(_message.Message):
+    """One page of cache entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHE_ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Of the next page; empty: this is the last."""
+    @_builtins.property
+    def cache_entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheEntry]:
+        """By id."""
+
+    def __init__(
+        self,
+        *,
+        cache_entries: _abc.Iterable[Global___CacheEntry] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_entries", b"cache_entries", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCacheEntriesResponse: _TypeAlias = ListCacheEntriesResponse  # noqa: Y015
+
+@_typing.final
+class PurgeCacheEntriesRequest(_message.Message):
+    """Which cache entries to give up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    CACHE_NAMESPACE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Format: tenants/{tenant}"""
+    cache_namespace: _builtins.str
+    """Only what is in this cache_namespace. Not set: in any."""
+    validate_only: _builtins.bool
+    """Only says what would be answered."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These of the tenant, each with all that follows it; at most 1000. Empty: all."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        cache_namespace: _builtins.str | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_namespace", b"_cache_namespace", "cache_namespace", b"cache_namespace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_namespace", b"_cache_namespace", "cache_namespace", b"cache_namespace", "names", b"names", "parent", b"parent", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cache_namespace: _TypeAlias = _typing.Literal["cache_namespace"]  # noqa: Y015
+    _WhichOneofArgType__cache_namespace: _TypeAlias = _typing.Literal["_cache_namespace", b"_cache_namespace"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_namespace) -> _WhichOneofReturnType__cache_namespace | None: ...
+
+Global___PurgeCacheEntriesRequest: _TypeAlias = PurgeCacheEntriesRequest  # noqa: Y015
+
+@_typing.final
+class PurgeCacheEntriesResponse(_message.Message):
+    """What became of the cache entries that were to be given up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PURGED_FIELD_NUMBER: _builtins.int
+    IN_USE_FIELD_NUMBER: _builtins.int
+    IN_CONTEXTS_FIELD_NUMBER: _builtins.int
+    FOLLOWED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def purged(self) -> Global___CacheAmount:
+        """Zeroed, and gone."""
+
+    @_builtins.property
+    def in_use(self) -> Global___CacheAmount:
+        """Left: running generations or uploads use them."""
+
+    @_builtins.property
+    def in_contexts(self) -> Global___CacheAmount:
+        """Left: they are contexts'."""
+
+    @_builtins.property
+    def followed(self) -> Global___CacheAmount:
+        """Left: nobody uses them, but entries that were left follow them."""
+
+    def __init__(
+        self,
+        *,
+        purged: Global___CacheAmount | None = ...,
+        in_use: Global___CacheAmount | None = ...,
+        in_contexts: Global___CacheAmount | None = ...,
+        followed: Global___CacheAmount | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["followed", b"followed", "in_contexts", b"in_contexts", "in_use", b"in_use", "purged", b"purged"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["followed", b"followed", "in_contexts", b"in_contexts", "in_use", b"in_use", "purged", b"purged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeCacheEntriesResponse: _TypeAlias = PurgeCacheEntriesResponse  # noqa: Y015
 
 @_typing.final
 class CreateApiKeyRequest(_message.Message):

@@ -101,6 +101,16 @@ class TenantServiceStub:
                 request_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.WatchTenantUsageRequest.SerializeToString,
                 response_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.TenantUsage.FromString,
                 _registered_method=True)
+        self.ListCacheEntries = channel.unary_unary(
+                '/kvcluster.rpc.v1.TenantService/ListCacheEntries',
+                request_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListCacheEntriesRequest.SerializeToString,
+                response_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListCacheEntriesResponse.FromString,
+                _registered_method=True)
+        self.PurgeCacheEntries = channel.unary_unary(
+                '/kvcluster.rpc.v1.TenantService/PurgeCacheEntries',
+                request_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PurgeCacheEntriesRequest.SerializeToString,
+                response_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PurgeCacheEntriesResponse.FromString,
+                _registered_method=True)
         self.CreateApiKey = channel.unary_unary(
                 '/kvcluster.rpc.v1.TenantService/CreateApiKey',
                 request_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.CreateApiKeyRequest.SerializeToString,
@@ -240,6 +250,23 @@ class TenantServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCacheEntries(self, request, context):
+        """Lists what the tenant keeps in the prefix caches of all engines, by id. Nothing here tells of
+        tokens. Its own keys with a viewer's role may ask.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeCacheEntries(self, request, context):
+        """Gives up what the tenant keeps and nobody uses. Returns when that memory is zeroed. What running
+        generations use stays, and so does what is a context's: DeleteContext gives that up. The
+        tenant's own admin may ask.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateApiKey(self, request, context):
         """Adds a key. Its secret is in this answer and nowhere else. The tenant's own admin may ask.
         """
@@ -365,6 +392,16 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.WatchTenantUsage,
                     request_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.WatchTenantUsageRequest.FromString,
                     response_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.TenantUsage.SerializeToString,
+            ),
+            'ListCacheEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCacheEntries,
+                    request_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListCacheEntriesRequest.FromString,
+                    response_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListCacheEntriesResponse.SerializeToString,
+            ),
+            'PurgeCacheEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeCacheEntries,
+                    request_deserializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PurgeCacheEntriesRequest.FromString,
+                    response_serializer=kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PurgeCacheEntriesResponse.SerializeToString,
             ),
             'CreateApiKey': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateApiKey,
@@ -737,6 +774,60 @@ class TenantService:
             '/kvcluster.rpc.v1.TenantService/WatchTenantUsage',
             kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.WatchTenantUsageRequest.SerializeToString,
             kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.TenantUsage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCacheEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvcluster.rpc.v1.TenantService/ListCacheEntries',
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListCacheEntriesRequest.SerializeToString,
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.ListCacheEntriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeCacheEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvcluster.rpc.v1.TenantService/PurgeCacheEntries',
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PurgeCacheEntriesRequest.SerializeToString,
+            kvcluster_dot_rpc_dot_v1_dot_tenant__service__pb2.PurgeCacheEntriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -72,6 +72,15 @@ class TenantServiceStub:
     """Returns what the tenant uses now. Its own keys with a viewer's role may ask."""
     WatchTenantUsage: _grpc.UnaryStreamMultiCallable[_tenant_service_pb2.WatchTenantUsageRequest, _tenant_service_pb2.TenantUsage]
     """Returns what the tenant uses again and again, until the caller leaves."""
+    ListCacheEntries: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.ListCacheEntriesRequest, _tenant_service_pb2.ListCacheEntriesResponse]
+    """Lists what the tenant keeps in the prefix caches of all engines, by id. Nothing here tells of
+    tokens. Its own keys with a viewer's role may ask.
+    """
+    PurgeCacheEntries: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.PurgeCacheEntriesRequest, _tenant_service_pb2.PurgeCacheEntriesResponse]
+    """Gives up what the tenant keeps and nobody uses. Returns when that memory is zeroed. What running
+    generations use stays, and so does what is a context's: DeleteContext gives that up. The
+    tenant's own admin may ask.
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.CreateApiKeyRequest, _tenant_service_pb2.CreateApiKeyResponse]
     """Adds a key. Its secret is in this answer and nowhere else. The tenant's own admin may ask."""
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.ListApiKeysRequest, _tenant_service_pb2.ListApiKeysResponse]
@@ -144,6 +153,15 @@ class TenantServiceAsyncStub(TenantServiceStub):
     """Returns what the tenant uses now. Its own keys with a viewer's role may ask."""
     WatchTenantUsage: _aio.UnaryStreamMultiCallable[_tenant_service_pb2.WatchTenantUsageRequest, _tenant_service_pb2.TenantUsage]  # type: ignore[assignment]
     """Returns what the tenant uses again and again, until the caller leaves."""
+    ListCacheEntries: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.ListCacheEntriesRequest, _tenant_service_pb2.ListCacheEntriesResponse]  # type: ignore[assignment]
+    """Lists what the tenant keeps in the prefix caches of all engines, by id. Nothing here tells of
+    tokens. Its own keys with a viewer's role may ask.
+    """
+    PurgeCacheEntries: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.PurgeCacheEntriesRequest, _tenant_service_pb2.PurgeCacheEntriesResponse]  # type: ignore[assignment]
+    """Gives up what the tenant keeps and nobody uses. Returns when that memory is zeroed. What running
+    generations use stays, and so does what is a context's: DeleteContext gives that up. The
+    tenant's own admin may ask.
+    """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.CreateApiKeyRequest, _tenant_service_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Adds a key. Its secret is in this answer and nowhere else. The tenant's own admin may ask."""
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.ListApiKeysRequest, _tenant_service_pb2.ListApiKeysResponse]  # type: ignore[assignment]
@@ -285,6 +303,27 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tenant_service_pb2.TenantUsage], _abc.AsyncIterator[_tenant_service_pb2.TenantUsage]]:
         """Returns what the tenant uses again and again, until the caller leaves."""
+
+    @_abc_1.abstractmethod
+    def ListCacheEntries(
+        self,
+        request: _tenant_service_pb2.ListCacheEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tenant_service_pb2.ListCacheEntriesResponse, _abc.Awaitable[_tenant_service_pb2.ListCacheEntriesResponse]]:
+        """Lists what the tenant keeps in the prefix caches of all engines, by id. Nothing here tells of
+        tokens. Its own keys with a viewer's role may ask.
+        """
+
+    @_abc_1.abstractmethod
+    def PurgeCacheEntries(
+        self,
+        request: _tenant_service_pb2.PurgeCacheEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tenant_service_pb2.PurgeCacheEntriesResponse, _abc.Awaitable[_tenant_service_pb2.PurgeCacheEntriesResponse]]:
+        """Gives up what the tenant keeps and nobody uses. Returns when that memory is zeroed. What running
+        generations use stays, and so does what is a context's: DeleteContext gives that up. The
+        tenant's own admin may ask.
+        """
 
     @_abc_1.abstractmethod
     def CreateApiKey(

@@ -60,6 +60,12 @@ TENANTS = (
         {"name": "tenants/red/usage"},
         ["watch-tenant-usage", "red", "--count", "1"],
     ),
+    Step("ListCacheEntries", {"parent": "tenants/red"}, ["list-cache-entries", "red"]),
+    Step(
+        "PurgeCacheEntries",
+        {"parent": "tenants/red", "cacheNamespace": "n"},
+        ["purge-cache-entries", "red", "--namespace", "n"],
+    ),
     Step(
         "CreateApiKey",
         {"parent": "tenants/red", "apiKeyId": "k1", "apiKey": {"role": "ROLE_INFERENCE"}},

@@ -186,6 +186,9 @@ READS: dict[str, Ask] = {
     "WatchTenantUsage": lambda stub, name, key: stub.WatchTenantUsage(
         pb.WatchTenantUsageRequest(name=f"{name}/usage"), metadata=key
     ).read(),
+    "ListCacheEntries": lambda stub, name, key: stub.ListCacheEntries(
+        pb.ListCacheEntriesRequest(parent=name), metadata=key
+    ),
     "ListApiKeys": lambda stub, name, key: stub.ListApiKeys(
         pb.ListApiKeysRequest(parent=name), metadata=key
     ),
@@ -200,6 +203,9 @@ OWN_ACTS: dict[str, Ask] = {
     ),
     "RevokeApiKey": lambda stub, name, key: stub.RevokeApiKey(
         pb.RevokeApiKeyRequest(name=f"{name}/apiKeys/made"), metadata=key
+    ),
+    "PurgeCacheEntries": lambda stub, name, key: stub.PurgeCacheEntries(
+        pb.PurgeCacheEntriesRequest(parent=name), metadata=key
     ),
     "RotateTenantKey": lambda stub, name, key: stub.RotateTenantKey(
         pb.RotateTenantKeyRequest(name=name), metadata=key
