@@ -90,9 +90,14 @@ class CacheEntries:
                 first.append(block)
         runs: list[_Run] = []
         stack: list[tuple[CachedBlock, Scope, int, int | None]] = []
+        # Many follow one published prefix, which may be long.
+        published: dict[int, int] = {}
         for block in first:
             assert block.scope is not None, "noted when it was kept"
-            stack.append((block, block.scope, _num_published(block), None))
+            before = id(block.parent)
+            if before not in published:
+                published[before] = _num_before(block)
+            stack.append((block, block.scope, published[before], None))
         while stack:
             block, scope, num_before, parent_run = stack.pop()
             blocks, standing = [block], self._standing(block)
@@ -146,8 +151,8 @@ def _wanted(runs: Sequence[_Run], wanted: CachePurge) -> list[bool]:
     ]
 
 
-def _num_published(block: CachedBlock) -> int:
-    """Blocks before the first one that is kept."""
+def _num_before(block: CachedBlock) -> int:
+    """Blocks before one of its prompt."""
     count, at = 0, block.parent
     while at is not None:
         count, at = count + 1, at.parent

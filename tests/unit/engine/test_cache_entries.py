@@ -278,3 +278,23 @@ async def test_published_prefixes_are_in_no_tenants_list(served: Served) -> None
 async def test_a_tenant_that_keeps_nothing_has_nothing_to_purge(served: Served) -> None:
     assert await listed(served, BLUE) == []
     assert await purged(served, tenant=BLUE) == CachePurged()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_purge_returns_when_the_ranks_have_answered_or_are_gone(
+    served: Served, *, is_lost: bool
+) -> None:
+    await ran(served, PROMPT)
+    served.gate.clear()
+    purging = asyncio.create_task(purged(served))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not purging.done()
+    if is_lost:
+        served.service.lose_ring("a rank is gone")
+    else:
+        served.gate.set()
+
+    told = await asyncio.wait_for(purging, 5)
+    assert told.given_up == CacheAmount(1, 5 * BLOCK_BYTES)
+    assert await listed(served) == []
