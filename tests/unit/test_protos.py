@@ -24,7 +24,7 @@ def test_our_protos_are_clean() -> None:
         ("STATE_UNSPECIFIED = 0", "STATE_NONE = 0", "should be suffixed"),
         ("  // Lists tenants, by id. Operators only.\n", "", "non-empty comment"),
         ("service TenantService {", "service Tenants {", 'should be suffixed with "Service"'),
-        ("package kvcluster.rpc.v1;", "package kvcluster.rpc;", "should be suffixed"),
+        ("package kvcluster.rpc.v1;", "package kvcluster.rpc.v1.x;", "should be suffixed"),
         ("import", 'import "google/protobuf/any.proto";\nimport', "unused"),
     ],
 )
