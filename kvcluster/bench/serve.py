@@ -3,8 +3,8 @@
 Everything that `kvcluster serve` starts is started, on Ray; prompts are random token ids, uploaded
 through gRPC. Also `python -m kvcluster.bench.serve --shape 1b --length 1048576 --policy exact`.
 
-A run of one policy begins with a short prompt, which compiles what there is to compile. Every other
-prompt is computed as a whole: nothing is taken from earlier ones.
+A run of one policy begins with a prompt of two chunks and some of a third, which compiles what
+there is to compile. Every other prompt is computed as a whole: nothing is taken from earlier ones.
 """
 
 import argparse
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 LENGTHS: Final = (4096, 32_768, 131_072)
 _OUTPUT_TOKENS: Final = 96
-_WARM_UP_PROMPT: Final = 2048
+_WARM_UP_ROWS: Final = 2048
+"""Of the warm-up's last chunk."""
 _WARM_UP_TOKENS: Final = 24
 """Tokens whose times are left out: the first ones fill tables, and the client gets them in turn
 with the prompt's last progress."""
@@ -159,11 +160,12 @@ def _measure_policy(
     serve: Callable[["array[int]"], Served],
 ) -> Iterator[Measurement]:
     begin = time.perf_counter()
-    for length in (_WARM_UP_PROMPT, *settings.lengths):
-        prompt = array("I", (place * _STRIDE % model.vocab_size for place in range(length)))
+    warm_up = min(2 * settings.chunk_tokens + _WARM_UP_ROWS, max(settings.lengths))
+    for place, length in enumerate((warm_up, *settings.lengths)):
+        prompt = array("I", (index * _STRIDE % model.vocab_size for index in range(length)))
         with MemoryPeak() as memory:
             served = serve(prompt)
-        if length == _WARM_UP_PROMPT:
+        if place == 0:
             name = f"{settings.shape} {policy} warm-up"
             yield _seconds(name, time.perf_counter() - begin)
             continue

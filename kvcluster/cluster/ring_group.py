@@ -70,6 +70,8 @@ class RingGroup:
         self._num_calls = 0
         """Of `execute`, in this epoch."""
         self.nodes: list[str] = []
+        self.has_gpus = False
+        """Whether each rank has one; known once they are started."""
 
     async def start(self) -> ModelSpec:
         """Place the ranks, load the model on each, connect them.
@@ -79,6 +81,7 @@ class RingGroup:
         self._placement = await self._place()
         self.workers = [self._create(rank) for rank in range(self._config.ring.num_ranks)]
         hosts: list[Host] = await self._on_all("host")
+        self.has_gpus = all(host.has_gpu for host in hosts)
         self.nodes = await self._on_all("node_id")
         await self._share_cores(hosts)
         specs: list[ModelSpec] = await self._on_all("load")
@@ -191,7 +194,7 @@ class RingGroup:
         wanted = self._config.ring.transport
         if wanted is not TransportKind.AUTO:
             return wanted
-        if all(host.has_gpu for host in hosts):
+        if self.has_gpus:
             return TransportKind.NCCL
         is_one_machine = len({host.machine for host in hosts}) == 1
         return TransportKind.SOCKETS if is_one_machine else TransportKind.GLOO

@@ -160,7 +160,7 @@ class Replica(ReplicaContexts):
             tokenizer=tokenizer,
         )
         self._service.start()
-        await warm_up(self._service, self._config, spec)
+        await warm_up(self._service, self._config, spec, with_gpus=self._ring.has_gpus)
         self._service.mark_ready()
         self._supervising = asyncio.create_task(self._supervise(self._service, spec))
 
@@ -190,7 +190,7 @@ class Replica(ReplicaContexts):
         try:
             await self._ring.start()
             service.restart(self._ring.epoch)
-            await warm_up(service, self._config, spec)
+            await warm_up(service, self._config, spec, with_gpus=self._ring.has_gpus)
         except KvClusterError as error:
             logger.error("ring_restart_failed", error=type(error).__name__)
             return False

@@ -26,10 +26,21 @@ def spec(max_context_tokens: int) -> ModelSpec:
 def test_with_the_defaults_it_is_sharded_over_every_rank(num_ranks: int) -> None:
     config = ClusterConfig(ring=RingConfig(num_ranks=num_ranks))
 
-    num_tokens = warm_up_tokens(config, spec(100_000))
+    num_tokens = warm_up_tokens(config, spec(100_000), with_gpus=False)
 
     assert num_tokens >= config.engine.shard_min_tokens
     assert num_tokens >= num_ranks * config.cache.block_size
+
+
+def test_gpus_are_asked_for_full_chunks_behind_a_history() -> None:
+    config = ClusterConfig(
+        cache=CacheConfig(capacity_tokens=50_000), engine=EngineConfig(prefill_chunk_tokens=8192)
+    )
+
+    num_tokens = warm_up_tokens(config, spec(100_000), with_gpus=True)
+
+    assert num_tokens > 2 * config.engine.prefill_chunk_tokens
+    assert num_tokens > warm_up_tokens(config, spec(100_000), with_gpus=False)
 
 
 def test_it_leaves_room_for_its_output_within_every_limit() -> None:
@@ -38,6 +49,6 @@ def test_it_leaves_room_for_its_output_within_every_limit() -> None:
         engine=EngineConfig(shard_min_tokens=10_000),
     )
 
-    assert warm_up_tokens(config, spec(100_000)) < 64
-    assert warm_up_tokens(config, spec(20)) < 20
-    assert warm_up_tokens(config, spec(1)) == 1
+    assert warm_up_tokens(config, spec(100_000), with_gpus=True) < 64
+    assert warm_up_tokens(config, spec(20), with_gpus=True) < 20
+    assert warm_up_tokens(config, spec(1), with_gpus=True) == 1
