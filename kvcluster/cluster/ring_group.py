@@ -21,6 +21,7 @@ from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import StepPlan, StepResult
 from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.errors import ConfigError, KvClusterError, RankLost
+from kvcluster.garbage import exempt_living
 from kvcluster.log import get_logger
 from kvcluster.types import ModelSpec
 
@@ -43,6 +44,9 @@ def worker_actor(worker_class: type[Worker]) -> Any:
 
         def address(self) -> str:
             return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+        def note_warm(self) -> None:
+            exempt_living()
 
     # Ray names an actor by its qualified name.
     WorkerActor.__name__ = WorkerActor.__qualname__ = worker_class.__name__
@@ -108,6 +112,13 @@ class RingGroup:
         finally:
             # A step that was given up may still fail, and nobody would ask for that error.
             answer.cancel()
+
+    async def note_warm(self) -> None:
+        """Steps have run as they will: what the ranks' processes have loaded by now they keep.
+
+        Raises: RankLost.
+        """
+        await self._on_all("note_warm")
 
     async def write_spill(self, order: SpillWrite) -> Sequence[PartReceipt]:
         """See `SpillRanks`."""

@@ -12,6 +12,7 @@ from kvcluster import log
 from kvcluster.config import ClusterConfig
 from kvcluster.errors import ConfigError, ErrorRecord
 from kvcluster.freed_memory import overwrite_freed_memory
+from kvcluster.garbage import exempt_living
 from kvcluster.router.front_door import FrontDoor
 from kvcluster.serve.remote import RemoteBackend
 
@@ -34,7 +35,11 @@ class Ingress:
             backends, config.router, config.tenancy, tls=config.tls, oidc=config.oidc
         )
         # At once, not when asked: Serve starts a router that died again, and nobody asks then.
-        self._starting = asyncio.get_running_loop().create_task(self._server.start())
+        self._starting = asyncio.get_running_loop().create_task(self._start())
+
+    async def _start(self) -> None:
+        await self._server.start()
+        exempt_living()
 
     async def startup(self) -> str | ErrorRecord:
         """Wait until it listens. Returns HOST:PORT as bound, or as a value why it cannot be."""

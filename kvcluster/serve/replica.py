@@ -22,6 +22,7 @@ from kvcluster.engine.cache_api import CacheEntry, CachePurge, CachePurged
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import ErrorRecord, KvClusterError, RankLost
 from kvcluster.freed_memory import overwrite_freed_memory
+from kvcluster.garbage import exempt_living
 from kvcluster.model.tokenizer import load_tokenizer
 from kvcluster.serve.assembly import engine_service
 from kvcluster.serve.remote_contexts import ReplicaContexts
@@ -161,6 +162,8 @@ class Replica(ReplicaContexts):
         )
         self._service.start()
         await warm_up(self._service, self._config, spec, with_gpus=self._ring.has_gpus)
+        await self._ring.note_warm()
+        exempt_living()
         self._service.mark_ready()
         self._supervising = asyncio.create_task(self._supervise(self._service, spec))
 
@@ -191,6 +194,7 @@ class Replica(ReplicaContexts):
             await self._ring.start()
             service.restart(self._ring.epoch)
             await warm_up(service, self._config, spec, with_gpus=self._ring.has_gpus)
+            await self._ring.note_warm()
         except KvClusterError as error:
             logger.error("ring_restart_failed", error=type(error).__name__)
             return False

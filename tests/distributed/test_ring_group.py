@@ -1,6 +1,7 @@
 """Ray places the ranks, runs plans on them, and a lost rank is a named error, not a hang."""
 
 import asyncio
+import gc
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from kvcluster.cluster.ring_group import RingGroup
+from kvcluster.cluster.worker import Worker
 from kvcluster.config import (
     CacheConfig,
     ClusterConfig,
@@ -138,6 +140,29 @@ async def test_a_plan_out_of_order_ends_the_epoch(tiny_model_dir: Path) -> None:
 
         with pytest.raises(RankLost, match="expected step 2 of epoch 1, got step 3"):
             await group.execute(decode(3))
+
+
+class CountingWorker(Worker):
+    def num_not_searched(self) -> int:
+        return gc.get_freeze_count()
+
+
+async def test_warm_ranks_are_not_searched_for_garbage_and_go_on(tiny_model_dir: Path) -> None:
+    group = RingGroup(cluster_config(tiny_model_dir, num_ranks=2), CountingWorker)
+    try:
+        await group.start()
+        await group.execute(prefill(2))
+        before = [await worker.num_not_searched.remote() for worker in group.workers]
+        await group.note_warm()
+        after = [await worker.num_not_searched.remote() for worker in group.workers]
+        result = await group.execute(decode(2))
+    finally:
+        await group.stop()
+
+    assert before == [0, 0]
+    # torch alone brings so many.
+    assert min(after) > 50_000
+    assert len(result.sampled) == 1
 
 
 async def test_after_stop_no_actor_is_left(tiny_model_dir: Path, two_nodes: Cluster) -> None:

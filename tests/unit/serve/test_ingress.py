@@ -14,8 +14,10 @@ from tests.unit.router.administering import bootstrap
 
 @pytest.fixture(autouse=True)
 def _memory_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A router sets the allocator of its process, which is that of other tests here."""
+    """A router sets the allocator and the garbage collection of its process, which is that of other
+    tests here."""
     monkeypatch.setattr("kvcluster.serve.ingress.overwrite_freed_memory", lambda: True)
+    monkeypatch.setattr("kvcluster.serve.ingress.exempt_living", lambda: None)
 
 
 def config(database: str, *, insecure_local: bool) -> ClusterConfig:
