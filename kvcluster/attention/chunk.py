@@ -136,8 +136,10 @@ class ChunkAttention:
             return self._store.round_trip(layer, part.codec, blocks, positions_BS)
         group = self._spec.group_of(self._spec.layers[layer])
         ids_B = torch.from_numpy(part.table.encoded_ids(here, group, first, last))
-        planes = self._store.read_encoded(layer, part.codec, ids_B)
-        own = self._store.decode(layer, part.codec, planes, positions_BS[is_own_B])
+        own: Sequence[Tensor] | None = self._local.restored(layer, part.codec, ids_B)
+        if own is None:
+            planes = self._store.read_encoded(layer, part.codec, ids_B)
+            own = self._store.decode(layer, part.codec, planes, positions_BS[is_own_B])
         if bool(is_own_B.all()):
             return own
         theirs = Piece(*(plane[~is_own_B] for plane in blocks))

@@ -38,7 +38,7 @@ class BlockEncoding:
         self._local = implementation
         self._rank = rank
         self._parts = [part for part in parts if part.codec != EXACT]
-        self._errors = EncodingErrors(store)
+        self._errors = EncodingErrors(store, implementation)
         self._last_rows: dict[tuple[SequencePart, int], Tensor] = {}
         """q_1HD of this rank's last row, by part and layer, until the layer is encoded."""
 

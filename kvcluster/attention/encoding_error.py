@@ -11,7 +11,8 @@ beyond a layer's window too: what counts is the blocks. A rank without a row in 
 nothing there; of a cache that is never encoded the error is 0.
 
 The cost is one row of attention and one reading of the new blocks: nothing beside the rows that
-filled them.
+filled them. Kernels round weights to 16 bits, so that what they measure is not less than a
+thousandth or so.
 
 Shape letters: H query heads, K KV heads, S keys, D head dimension.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.encoded import EncodedKeys, attend_encoded
-from kvcluster.attention.local import attend
+from kvcluster.attention.implementation import Implementation
 from kvcluster.attention.part import SequencePart
 from kvcluster.cache.store import KVStore, Piece
 from kvcluster.types import LayerGeometry
@@ -29,8 +30,9 @@ from kvcluster.types import LayerGeometry
 class EncodingErrors:
     """The sums of one step on this rank, by part. Reads the store."""
 
-    def __init__(self, store: KVStore) -> None:
+    def __init__(self, store: KVStore, implementation: Implementation) -> None:
         self._store = store
+        self._local = implementation
         self._sums: dict[SequencePart, Tensor] = {}
 
     def sums(self) -> dict[SequencePart, tuple[float, float]]:
@@ -49,7 +51,11 @@ class EncodingErrors:
     ) -> None:
         """Add one query over blocks that were just encoded. `exact` has k_KSD and v_KSD of the same
         blocks' tokens."""
-        before_1HD = attend(q_1HD, *exact, geometry).out_THD
-        after_1HD = attend_encoded(q_1HD, self._store, layer, encoded, geometry).out_THD
+        before_1HD = self._local.attend(q_1HD, *exact, geometry).out_THD
+        rows = self._local.rows
+        after = None if rows is None else rows.attend_full(layer, part, q_1HD)
+        if after is None:
+            after = attend_encoded(q_1HD, self._store, layer, encoded, geometry)
+        after_1HD = after.out_THD
         sums = torch.stack([(after_1HD - before_1HD).square().sum(), before_1HD.square().sum()])
         self._sums[part] = self._sums[part] + sums if part in self._sums else sums

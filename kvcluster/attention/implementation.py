@@ -31,6 +31,11 @@ class RowAttention(Protocol):
         """Row r is that of part r, over the part's history on this rank, which may be nothing."""
         ...
 
+    def attend_full(self, layer: int, part: SequencePart, q_1HD: Tensor) -> Partial | None:
+        """One row over the part's `full_blocks`, once they are encoded. None: they are to be read
+        otherwise."""
+        ...
+
 
 class SwitchingKeys(NamedTuple):
     """Keys of which a row reads the latest as they are, and those before as a codec gives them."""
@@ -102,6 +107,11 @@ class Implementation(Protocol):
         """`KVStore.encode` of blocks of one layer, if this is offered. Says whether it is done."""
         ...
 
+    def restored(self, layer: int, codec: str, encoded_ids_B: Tensor) -> Piece | None:
+        """k_KSD and v_KSD of encoded blocks, as `KVStore.decode` gives them. None: they are to be
+        decoded there."""
+        ...
+
 
 class PlainAttention:
     """The functions of `local` themselves, on any device."""
@@ -120,6 +130,14 @@ class PlainAttention:
         kv_BKSD: Piece,  # noqa: ARG002
     ) -> bool:
         return False
+
+    def restored(
+        self,
+        layer: int,  # noqa: ARG002
+        codec: str,  # noqa: ARG002
+        encoded_ids_B: Tensor,  # noqa: ARG002
+    ) -> Piece | None:
+        return None
 
     def attend_pages(
         self,

@@ -18,6 +18,8 @@ from kvcluster_kernels import prefill_gluon, prefill_tl
 from kvcluster_kernels.column_sums import column_sums
 from kvcluster_kernels.encode_blocks import Blocks
 from kvcluster_kernels.packed_history import AnyHistory, prefill_history
+from kvcluster_kernels.packed_prefill import History as PackedHistory
+from kvcluster_kernels.packed_restore import restore
 from kvcluster_kernels.prefill_arguments import (
     MAX_HEAD_DIM,
     BlockBound,
@@ -200,6 +202,19 @@ class KernelAttention:
         for encode, x_BKSD in zip(encoders, kv_BKSD, strict=True):
             encode(Blocks(x_BKSD, ids_B))
         return True
+
+    def restored(self, layer: int, codec: str, encoded_ids_B: Tensor) -> Piece | None:
+        packed = self.rows.packed(layer, codec) if self.rows is not None else None
+        if packed is None or isinstance(packed, LatentCache):
+            return None
+        ids_N = encoded_ids_B.to(self._store.device, torch.int32)
+        blocks = packed.history(ids_N, self._store.block_size)
+        # Rotated vectors would come as they are stored.
+        if not isinstance(blocks, PackedHistory):
+            return None
+        dtype = self._store.planes(layer).k_PKSD.dtype
+        keys = restore(blocks, self._spec.layers[layer].key_dim, dtype)
+        return Piece(keys.k_PKSD[0], keys.v_PKSD[0])
 
     def _find_encoders(self, layer: int, codec: str) -> tuple[EncodeBlocks, EncodeBlocks] | None:
         """Of keys and values; None where kernels do not write both."""

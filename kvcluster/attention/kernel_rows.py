@@ -4,12 +4,13 @@ Shape letters: R rows, H query heads, K KV heads, D head dimension.
 """
 
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 from kvcluster_kernels.absorbed_decode import MAX_ABSORBED_DIM, decode_absorbed
 from kvcluster_kernels.combine_pools import combine_pools
 from kvcluster_kernels.decode import ExactPages, decode
 from kvcluster_kernels.merge import merge
-from kvcluster_kernels.paging import Attention, SplitPartials
+from kvcluster_kernels.paging import Attention, PagedRows, SplitPartials
 from kvcluster_kernels.paging import Partial as RowPartial
 from kvcluster_kernels.prefill_arguments import MAX_HEAD_DIM, PartialAttention
 from torch import Tensor
@@ -19,7 +20,7 @@ from kvcluster.attention.packed_keys import PackedPages, packed_pages
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
 from kvcluster.attention.row_splits import pool_splits
-from kvcluster.attention.row_tables import RowTables, row_tables
+from kvcluster.attention.row_tables import RowTables, full_span, paged_rows, row_tables
 from kvcluster.attention.survivors import SurvivorReader
 from kvcluster.cache.store import KVStore
 from kvcluster.log import get_logger
@@ -42,6 +43,8 @@ class KernelRows:
         self._pages: dict[tuple[int, str], PackedPages | LatentCache | None] = {}
         self._served: dict[tuple[str, bool], bool] = {}
         self._tables: dict[tuple[int, tuple[SequencePart, ...]], RowTables] = {}
+        self._full: WeakKeyDictionary[SequencePart, dict[int, PagedRows]] = WeakKeyDictionary()
+        """By part and KV group: the blocks that become encoded."""
 
     def begin_step(self) -> None:
         self._tables.clear()
@@ -78,6 +81,21 @@ class KernelRows:
             tables = row_tables(parts, key[0], geometry.window, q_RHD.device)
             self._tables[key] = tables
         return self._merge(*self.partials(layer, q_RHD, tables))
+
+    def attend_full(self, layer: int, part: SequencePart, q_1HD: Tensor) -> Partial | None:
+        geometry = self._spec.layers[layer]
+        group = self._spec.group_of(geometry)
+        packed = self.packed(layer, part.codec)
+        full = part.full_blocks(group)
+        if packed is None or full is None or type(part) is not SequencePart:
+            return None
+        if max(geometry.key_dim, geometry.value_dim) > _max_dim(geometry):
+            return None
+        tables = self._full.setdefault(part, {})
+        if group not in tables:
+            tables[group] = paged_rows([full_span(full, part.block_size)], q_1HD.device)
+        asked = Attention(geometry.scale, geometry.softcap)
+        return _in_line(packed.decode(q_1HD.contiguous()[:, None], tables[group], asked))
 
     def partials(self, layer: int, q_RHD: Tensor, tables: RowTables) -> list[Partial]:
         """Of all rows over what is exact, then over the blocks of each codec."""

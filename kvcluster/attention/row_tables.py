@@ -12,7 +12,7 @@ from kvcluster_kernels.paging import PagedRows
 from numpy.typing import NDArray
 
 from kvcluster.attention.history import History
-from kvcluster.attention.part import SequencePart
+from kvcluster.attention.part import FullBlocks, SequencePart
 from kvcluster.types import EXACT
 
 _WIDTH_STEP = 16
@@ -93,6 +93,12 @@ def encoded_span(history: History, rank: int, block_size: int) -> RowSpan:
     held = history.ranks[rank]
     num_tokens = len(blocks_B) * block_size
     return RowSpan(blocks_B, held.num_skipped, num_tokens, held.starts_B.numpy())
+
+
+def full_span(full: FullBlocks, block_size: int) -> RowSpan:
+    """Blocks that became encoded, from end to end."""
+    blocks_B = full.encoded_ids_B.numpy()
+    return RowSpan(blocks_B, 0, len(blocks_B) * block_size, full.starts_B.numpy())
 
 
 def paged_rows(spans: Sequence[RowSpan], device: torch.device) -> PagedRows:

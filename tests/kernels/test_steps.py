@@ -1,5 +1,6 @@
 """A step through kernels gives what the same step gives in torch, whatever is mixed in it."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from kvcluster.attention.kernel_attention import KernelAttention
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
-from kvcluster.cache.store import KVStore
+from kvcluster.cache.store import KVStore, Piece
+from kvcluster.engine.plan import EncodingError
 from kvcluster.model import decode_graphs
 from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.types import LayerGeometry, Policy, Route
@@ -114,6 +116,10 @@ class InterpretedRows(KernelRows):
         with _INTERPRETER:
             return super().attend(layer, parts, q_RHD)
 
+    def attend_full(self, *arguments: Any) -> Partial | None:
+        with _INTERPRETER:
+            return super().attend_full(*arguments)
+
 
 class InterpretedAttention(KernelAttention):
     """Waits for the interpreter."""
@@ -137,6 +143,10 @@ class InterpretedAttention(KernelAttention):
     def encode(self, *arguments: Any) -> bool:
         with _INTERPRETER:
             return super().encode(*arguments)
+
+    def restored(self, *arguments: Any) -> Piece | None:
+        with _INTERPRETER:
+            return super().restored(*arguments)
 
     def attend_pages(self, *arguments: Any) -> Partial | None:
         with _INTERPRETER:
@@ -163,9 +173,10 @@ def outputs(
     num_ranks: int = 1,
     route: Route = Route.PASS_KV,
     owners: Sequence[int] = (0,),
+    errors: list[EncodingError] | None = None,
 ) -> dict[tuple[int, ...], Tensor]:
     """Sequences of different lengths: their prompts one after another, the others' rows beside
-    them, then rows of all."""
+    them, then rows of all. `errors` gets what encoding was measured to do."""
     model = RecordingModel(setting)
     group = ReferenceGroup(
         model.loaded,
@@ -189,6 +200,8 @@ def outputs(
         decoding[sequence] = 1
     model.num_steps += 1
     group.run(decoding, owners=owners, route=route)
+    if errors is not None:
+        errors += group.errors
     return model.calls
 
 
@@ -215,15 +228,27 @@ def test_a_step_through_kernels_is_the_step_in_torch(
 ) -> None:
     # Ranks wait for the interpreter and for each other, on a busy machine for minutes.
     monkeypatch.setattr(thread_ring, "TIMEOUT_S", 280.0)
+    errors: tuple[list[EncodingError], list[EncodingError]] = ([], [])
     by_kernels, plain = (
-        outputs(policies, implementation, num_ranks=num_ranks, route=route, owners=owners)
-        for implementation in (InterpretedAttention, in_torch)
+        outputs(
+            policies, implementation, num_ranks=num_ranks, route=route, owners=owners, errors=found
+        )
+        for implementation, found in zip((InterpretedAttention, in_torch), errors, strict=True)
     )
 
     assert by_kernels.keys() == plain.keys()
     atol = EXACT_ATOL if set(policies) == {"exact"} else PACKED_ATOL
     for call, out_THD in plain.items():
         torch.testing.assert_close(by_kernels[call], out_THD, rtol=0, atol=atol)
+    assert bool(errors[0]) == (set(policies) != {"exact"})
+    for measured, defined in zip(*errors, strict=True):
+        assert measured.sequence == defined.sequence
+        assert _size(measured) == pytest.approx(_size(defined), abs=PACKED_ATOL)
+
+
+def _size(error: EncodingError) -> float:
+    """Relative, as it is reported."""
+    return math.sqrt(error.squared_error / error.squared_size)
 
 
 def test_rows_that_fill_up_a_step_change_nothing(
