@@ -87,14 +87,16 @@ class EngineConfig:
     """Prefill chunks that a client may be ahead of the prefill before it is held back."""
 
     lookahead_steps: int = 2
-    """Steps in flight: 2 plans step k+1 while step k runs."""
+    """Most steps in flight: 2 plans step k+1 while step k runs. Where several tenants are about, it
+    does so shortly before step k is done."""
 
     step_timeout_s: float = 120.0
     """A step that takes longer means a lost rank."""
 
     first_token_wait_s: float = 0.2
-    """Longest wait for the steps in flight when another tenant sends something: steps are cut to
-    fit where several tenants are about. Shorter steps use the hardware less well."""
+    """Longest wait for the steps in flight when another tenant sends something: where several
+    tenants are about, steps are cut to three quarters of it, and planned a quarter of it before
+    they can begin. Shorter steps use the hardware less well."""
 
     tenant_head_start_s: float = 2.0
     """Seconds of work by which a tenant that used less than its share may run ahead of it, so that

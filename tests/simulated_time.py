@@ -23,6 +23,14 @@ class Sent:
     tenant: TenantId
     at: float
     first_token_at: float | None = None
+    begun_at: float | None = None
+    """When the first step that has some of it began."""
+
+    @property
+    def others_s(self) -> float:
+        """How long the steps of others kept it waiting."""
+        assert self.begun_at is not None, "it has begun"
+        return self.begun_at - self.at
 
     @property
     def wait_s(self) -> float:
@@ -94,13 +102,17 @@ class SimulatedTime:
             self._plan()
             done_at = self._planned[0][0] if self._planned else seconds
             arrives_at = self._arrivals[0][0] if self._arrivals else seconds
-            next_at = min(done_at, arrives_at, seconds)
+            # A step that is to be planned later.
+            plans_at = self.fake.engine.next_wakeup()
+            if plans_at <= self.now or not self._has_room:
+                plans_at = seconds
+            next_at = min(done_at, arrives_at, plans_at, seconds)
             self.fake.clock.now = max(self.now, next_at)
             if self._arrivals and arrives_at <= next_at:
                 heapq.heappop(self._arrivals)[2]()
             elif self._planned and done_at <= next_at:
                 self._answer()
-            else:
+            elif next_at >= seconds:
                 return
 
     def waits(self, tenant: TenantId) -> list[float]:
@@ -109,19 +121,32 @@ class SimulatedTime:
         return sorted(sent.wait_s for sent in found if sent.first_token_at is not None)
 
     def _plan(self) -> None:
-        while len(self.fake.answers) < self.fake.config.lookahead_steps:
+        while self._has_room:
             self._note_owners()
             plan = self.fake.plan()
             if plan is None:
                 return
             self._note_owners()
             after = max(self.now, self._planned[-1][0] if self._planned else 0.0)
+            self._note_begun(plan, after)
             self._planned.append((after + self._seconds(plan), plan))
+
+    @property
+    def _has_room(self) -> bool:
+        """For one more step in flight."""
+        return len(self.fake.answers) < self.fake.config.lookahead_steps
 
     def _note_owners(self) -> None:
         for running in self.fake.engine._scheduler.running:
             if running.sequence is not None:
                 self._owners[running.sequence] = running.spec.tenant
+
+    def _note_begun(self, plan: StepPlan, at: float) -> None:
+        sequences = {part.sequence for part in plan.sequences}
+        for running in self.fake.engine._scheduler.running:
+            sent = self.sent.get(running.generation)
+            if sent is not None and sent.begun_at is None and running.sequence in sequences:
+                sent.begun_at = at
 
     def _seconds(self, plan: StepPlan) -> float:
         cost, total = CostModel(self.fake.spec), 0.0

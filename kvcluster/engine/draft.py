@@ -40,6 +40,8 @@ class PlannedStep:
     """Of all of them."""
     charges: Mapping[TenantId, float] = field(default_factory=dict)
     """Seconds that tenants were charged for it beforehand."""
+    seconds: float = 0.0
+    """That it was expected to take; 0 while nothing is known of that."""
 
 
 @dataclass(frozen=True, slots=True)

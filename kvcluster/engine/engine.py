@@ -64,6 +64,7 @@ class Engine:
         self._ring_loss: RankLost | None = None
         self._arrivals = count(1)
         self._next_due = math.inf
+        self._plan_from = math.inf
         self._prompts = Prompts(parts, self._scheduler.prefixes, self.tenants, self.forecast)
         self.contexts = Contexts(parts, self._scheduler, self._prompts, self._arrivals)
 
@@ -193,14 +194,21 @@ class Engine:
         return self._generations.records(tenant)
 
     def next_plan(self) -> StepPlan | None:
-        """The next step for the ranks; None when there is nothing to do until something changes."""
+        """The next step for the ranks; None when there is nothing to do until something changes, or
+        `next_wakeup`: where several tenants are about, the next step is planned late."""
+        now = self.parts.clock.monotonic()
+        self._plan_from = math.inf
         if self._ring_loss is not None:
+            return None
+        plan_from = self._scheduler.plan_from(self._in_flight.done_at, now)
+        if now < plan_from:
+            self._plan_from = plan_from
             return None
         schedule = self._scheduler.plan(
             epoch=self.epoch,
             step=self._in_flight.num_planned + 1,
             is_idle=not self._in_flight,
-            now=self.parts.clock.monotonic(),
+            now=now,
         )
         for request in schedule.refused:
             self._refuse(request)
@@ -291,8 +299,9 @@ class Engine:
         self._next_due = min(self._next_due, self._generations.next_expiry)
 
     def next_wakeup(self) -> float:
-        """When `tick` has something to do next, on the monotonic clock; may be infinite."""
-        return min(self._next_due, self.contexts.next_expiry)
+        """When `tick` has something to do next, or `next_plan`, on the monotonic clock; may be
+        infinite."""
+        return min(self._next_due, self.contexts.next_expiry, self._plan_from)
 
     @property
     def refusal(self) -> KvClusterError | None:

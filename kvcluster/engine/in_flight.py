@@ -61,6 +61,14 @@ class StepsInFlight:
         self._steps.append((planned, now))
         self.num_planned += 1
 
+    @property
+    def done_at(self) -> float:
+        """When all of them are expected to be done, or were; minus infinity while there is none."""
+        if not self._steps:
+            return -math.inf
+        begun_at = max(self._steps[0][1], self._settled_at)
+        return begun_at + sum(planned.seconds for planned, _ in self._steps)
+
     def settle(self, result: StepResult, *, now: float) -> SettledStep:
         """Take out the oldest step. Raises RankLost when `result` is not exactly its answer."""
         if not self._steps:

@@ -3,13 +3,14 @@
 Tenants take turns by `fair_share`. A tenant's requests that decode come first, one token each, then
 prefill chunks in order of priority, then arrival. A tenant that is alone fills the step: all that
 decode, and chunks up to `prefill_chunk_tokens`. Where others may come, a step's time is bounded
-too, and so is their wait for the next one. Who has to leave when blocks run out: `preemption`.
+too, and so is their wait for the next one: `newcomers`. Who has to leave when blocks run out:
+`preemption`.
 
 Blocks of a sequence that leaves are free for the plan after the one that tells the ranks so.
 """
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.draft import Draft, PlannedStep, RouteChoice, Schedule
 from kvcluster.engine.fair_share import FairShares
 from kvcluster.engine.lanes import Lane, StepBudget, lanes_of
+from kvcluster.engine.newcomers import NewcomerWait
 from kvcluster.engine.plan import NewBlock, Release, SequenceStep, StepPlan
 from kvcluster.engine.preemption import is_hopeless, victim
 from kvcluster.engine.prefixes import Prefixes
@@ -33,9 +35,6 @@ from kvcluster.types import ModelSpec, Route, SequenceId, TenantId
 
 _MAX_SCORED_LOGITS = 1 << 26
 """Of the rows of a step that score their prompt: 256 MiB of float32."""
-
-_HEAD_START_WAITS = 4
-"""Longest step, in `first_token_wait_s`, of a tenant that is served on its head start."""
 
 _by_order = attrgetter("order")
 
@@ -65,7 +64,6 @@ class Scheduler:
         """Both in order: the first is served first."""
         self._spec = spec
         self._block_size = cache.block_size
-        self._chunk_tokens = max(engine.prefill_chunk_tokens, cache.block_size)
         self._scored_tokens = max(_MAX_SCORED_LOGITS // spec.vocab_size, cache.block_size)
         self._config = engine
         self._partitions = partitions
@@ -79,6 +77,7 @@ class Scheduler:
         self._released: list[Release] = []
         self._cost = CostModel(spec)
         self._pace = Pace()
+        self._wait = NewcomerWait(engine, block_size=cache.block_size)
         self._shares = FairShares(head_start=engine.tenant_head_start_s)
         self._short: list[Request] = []
         """Those that found no block in the last plan: what has come free since is theirs."""
@@ -133,11 +132,12 @@ class Scheduler:
         seconds, on any clock.
         """
         lanes = lanes_of(self.running, self.waiting, self._block_size)
-        tenants = {each.spec.tenant for each in self._all()} | self._shares.recent(now)
+        tenants = self._tenants(now)
         turns = Turns(self.running, max_running=self._config.max_running, tenants=tenants)
         while self._short:
             turns.note_short(self._short.pop())
-        draft = Draft(self._budget(lanes, is_contended=len(tenants) > 1), turns)
+        budget = self._wait.budget(lanes.values(), self._pace, is_shared=len(tenants) > 1)
+        draft = Draft(budget, turns)
         while lanes:
             tenant = self._shares.next(lanes)
             lane = lanes[tenant]
@@ -146,22 +146,14 @@ class Scheduler:
                 del lanes[tenant]
         return self._seal(draft, epoch=epoch, step=step, is_idle=is_idle)
 
-    def _budget(self, lanes: Mapping[TenantId, Lane], *, is_contended: bool) -> StepBudget:
-        num_decodes = sum(len(lane.decodes) for lane in lanes.values())
-        # Decodes never starve prefill: a whole block always fits.
-        budget = StepBudget(max(self._chunk_tokens - num_decodes, self._block_size))
-        if is_contended and self._pace.is_known:
-            # Those who come find so many steps in flight.
-            seconds = self._config.first_token_wait_s / self._config.lookahead_steps
-            # At least half of a step is work, however much it takes to have one.
-            budget.seconds = max(seconds - self._pace.fixed_s, self._pace.fixed_s)
-        return budget
+    def plan_from(self, done_at: float, now: float) -> float:
+        """When the next step should be planned, if all that is in flight is expected to be done at
+        `done_at`. At once where no tenant may come that is not here."""
+        return self._wait.plan_from(done_at) if len(self._tenants(now)) > 1 else now
 
-    def _head_start_s(self, tenant: TenantId) -> float:
-        """Short requests of a tenant that asks for little are not cut into many steps; but neither
-        may they hold others up for long."""
-        most_s = _HEAD_START_WAITS * self._config.first_token_wait_s
-        return min(self._shares.lead(tenant), most_s)
+    def _tenants(self, now: float) -> set[TenantId]:
+        """Those that have requests, or may have some any moment."""
+        return {each.spec.tenant for each in self._all()} | self._shares.recent(now)
 
     def _serve(self, draft: Draft, lane: Lane, request: Request) -> None:
         budget = draft.budget
@@ -197,13 +189,13 @@ class Scheduler:
         end = request.prefill_end(self._block_size)
         region = self._blocks.partition(request).exact_region(request.policy.storage)
         end = region.chunk_end(request.num_planned, end, self._block_size)
-        history = self._num_held(request)
+        history, lead_s = self._num_held(request), self._shares.lead(request.spec.tenant)
         tokens = budget.tokens_after(
             history,
             self._cost,
             self._pace,
             block_size=self._block_size,
-            head_start_s=self._head_start_s(request.spec.tenant),
+            head_start_s=min(lead_s, self._wait.longest_head_start_s),
         )
         if request.spec.sampling.prompt_logprobs is not None:
             tokens = min(tokens, self._scored_tokens)
@@ -380,7 +372,13 @@ class Scheduler:
             self._released += self._releases.after_step(part, request)
             self._blocks.note_peak(request)
         return Schedule(
-            step=PlannedStep(plan, tuple(draft.requests), draft.work, draft.charges),
+            step=PlannedStep(
+                plan,
+                tuple(draft.requests),
+                draft.work,
+                draft.charges,
+                seconds=self._pace.step_s(draft.work),
+            ),
             refused=refused,
         )
 

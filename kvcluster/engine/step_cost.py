@@ -113,6 +113,12 @@ class Pace:
             return work.total * _UNKNOWN_PACE
         return sum(rate * count for rate, count in zip(self._rates[1:], work, strict=True))
 
+    def step_s(self, work: Work) -> float:
+        """What a step of this work takes; 0 while nothing is known, and where there is no work."""
+        if not self.is_known or work.total <= 0:
+            return 0.0
+        return self.fixed_s + self.seconds(work)
+
     def _improve(self, i: int) -> None:
         own = self._products[i][i]
         if own > 0:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from kvcluster.engine.draft import PlannedStep
@@ -113,6 +115,19 @@ def test_a_step_is_timed_from_when_it_could_run() -> None:
     second = in_flight.settle(StepResult(1, 2, ()), now=13.0)
 
     assert (first.seconds, second.seconds) == (9.0, 3.0)
+
+
+def test_what_is_in_flight_is_expected_to_be_done_one_after_the_other() -> None:
+    in_flight = StepsInFlight(vocab_size=10)
+    nothing = in_flight.done_at
+    for step, seconds in ((1, 4.0), (2, 0.5)):
+        plan = StepPlan(epoch=1, step=step)
+        in_flight.add(PlannedStep(plan, (), seconds=seconds), now=float(step))
+    both = in_flight.done_at
+    in_flight.settle(StepResult(1, 1, ()), now=7.0)
+
+    # The second could not begin before the first was done, at 7 and not at 5.
+    assert (nothing, both, in_flight.done_at) == (-math.inf, 5.5, 7.5)
 
 
 def test_numbering_begins_again_after_a_reset() -> None:

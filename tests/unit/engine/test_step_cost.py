@@ -98,6 +98,18 @@ def test_what_a_step_takes_beside_its_work_is_told_apart_where_steps_differ() ->
     assert 0.025 <= pace.fixed_s <= 0.055
 
 
+def test_a_step_is_expected_to_take_what_is_fixed_and_what_its_work_adds() -> None:
+    pace = Pace()
+    unknown = pace.step_s(Work(dense=5.0))
+    for size in (1.0, 2.0, 3.0, 4.0, 5.0):
+        pace.observe(Work(dense=size), 0.5 + size)
+
+    work = Work(dense=3.0)
+    assert unknown == 0.0
+    assert pace.step_s(work) == pace.fixed_s + pace.seconds(work) == pytest.approx(3.5, rel=0.01)
+    assert pace.step_s(Work()) == 0.0
+
+
 def test_no_kind_of_work_ever_takes_less_than_nothing() -> None:
     draw, pace = random.Random(1), Pace()
     for _ in range(100):
