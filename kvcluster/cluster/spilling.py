@@ -7,6 +7,8 @@ few blocks at a time, and never while the disk is waited for.
 from collections.abc import Iterator, Sequence
 from threading import Lock
 
+import torch
+
 from kvcluster.cache.saved import SavedCache, StoredForm, read_held, stored_form, write_held
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.spill import PartReceipt
@@ -64,7 +66,8 @@ class SpillShare:
         with opened_form(order.ticket, form, stored.num_tokens, keys) as read:
             for entries in _batches(own, order.entries_at_once):
                 saved = read(frozenset(entries))
-                with self._lock:
+                # Torch has what steps made in this mode written in it alone.
+                with self._lock, torch.inference_mode():
                     write_held(self._store, table, rank=self._rank, saved=saved)
 
     def _form(self, stored: StoredBlocks) -> StoredForm:

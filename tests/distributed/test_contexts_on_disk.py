@@ -76,14 +76,17 @@ async def test_a_context_survives_a_restart_on_another_number_of_ranks(
     assert usage.cached_input_tokens == 144
 
 
-async def test_what_was_given_up_for_others_is_read_from_disk_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["exact", "int4"])
+async def test_what_was_given_up_for_others_is_read_from_disk_again(
+    policy: str, tmp_path: Path
+) -> None:
     async with storing(tmp_path) as service:
-        await uploaded(service, BOOK)
+        await uploaded(service, BOOK, policy)
         await on_disk(service)
         service._engine.prefixes.cache(DEFAULT_TENANT).evict(0, 1 << 30)
         given_up = await service.get_context(DEFAULT_TENANT, "book")
         output, usage = await generate(service, QUESTION, context="book")
-        expected, _ = await generate(service, [*BOOK, *QUESTION])
+        expected, _ = await generate(service, [*BOOK, *QUESTION], policy=policy)
 
     assert given_up.tiers == (Tier.DISK,)
     assert usage.cached_input_tokens == 144
