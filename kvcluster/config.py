@@ -215,7 +215,7 @@ class TenancyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpillConfig:
-    """Contexts on disk, sealed."""
+    """Contexts off the GPUs, sealed: in the host's memory, and on disk."""
 
     folder: str = ""
     """Where they are: of this cluster alone, and every machine with a rank sees it at this path.
@@ -224,8 +224,17 @@ class SpillConfig:
     capacity_bytes: int = 64 * 1024**3
     """Most bytes of all tenants' contexts there."""
 
+    host_capacity_bytes: int = 0
+    """Most bytes of all tenants' contexts in the host's memory. They go there before they go to
+    disk, and end with the engine. 0: none do."""
+
+    host_folder: str = "/dev/shm"
+    """Where the machine has files in memory (tmpfs). Engine and ranks are all on that machine;
+    contexts of others go to disk."""
+
     def __post_init__(self) -> None:
         _want_at_least(1, "spill", self, "capacity_bytes")
+        _want_at_least(0, "spill", self, "host_capacity_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

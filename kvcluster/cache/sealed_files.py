@@ -2,15 +2,18 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Final
 
 from kvcluster.cache.sealed_records import PartHeader, PartReader, PartWriter, part_file, part_of
 from kvcluster.cache.spill import PartReceipt, SpillTicket
 from kvcluster.errors import SealedCacheDamaged, SpillDiskFull, SpillUnavailable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_COPIED_AT_ONCE: Final = 4 * 1024 * 1024
 
 
 def write_sealed(
@@ -20,21 +23,27 @@ def write_sealed(
 
     Raises: SpillDiskFull, SpillUnavailable; no file is left then.
     """
-    file = part_file(ticket, part)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with disk_errors("written"):
-        try:
-            with partial.open("xb") as raw:
-                partial.chmod(0o600)
-                writer = PartWriter(raw, ticket.key, part_of(ticket, part), header)
-                for content in contents:
-                    writer.add(content)
-                num_bytes = writer.finish()
-            partial.replace(file)
-            _sync_folder(file.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+    with _whole_file(part_file(ticket, part)) as raw:
+        writer = PartWriter(raw, ticket.key, part_of(ticket, part), header)
+        for content in contents:
+            writer.add(content)
+        num_bytes = writer.finish()
     return PartReceipt(part=part, num_bytes=num_bytes, salt=writer.salt)
+
+
+def copy_sealed(ticket: SpillTicket, to: SpillTicket, receipt: PartReceipt) -> None:
+    """Copy a file as it is, records unopened; on return the copy is on the disk. What was changed
+    in it is found by whoever reads the copy.
+
+    Raises: SealedCacheDamaged when it is missing, SpillDiskFull, SpillUnavailable; no file is left
+    then.
+    """
+    with disk_errors("read"):
+        source = part_file(ticket, receipt.part).open("rb")
+    with source, _whole_file(part_file(to, receipt.part)) as raw:
+        shutil.copyfileobj(source, raw, _COPIED_AT_ONCE)
+        raw.flush()
+        os.fsync(raw.fileno())
 
 
 def open_sealed(ticket: SpillTicket, receipt: PartReceipt) -> PartReader:
@@ -60,6 +69,21 @@ def disk_errors(verb: str) -> Iterator[None]:
         raise SpillUnavailable(
             f"the disk of spilled contexts cannot be {verb} ({error.strerror}): look at it"
         ) from error
+
+
+@contextmanager
+def _whole_file(file: Path) -> Iterator[BinaryIO]:
+    """A new file that has its name once it is written: by then the block has synced it."""
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    with disk_errors("written"):
+        try:
+            with partial.open("xb") as raw:
+                partial.chmod(0o600)
+                yield raw
+            partial.replace(file)
+            _sync_folder(file.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

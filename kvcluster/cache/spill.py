@@ -1,4 +1,4 @@
-"""Contexts that leave memory for disk, sealed: the records that travel, and what a disk tier does.
+"""Contexts that leave the GPUs, sealed: the records that travel, and what a tier off them does.
 
 Two sides. The engine's process decides: `SpillTier` begins, commits, lists and deletes. The ranks
 carry bytes: each writes its part of a context (`spill_parts.write_part`) with the ticket that the
@@ -12,7 +12,7 @@ engine sends it, and any number of ranks read what they need of all parts (`rest
     ranks 0, 1        restore(store, table, rank, form, ticket): what each owns in the new table
 
 Whoever keeps a limit of the tier asks the ranks for `spill_parts.part_bytes` first, which is exact,
-and takes their sum and `spill_disk.note_bytes` from the tenant's share before `begin`;
+and takes their sum and `spill_folder.note_bytes` from the tenant's share before `begin`;
 `used_bytes` is the same sum afterwards.
 
 What is sealed: AES-256-GCM under a key of its own for every spill, wrapped by the tenant's data
@@ -84,8 +84,8 @@ class SealedContext(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpillTier(Protocol):
-    """A disk tier, as contexts use it. Methods block on the disk; they may be called from any
-    thread. All raise SpillUnavailable when the disk cannot be read or written."""
+    """The host's memory or a disk, as contexts use it. Methods block on the files; they may be
+    called from any thread. All raise SpillUnavailable when files cannot be read or written."""
 
     def begin(self, owner: SpillOwner, keys: DataKeys, *, num_parts: int) -> SpillTicket:
         """Make room for a spill, invisible until it is committed. Raises: SealedCacheErased for a
@@ -118,6 +118,12 @@ class SpillTier(Protocol):
     ) -> SealedContext:
         """Give a spill another note, from one moment to the next and for good; its key is wrapped
         by the newest data key then. Raises: as `open`, and SpillDiskFull."""
+        ...
+
+    def adopt(self, ticket: SpillTicket, keys: DataKeys, *, note: bytes = b"") -> SealedContext:
+        """Take in a copy of a context from another tier, whose ticket for reading this is: the same
+        sealed records under the same id. It is complete, and the context's own, from one moment to
+        the next, as with `commit`. Raises: as `begin` and `commit`; nothing new is left then."""
         ...
 
     def abandon(self, ticket: SpillTicket) -> None:

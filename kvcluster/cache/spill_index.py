@@ -49,7 +49,7 @@ class IndexedSpill(NamedTuple):
 
 
 class SpillIndex:
-    """Committed spills alone. Usable from any thread."""
+    """`SpillRows`: committed spills alone. Usable from any thread."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file, and makes it if there is none. Raises: ConfigError."""
@@ -101,13 +101,14 @@ class SpillIndex:
 
     def find(self, spill: str) -> IndexedSpill | None:
         """Raises: SpillUnavailable."""
-        rows = self.read("spill = ?", spill)
+        with self._lock, _typed_errors():
+            rows = self._rows("spill = ?", spill)
         return rows[0] if rows else None
 
-    def read(self, where: str = "true", *values: object) -> Sequence[IndexedSpill]:
-        """Oldest first. Raises: SpillUnavailable."""
+    def read(self, tenant: TenantId | None = None) -> Sequence[IndexedSpill]:
+        """Of one tenant or of all, oldest first. Raises: SpillUnavailable."""
         with self._lock, _typed_errors():
-            return self._rows(where, *values)
+            return self._rows("true") if tenant is None else self._rows("tenant = ?", tenant)
 
     def _rows(self, where: str, *values: object) -> list[IndexedSpill]:
         query = f"SELECT {_COLUMNS} FROM spills WHERE {where} ORDER BY rowid"

@@ -14,19 +14,30 @@ from kvcluster.types import Policy, TenantId
 
 
 @dataclass(slots=True, eq=False)
-class OnDisk:
-    """Mutable: what is known of a context's files."""
+class SealedCopy:
+    """Mutable: what is known of a context's files in one tier off the GPUs."""
 
     spill: SealedContext | None = None
     """None: there are none."""
     version: int = 0
     """The `content_version` that they hold."""
     error: KvClusterError | None = None
-    """Why what should be on disk is not, or is still."""
+    """Why what should be there is not, or is still."""
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self.spill is None else self.spill.num_bytes
+
+
+@dataclass(slots=True, eq=False)
+class OnDisk(SealedCopy):
+    """The same on disk."""
+
     is_awaited: bool = False
     """Whoever uploads waits until it is on disk."""
     is_clear: bool = True
-    """Nothing is on disk, or will be, of a context that is being deleted: it may be forgotten."""
+    """Nothing is off the GPUs, or will be, of a context that is being deleted: it may be
+    forgotten."""
 
 
 class Context:
@@ -63,6 +74,7 @@ class Context:
         """Of text, over all uploads."""
         self.content_version = 0
         """Of its tokens: another number after every upload."""
+        self.host = SealedCopy()
         self.disk = OnDisk()
         self.is_zeroed = False
         """Its blocks are gone from memory; set when it is being deleted."""
@@ -84,9 +96,17 @@ class Context:
         return self.state in (ContextState.CREATING, ContextState.ACTIVE)
 
     @property
+    def is_on_host(self) -> bool:
+        """All of its tokens, as they are now, are in the host's memory."""
+        return self._holds(self.host)
+
+    @property
     def is_on_disk(self) -> bool:
-        """All of its tokens, as they are now."""
-        return self.disk.spill is not None and self.disk.version == self.content_version
+        """All of its tokens, as they are now, are on disk."""
+        return self._holds(self.disk)
+
+    def _holds(self, copy: SealedCopy) -> bool:
+        return copy.spill is not None and copy.version == self.content_version
 
     @property
     def received(self) -> "array[int]":

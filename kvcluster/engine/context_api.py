@@ -19,14 +19,14 @@ class ContextState(StrEnum):
     CREATING = "creating"
     """Tokens are still to come or to be computed."""
     ACTIVE = "active"
-    """All of its blocks are there, or are read from disk when they are wanted."""
+    """All of its blocks are there, or are read from host memory or disk when they are wanted."""
     DEGRADED = "degraded"
     """Blocks were given up or lost; its tokens are kept, and the next generation on it computes
     what is missing."""
     FAILED = "failed"
     """It could not be computed, or cannot be read here: `ContextRecord.message` says why."""
     DAMAGED = "damaged"
-    """What is on disk of it is not what was written. Nothing of it is used."""
+    """What is off the GPUs of it is not what was written. Nothing of it is used."""
     DELETING = "deleting"
     """Its blocks are being zeroed."""
 
@@ -75,7 +75,9 @@ class ContextRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: ContextState
     message: str
     tiers: tuple[Tier, ...] = ()
-    """Where all of its blocks are: GPU, disk, or both; none while it is computed or degraded."""
+    """Where all of its blocks are; none while it is computed or degraded."""
+    host_bytes: int = 0
+    """Of its files in the host's memory."""
     disk_bytes: int = 0
     """Of its files, an earlier state of it included."""
     token_count: int

@@ -23,12 +23,11 @@ def record_of(
     state = context.state
     is_computed = state in (ContextState.ACTIVE, ContextState.CREATING) and bool(context.tokens)
     is_in_memory = is_computed and len(entries) == len(context.keys.keys)
-    tiers = [Tier.GPU] * is_in_memory + [Tier.DISK] * (is_computed and context.is_on_disk)
+    tiers = [Tier.GPU] * is_in_memory
+    tiers += [Tier.HOST] * (is_computed and context.is_on_host)
+    tiers += [Tier.DISK] * (is_computed and context.is_on_disk)
     if state is ContextState.ACTIVE and not tiers:
         state = ContextState.DEGRADED
-    message = context.message
-    if not message and context.disk.error is not None:
-        message = f"not on disk: {context.disk.error.message}"
     return ContextRecord(
         tenant=context.tenant,
         context_id=context.id,
@@ -38,9 +37,10 @@ def record_of(
         model=spec.name,
         policy=str(context.policy),
         state=state,
-        message=message,
+        message=context.message or _not_kept(context),
         tiers=tuple(tiers),
-        disk_bytes=0 if context.disk.spill is None else context.disk.spill.num_bytes,
+        host_bytes=context.host.num_bytes,
+        disk_bytes=context.disk.num_bytes,
         token_count=len(context.tokens),
         received_tokens=len(context.received),
         received_bytes=context.received_bytes,
@@ -54,3 +54,12 @@ def record_of(
         update_time_s=context.update_time_s,
         last_access_time_s=context.last_access_time_s,
     )
+
+
+def _not_kept(context: Context) -> str:
+    """Why it is not where it should be."""
+    if context.disk.error is not None:
+        return f"not on disk: {context.disk.error.message}"
+    if context.host.error is not None and not context.is_on_disk:
+        return f"not in the host's memory: {context.host.error.message}"
+    return ""

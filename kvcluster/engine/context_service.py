@@ -18,7 +18,7 @@ from kvcluster.engine.context_api import (
     OpenedContext,
 )
 from kvcluster.engine.context_checks import context_not_found, not_ready
-from kvcluster.engine.context_disk import ContextDisk
+from kvcluster.engine.context_stores import ContextStores
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.request import TOKEN_BYTES
 from kvcluster.engine.upload import PromptUpload, RawChunk, check_vocabulary, raw_chunk
@@ -43,13 +43,13 @@ class ContextService:
     """Everything of `ContextBackend`, on one engine."""
 
     def __init__(
-        self, engine: Engine, disk: ContextDisk | None, *, wake: Callable[[], None]
+        self, engine: Engine, stores: ContextStores | None, *, wake: Callable[[], None]
     ) -> None:
-        """`disk`: keeps contexts on disk too. `wake` tells whoever runs the engine that it has
-        changed."""
+        """`stores`: keep contexts off the GPUs too. `wake` tells whoever runs the engine that it
+        has changed."""
         self._engine = engine
         self._contexts = engine.contexts
-        self._disk = disk
+        self._stores = stores
         self._wake = wake
         self._uploads: dict[str, _Upload] = {}
         """By uid of the context."""
@@ -57,7 +57,7 @@ class ContextService:
     async def open_context(self, request: ContextRequest) -> OpenedContext:
         if self._engine.refusal is not None:
             raise self._engine.refusal
-        if request.durable and self._disk is None:
+        if request.durable and (self._stores is None or not self._stores.has_disk):
             raise InvalidField(
                 "context.durable",
                 "this server keeps no contexts on disk: leave it out, or set spill.folder there",
@@ -123,8 +123,8 @@ class ContextService:
         context.limits = limits
         self._contexts.update(context, change, etag=etag)
         self._wake()
-        if self._disk is not None and context.is_on_disk:
-            await self._disk.wait_saved(context)
+        if self._stores is not None and context.is_on_disk:
+            await self._stores.wait_saved(context)
         return self._contexts.record(context)
 
     async def fork_context(
@@ -178,13 +178,13 @@ class ContextService:
 
     async def _wait_known(self) -> None:
         """Return when the contexts that are on disk can be found."""
-        if self._disk is not None:
-            await self._disk.wait_known()
+        if self._stores is not None:
+            await self._stores.wait_known()
 
     async def _bring(self, context: Context) -> None:
-        """Have it in memory, if it is on disk. Raises: as `ContextDisk.bring`."""
-        if self._disk is not None:
-            await self._disk.bring(context)
+        """Have it in the ranks' memory, if it is off the GPUs. Raises: as `ContextStores.bring`."""
+        if self._stores is not None:
+            await self._stores.bring(context)
 
     async def _built(self, context: Context) -> None:
         """Return when nothing is left to compute. Raises: ContextNotReady, ContextNotFound."""
@@ -198,8 +198,8 @@ class ContextService:
     async def _saved(self, context: Context) -> ContextRecord:
         """The record, once it is on disk where that was asked for. Raises: what kept it from
         there."""
-        if context.disk.is_awaited and self._disk is not None:
-            await self._disk.wait_saved(context)
+        if context.disk.is_awaited and self._stores is not None:
+            await self._stores.wait_saved(context)
             if not context.is_on_disk and context.disk.error is not None:
                 raise context.disk.error
         return self._contexts.record(context)

@@ -158,7 +158,7 @@ class Contexts:
             read = self._contexts.get((request.spec.tenant, request.spec.context))
             if read is not None and read.state is ContextState.ACTIVE:
                 self.hold(read)
-                if not read.is_on_disk:
+                if not (read.is_on_host or read.is_on_disk):
                     self.keeper.note_built(read)
 
     def fail(self, build: Request, error: KvClusterError) -> None:
@@ -371,7 +371,7 @@ class Contexts:
         self.forget_deleted(context)
 
     def forget_deleted(self, context: Context) -> None:
-        """Forget a context, if it is deleted and gone from memory and disk."""
+        """Forget a context, if it is deleted and gone from all tiers."""
         if context.is_zeroed and context.disk.is_clear:
             self._contexts.pop(context.key, None)
         context.changed.notify()

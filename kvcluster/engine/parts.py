@@ -6,16 +6,14 @@ from typing import Protocol
 
 from kvcluster.cache.partition import PartitionStatistics
 from kvcluster.cache.partitions import CachePartitions
-from kvcluster.cache.tier import TierLedger
 from kvcluster.config import CacheConfig, EngineConfig
-from kvcluster.engine.disk_parts import DiskParts
 from kvcluster.engine.draft import RouteChoice
 from kvcluster.engine.estimator import EstimatorStatistics
 from kvcluster.engine.prefix_keys import process_secrets
+from kvcluster.engine.store_parts import StoreParts
 from kvcluster.engine.text import Tokenizer
 from kvcluster.policy import Menu
 from kvcluster.policy_bounds import MeasuredRecipe
-from kvcluster.tenancy.limits import Tier
 from kvcluster.types import ModelSpec, Policy, TenantId
 
 
@@ -35,10 +33,8 @@ class EngineParts:
     cache: CacheConfig
     config: EngineConfig
     partitions: CachePartitions
-    other_tiers: Mapping[Tier, TierLedger] = field(default_factory=dict)
-    """What counts the memory of tiers below the GPUs."""
-    disk: DiskParts | None = None
-    """Keeps contexts on disk; None: they end with the engine."""
+    stores: StoreParts | None = None
+    """Keep contexts off the GPUs; None: they are on them alone."""
     choose_route: RouteChoice
     menu: Menu
     """What a policy may name."""

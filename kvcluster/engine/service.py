@@ -25,8 +25,8 @@ from kvcluster.engine.api import (
 )
 from kvcluster.engine.cache_api import CacheEntry, CachePurge, CachePurged
 from kvcluster.engine.cache_entries import CacheEntries
-from kvcluster.engine.context_disk import ContextDisk
 from kvcluster.engine.context_service import ContextService
+from kvcluster.engine.context_stores import ContextStores
 from kvcluster.engine.driver import EngineDriver, Executor
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.footprint import footprint, held_bytes
@@ -65,10 +65,10 @@ class EngineService(ContextService):
         for the upload it follows."""
         self._parts = engine.parts
         self._driver = EngineDriver(engine, executor)
-        disk = self._parts.disk
+        stores = self._parts.stores
         super().__init__(
             engine,
-            None if disk is None else ContextDisk(engine, disk, wake=self._driver.wake),
+            None if stores is None else ContextStores(engine, stores, wake=self._driver.wake),
             wake=self._driver.wake,
         )
         self._nodes = tuple(nodes)
@@ -77,13 +77,15 @@ class EngineService(ContextService):
             engine, wake=self._driver.wake, feeder_silence_s=feeder_silence_s
         )
         self._keys: dict[tuple[TenantId, str], GenerationId] = {}
-        self._tiers = TenantTiers(self._parts.partitions, self._parts.other_tiers)
+        self._tiers = TenantTiers(
+            self._parts.partitions, None if stores is None else stores.ledgers
+        )
 
     def start(self) -> None:
         """Begin to run steps. Requests may be opened from now on."""
         self._driver.start()
-        if self._disk is not None:
-            self._disk.start()
+        if self._stores is not None:
+            self._stores.start()
 
     def mark_ready(self) -> None:
         """A token has been generated through the whole ring."""
@@ -111,17 +113,17 @@ class EngineService(ContextService):
         self._driver.restart(epoch)
 
     async def drain(self) -> None:
-        """Take no more requests; return when those admitted have ended, and contexts are on
-        disk."""
+        """Take no more requests; return when those admitted have ended, and contexts are where they
+        are kept."""
         self._engine.drain()
         await self._driver.wait_idle()
-        if self._disk is not None:
-            await self._disk.wait_idle()
+        if self._stores is not None:
+            await self._stores.wait_idle()
 
     async def stop(self) -> None:
         """End what is unfinished, with an error for its reader, and every task."""
-        if self._disk is not None:
-            await self._disk.stop()
+        if self._stores is not None:
+            await self._stores.stop()
         await self._driver.stop()
 
     async def open(self, request: GenerationRequest) -> Opened:
@@ -249,8 +251,8 @@ class EngineService(ContextService):
     async def apply_shares(self, shares: TenantShares) -> None:
         self._tiers.apply(shares)
         self._driver.wake()
-        if self._disk is not None:
-            await self._disk.apply(shares)
+        if self._stores is not None:
+            await self._stores.apply(shares)
 
     async def status(self) -> BackendStatus:
         statistics = self._engine.statistics()
@@ -289,7 +291,7 @@ class EngineService(ContextService):
 
     async def _bring_for(self, request: GenerationRequest) -> None:
         """Have the request's context in memory, where the request would be taken. Raises: as
-        `Engine.check` and `ContextDisk.bring`."""
+        `Engine.check` and `ContextStores.bring`."""
         await self._wait_known()
         self._engine.check(request)
         await self._bring(self._contexts.find(request.tenant, request.context))

@@ -49,6 +49,7 @@ def context_to_proto(record: ContextRecord) -> pb.Context:
         policy=record.policy,
         message=record.message,
         tiers=[_TIERS[tier] for tier in record.tiers],
+        host_bytes=record.host_bytes,
         disk_bytes=record.disk_bytes,
     )
     if record.expire_time_s is not None:
@@ -69,6 +70,7 @@ def context_from_proto(message: pb.Context) -> ContextRecord:
         state=_STATE_OF.get(message.state, ContextState.CREATING),
         message=message.message,
         tiers=tuple(_TIER_OF[tier] for tier in message.tiers if tier in _TIER_OF),
+        host_bytes=message.host_bytes,
         disk_bytes=message.disk_bytes,
         token_count=message.token_count,
         received_tokens=message.received_tokens,

@@ -18,14 +18,13 @@ from kvcluster.model.codecs import calibration_for, codec_layouts, measured_reci
 from kvcluster.policy import Menu
 from kvcluster.retention.offered import RETENTION_METHODS
 from kvcluster.selection.offered import SELECTION_METHODS
-from kvcluster.serve.disk import disk_parts
 from kvcluster.serve.refusals import PolicyChecks
-from kvcluster.tenancy.limits import Tier
+from kvcluster.serve.stores import store_parts
 from kvcluster.types import ModelSpec, TenantId
 
 
 class RingExecutor(Executor, SpillRanks, Protocol):
-    """A ring group as an engine with a disk sees it."""
+    """A ring group as an engine that keeps contexts off the GPUs sees it."""
 
 
 def engine_service(
@@ -38,13 +37,12 @@ def engine_service(
     tokenizer: Tokenizer | None,
 ) -> EngineService:
     """An engine over a started ring group, not yet running. Tenants get their
-    shares from the routers. Raises: ConfigError for a folder of contexts that cannot be used."""
+    shares from the routers. Raises: ConfigError for folders of contexts that cannot be used."""
     num_blocks = blocks_per_group(spec, config.cache, config.engine)
     pools = [[BlockPool(count) for count in num_blocks] for _ in range(config.ring.num_ranks)]
     calibration = calibration_for(spec, config.calibration) if config.calibration else None
     layouts = codec_layouts(spec, calibration)
     checks = PolicyChecks(spec, config.cache.block_size, layouts)
-    disk = disk_parts(config, executor)
     parts = EngineParts(
         spec=spec,
         cache=config.cache,
@@ -58,8 +56,7 @@ def engine_service(
                 codec, config.cache.exact_recent_blocks
             ),
         ),
-        other_tiers={} if disk is None else {Tier.DISK: disk.ledger},
-        disk=disk,
+        stores=store_parts(config, executor),
         choose_route=choose_route,
         menu=Menu((*SHARING_METHODS, *CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS)),
         refusal=checks.refusal,

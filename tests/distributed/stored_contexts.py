@@ -63,12 +63,12 @@ async def finished(
 async def stored(service: EngineService, ids: list[int], context_id: str, **fields: object) -> None:
     """Upload a context, and wait until it is on disk or could not be."""
     await finished(service, ids, context_id, **fields)
-    await service._disk.wait_idle()
+    await service._stores.wait_idle()
 
 
 async def on_disk(service: EngineService, context_id: str = "book") -> ContextRecord:
     """The record once nothing is left to write."""
-    await service._disk.wait_idle()
+    await service._stores.wait_idle()
     return await service.get_context(DEFAULT_TENANT, context_id)
 
 
@@ -79,9 +79,9 @@ def files_in(folder: Path) -> list[Path]:
 
 def num_charged(service: EngineService, tenant: TenantId = DEFAULT_TENANT) -> int:
     """Bytes that count against the tenant's partition of the disk."""
-    disk = service._parts.disk
-    disk.ledger.check()
-    return disk.ledger.use(tenant).used_bytes
+    ledger = service._parts.stores.disk.ledger
+    ledger.check()
+    return ledger.use(tenant).used_bytes
 
 
 def shares(

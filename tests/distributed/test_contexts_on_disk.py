@@ -206,7 +206,7 @@ async def test_a_context_deleted_while_it_is_written_is_gone(tmp_path: Path) -> 
         await service.fork_context(DEFAULT_TENANT, "book", "fork", 100, NO_LIMITS)
         await service.delete_context(DEFAULT_TENANT, "fork", "")
         await service.delete_context(DEFAULT_TENANT, "book", "")
-        await service._disk.wait_idle()
+        await service._stores.wait_idle()
 
         assert files_in(tmp_path) == []
         assert num_charged(service) == 0
@@ -285,7 +285,7 @@ async def test_the_limit_of_the_gpu_holds_for_what_is_read_from_disk(tmp_path: P
         with pytest.raises(QuotaExceeded):
             await generate(service, QUESTION, context="book")
         with pytest.raises(QuotaExceeded, match="end a generation or delete a context"):
-            await service._disk.bring(service._contexts.find(DEFAULT_TENANT, "book"))
+            await service._stores.bring(service._contexts.find(DEFAULT_TENANT, "book"))
         assert service._engine.parts.partitions.num_used == 0
 
 

@@ -45,7 +45,7 @@ async def test_a_published_prefix_is_read_as_if_it_were_computed(
     async with running_engine(served_model(architecture), setting) as (service, executor):
         await publish(service, BOOK, policy)
         found, usage = await generate(service, prompt, policy=policy)
-        await service._disk.wait_idle()
+        await service._stores.wait_idle()
         held = sum(written(runner._store) for runner in executor.runners)
         await service.delete_context(PUBLISHED, "system", "")
 

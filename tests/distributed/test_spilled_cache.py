@@ -1,5 +1,6 @@
 """A sequence's cache that N ranks sealed and M restore is read as if nothing happened."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 from kvcluster.attention.part import CacheRules
 from kvcluster.cache.saved import HeldEntries, read_held
-from kvcluster.cache.spill import SpillOwner
+from kvcluster.cache.spill import SpillOwner, SpillTier
 from kvcluster.cache.spill_disk import SpillDisk
+from kvcluster.cache.spill_host import SpillHost
 from kvcluster.cache.spill_parts import read_parts, restore, write_part
 from kvcluster.errors import SavedCacheMismatch
 from kvcluster.types import TenantId
@@ -19,14 +21,23 @@ KEYS = {1: bytes(range(32))}
 NUM_TOKENS = 150
 
 
+def on_disk(folder: Path) -> SpillTier:
+    return SpillDisk(folder / "spill", folder / "index")
+
+
+def on_host(folder: Path) -> SpillTier:
+    return SpillHost(folder)
+
+
+@pytest.mark.parametrize("opened", [on_disk, on_host])
 @pytest.mark.parametrize("codec", ["exact", "int8", "int4", "rotated3"])
 @pytest.mark.parametrize("num_ranks", [(1, 1), (3, 2), (2, 4)])
 def test_it_decodes_on_as_before_on_any_number_of_ranks(
-    codec: str, num_ranks: tuple[int, int], tmp_path: Path
+    codec: str, num_ranks: tuple[int, int], opened: Callable[[Path], SpillTier], tmp_path: Path
 ) -> None:
     rules = CacheRules(codec, exact_blocks=1)
     saving = served(rules, num_ranks[0], NUM_TOKENS)
-    tier = SpillDisk(tmp_path / "spill", tmp_path / "index")
+    tier = opened(tmp_path)
     ticket = tier.begin(OWNER, KEYS, num_parts=num_ranks[0])
     receipts = [
         write_part(

@@ -16,6 +16,7 @@ from kvcluster.engine.service import EngineService
 from kvcluster.errors import InvalidField, QuotaExceeded, SealedCacheDamaged
 from kvcluster.model.loader import LoadedModel
 from kvcluster.tenancy.limits import Tier
+from kvcluster.types import DEFAULT_TENANT
 from tests.architectures import VOCAB_SIZE
 from tests.distributed.stored_contexts import KEY, files_in, shares
 from tests.e2e.conftest import CONFIG
@@ -32,11 +33,13 @@ class Stored(NamedTuple):
 
 
 @asynccontextmanager
-async def stored(model: LoadedModel, num_ranks: int, folder: Path | None) -> AsyncIterator[Stored]:
-    """A cluster that is started, and stopped altogether."""
+async def stored(
+    model: LoadedModel, num_ranks: int, folder: Path | None, *, host_bytes: int = 0
+) -> AsyncIterator[Stored]:
+    """A cluster that is started, and stopped altogether. `host_bytes`: of the host's memory."""
     config = replace(CONFIG, ring=RingConfig(num_ranks=num_ranks))
-    if folder is not None:
-        config = replace(config, spill=SpillConfig(folder=str(folder)))
+    spill = SpillConfig(folder=str(folder or ""), host_capacity_bytes=host_bytes)
+    config = replace(config, spill=spill)
     async with (
         running_engine(model, config) as (service, _),
         serving(service) as server,
@@ -120,3 +123,20 @@ async def test_without_a_folder_a_durable_upload_says_what_to_set(tiny_model: Lo
     async with stored(tiny_model, 1, None) as (client, _):
         with pytest.raises(InvalidField, match=r"spill\.folder"):
             await client.upload_context("book", prompt_ids=BOOK, durable=True)
+
+
+async def test_a_client_sees_what_is_in_the_hosts_memory(tiny_model: LoadedModel) -> None:
+    async with stored(tiny_model, 2, None, host_bytes=1 << 26) as (client, service):
+        await client.upload_context("book", prompt_ids=BOOK, policy="int4")
+        await service._stores.wait_idle()
+        (listed,) = [record async for record in client.list_contexts()]
+        service._engine.prefixes.cache(DEFAULT_TENANT).evict(0, 1 << 30)
+        given_up = await client.get_context("book")
+        found = await output(client, QUESTION, context="book")
+        expected = await output(client, [*BOOK, *QUESTION], policy="int4")
+
+    assert listed.tiers == (Tier.GPU, Tier.HOST)
+    assert given_up.tiers == (Tier.HOST,)
+    assert listed.host_bytes == given_up.host_bytes > 0
+    assert listed.disk_bytes == 0
+    assert found == expected

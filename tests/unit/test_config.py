@@ -68,6 +68,8 @@ VALID: dict[str, object] = {
     "oidc.refresh_s": 60.0,
     "spill.folder": "contexts",
     "spill.capacity_bytes": 10_000,
+    "spill.host_capacity_bytes": 10_000,
+    "spill.host_folder": "/memory",
     "log.level": "debug",
     "log.format": LogFormat.JSON,
 }
@@ -117,6 +119,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("oidc.leeway_s", -1.0, "want at least 0"),
     ("oidc.refresh_s", 0.0, "want more than 0"),
     ("spill.capacity_bytes", 0, "want at least 1"),
+    ("spill.host_capacity_bytes", -1, "want at least 0"),
     ("log.level", "trace", "want one of debug, info, warning, error"),
     ("log.format", "xml", "want one of auto, console, json"),
 ]

@@ -50,8 +50,8 @@ class Context(_message.Message):
         STATE_DELETING: Context._State.ValueType  # 5
         """Its blocks are being zeroed, and its files destroyed."""
         STATE_DAMAGED: Context._State.ValueType  # 6
-        """What is on disk of it is not what was written, and none of it is used: delete it, and upload
-        it again.
+        """What is off the GPUs of it is not what was written, and none of it is used: delete it, and
+        upload it again.
         """
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
@@ -72,8 +72,8 @@ class Context(_message.Message):
     STATE_DELETING: Context.State.ValueType  # 5
     """Its blocks are being zeroed, and its files destroyed."""
     STATE_DAMAGED: Context.State.ValueType  # 6
-    """What is on disk of it is not what was written, and none of it is used: delete it, and upload
-    it again.
+    """What is off the GPUs of it is not what was written, and none of it is used: delete it, and
+    upload it again.
     """
 
     class _Tier:
@@ -87,7 +87,9 @@ class Context(_message.Message):
         TIER_GPU: Context._Tier.ValueType  # 1
         """In the ranks' memory: generations begin at once."""
         TIER_HOST: Context._Tier.ValueType  # 2
-        """In the hosts' memory."""
+        """In the host's memory, sealed: it ends with the engine, and is read without the disk when a
+        generation begins on it.
+        """
         TIER_DISK: Context._Tier.ValueType  # 3
         """On disk, sealed: it survives the end of every process, and is read when a generation begins
         on it.
@@ -101,7 +103,9 @@ class Context(_message.Message):
     TIER_GPU: Context.Tier.ValueType  # 1
     """In the ranks' memory: generations begin at once."""
     TIER_HOST: Context.Tier.ValueType  # 2
-    """In the hosts' memory."""
+    """In the host's memory, sealed: it ends with the engine, and is read without the disk when a
+    generation begins on it.
+    """
     TIER_DISK: Context.Tier.ValueType  # 3
     """On disk, sealed: it survives the end of every process, and is read when a generation begins
     on it.
@@ -131,6 +135,7 @@ class Context(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     DURABLE_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Format: tenants/{tenant}/contexts/{context}"""
     uid: _builtins.str
@@ -166,15 +171,18 @@ class Context(_message.Message):
     Policies that keep tokens by score or select blocks cannot be used.
     """
     message: _builtins.str
-    """Why it failed, or is not on disk."""
+    """Why it failed, or is not in host memory or on disk."""
     disk_bytes: _builtins.int
     """Of its files, which count against the tenant's partition of the disk. An earlier state of it
     stays until a longer one is written.
     """
     durable: _builtins.bool
     """UploadContext returns when it is on disk, or fails with what kept it from there. Not set: it is
-    written all the same where the server has a disk, after the call has returned.
+    kept in the host's memory where the server has room for contexts there, else on disk where it
+    has one, from some time after the call has returned.
     """
+    host_bytes: _builtins.int
+    """Of its files in the host's memory, which count against the tenant's partition of it."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """At this time."""
@@ -226,10 +234,11 @@ class Context(_message.Message):
         tiers: _abc.Iterable[Global___Context.Tier.ValueType] | None = ...,
         disk_bytes: _builtins.int = ...,
         durable: _builtins.bool = ...,
+        host_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expiration", b"expiration", "expire_time", b"expire_time", "last_access_time", b"last_access_time", "ttl", b"ttl", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_error", b"attention_error", "compression_ratio", b"compression_ratio", "create_time", b"create_time", "disk_bytes", b"disk_bytes", "display_name", b"display_name", "durable", b"durable", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "kv_bytes", b"kv_bytes", "last_access_time", b"last_access_time", "message", b"message", "model", b"model", "name", b"name", "pinned", b"pinned", "policy", b"policy", "ranks", b"ranks", "received_bytes", b"received_bytes", "received_tokens", b"received_tokens", "state", b"state", "tiers", b"tiers", "token_count", b"token_count", "ttl", b"ttl", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_error", b"attention_error", "compression_ratio", b"compression_ratio", "create_time", b"create_time", "disk_bytes", b"disk_bytes", "display_name", b"display_name", "durable", b"durable", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "host_bytes", b"host_bytes", "kv_bytes", b"kv_bytes", "last_access_time", b"last_access_time", "message", b"message", "model", b"model", "name", b"name", "pinned", b"pinned", "policy", b"policy", "ranks", b"ranks", "received_bytes", b"received_bytes", "received_tokens", b"received_tokens", "state", b"state", "tiers", b"tiers", "token_count", b"token_count", "ttl", b"ttl", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_expiration: _TypeAlias = _typing.Literal["expire_time", "ttl"]  # noqa: Y015
     _WhichOneofArgType_expiration: _TypeAlias = _typing.Literal["expiration", b"expiration"]  # noqa: Y015

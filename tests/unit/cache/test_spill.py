@@ -19,7 +19,8 @@ import torch
 from kvcluster.cache.saved import HeldEntries, SavedCache, SavedHeader, StoredForm
 from kvcluster.cache.sealed_records import part_file
 from kvcluster.cache.spill import DataKeys, PartReceipt, SealedContext, SpillOwner, SpillTicket
-from kvcluster.cache.spill_disk import SpillDisk, note_bytes
+from kvcluster.cache.spill_disk import SpillDisk
+from kvcluster.cache.spill_folder import note_bytes
 from kvcluster.cache.spill_parts import part_bytes, read_parts, write_part
 from kvcluster.errors import (
     ConfigError,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcluster.cache.spill_disk import note_bytes
+from kvcluster.cache.spill_folder import note_bytes
 from kvcluster.errors import SealedCacheDamaged, SealedCacheErased, SealedCacheUnknown
 from tests.unit.cache.test_spill import KEYS, Disk, assert_whole, disk, owner, reopened
 

@@ -1,4 +1,4 @@
-"""The disk tier of one engine, as its settings ask for it."""
+"""The tiers off the GPUs of one engine, as its settings ask for them."""
 
 import fcntl
 import os
@@ -8,10 +8,11 @@ from pathlib import Path
 from kvcluster.cache.spill_disk import SpillDisk
 from kvcluster.cache.tier import TierLedger
 from kvcluster.config import ClusterConfig
-from kvcluster.engine.disk_parts import DiskParts
 from kvcluster.engine.spill_plan import SpillRanks
+from kvcluster.engine.store_parts import SealedTier, StoreParts
 from kvcluster.engine.tenant_keys import TenantKeys
 from kvcluster.errors import ConfigError
+from kvcluster.serve.host_memory import HostMemory
 from kvcluster.tenancy.limits import Partitions
 from kvcluster.tenancy.root_key import KEY_BYTES
 from kvcluster.tenancy.shares import TenantShare
@@ -20,19 +21,21 @@ from kvcluster.types import DEFAULT_TENANT
 _LOCAL_UID = "local"
 
 
-def disk_parts(config: ClusterConfig, ranks: SpillRanks) -> DiskParts | None:
-    """None: no folder is set, and contexts end with the engine. Raises: ConfigError."""
-    if not config.spill.folder:
+def store_parts(config: ClusterConfig, ranks: SpillRanks) -> StoreParts | None:
+    """None: contexts are kept on the GPUs alone. Raises: ConfigError."""
+    spill = config.spill
+    if not spill.folder and not spill.host_capacity_bytes:
         return None
-    folder = Path(config.spill.folder)
-    tier = LockedDisk(folder)
-    local = None if config.tenancy.database else _local_share(folder)
-    return DiskParts(
-        tier,
-        TierLedger([config.spill.capacity_bytes], unit_bytes=[1]),
-        TenantKeys(local),
-        ranks,
-    )
+    host = disk = None
+    if spill.folder:
+        ledger = TierLedger([spill.capacity_bytes], unit_bytes=[1])
+        disk = SealedTier(LockedDisk(Path(spill.folder)), ledger)
+    if spill.host_capacity_bytes:
+        ledger = TierLedger([spill.host_capacity_bytes], unit_bytes=[1])
+        memory = HostMemory(Path(spill.host_folder), capacity_bytes=spill.host_capacity_bytes)
+        host = SealedTier(memory, ledger)
+    local = None if config.tenancy.database else _local_share(spill.folder)
+    return StoreParts(TenantKeys(local), ranks, host=host, disk=disk)
 
 
 class LockedDisk(SpillDisk):
@@ -58,10 +61,17 @@ class LockedDisk(SpillDisk):
         os.close(self._lock)
 
 
-def _local_share(folder: Path) -> TenantShare:
-    """Of whoever calls where there are no tenants: a data key beside what it seals. It keeps apart
-    nobody, and a copy of single files tells nothing."""
-    path = folder / "local.key"
+def _local_share(folder: str) -> TenantShare:
+    """Of whoever calls where there are no tenants: a data key beside what it seals, or where that
+    is in memory, a new one. It keeps apart nobody, and a copy of single files tells nothing."""
+    key = _kept_key(Path(folder) / "local.key") if folder else secrets.token_bytes(KEY_BYTES)
+    return TenantShare(
+        tenant=DEFAULT_TENANT, partitions=Partitions(), tenant_uid=_LOCAL_UID, data_keys={1: key}
+    )
+
+
+def _kept_key(path: Path) -> bytes:
+    """Raises: ConfigError."""
     try:
         if not path.exists():
             partial = path.with_suffix(".partial")
@@ -71,9 +81,6 @@ def _local_share(folder: Path) -> TenantShare:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        key = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"spill.folder: {path} cannot be used: {error.strerror}") from error
-    return TenantShare(
-        tenant=DEFAULT_TENANT, partitions=Partitions(), tenant_uid=_LOCAL_UID, data_keys={1: key}
-    )

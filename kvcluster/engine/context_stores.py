@@ -1,26 +1,29 @@
-"""Contexts on disk: written when they are computed, found again after a start, read when they are
-wanted. Engine process; the ranks carry the bytes (`spill_plan.SpillRanks`).
+"""Contexts off the GPUs: in the host's memory and on disk, written when they are computed, found on
+disk after a start, read when they are wanted. Engine process; the ranks carry the bytes
+(`spill_plan.SpillRanks`).
 
-A context is written once all of it is computed, one after the other, while steps go on. From the
-moment when its record names the disk, it survives a kill of every process.
+A context is written once all of it is computed, one after the other, while steps go on: into the
+host's memory where the engine has that tier and the tenant room there, else to disk; to both where
+an upload asked for it. So the GPUs can give its blocks up at any time, and it comes back from the
+fastest tier that has it. When others want the host's memory (`host_room`), it moves to disk, as it
+is sealed. From the moment when its record names the disk, it survives a kill of every process.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from kvcluster.cache.block_table import TableEntry
-from kvcluster.cache.spill import SealedContext
 from kvcluster.engine.context import Context
 from kvcluster.engine.context_api import ContextState
 from kvcluster.engine.context_checks import unreadable
 from kvcluster.engine.context_files import ContextFiles
-from kvcluster.engine.disk_parts import DiskParts
 from kvcluster.engine.engine import Engine
-from kvcluster.engine.found_contexts import found_context
+from kvcluster.engine.host_room import HostRoom
+from kvcluster.engine.keyed_contexts import KeyedContexts
 from kvcluster.engine.restored_blocks import RestoredBlocks
-from kvcluster.engine.spill_sizes import SpillSizes
+from kvcluster.engine.store_parts import SealedTier, StoreParts
 from kvcluster.engine.stream import Signal
 from kvcluster.errors import (
     ContextNotReady,
@@ -33,6 +36,7 @@ from kvcluster.errors import (
     SpillError,
 )
 from kvcluster.log import get_logger
+from kvcluster.tenancy.limits import Tier
 from kvcluster.tenancy.shares import TenantShares
 from kvcluster.types import PUBLISHED, TenantId
 
@@ -41,47 +45,55 @@ _RETRY_S = 2.0
 
 _ENTRIES_AT_ONCE = 256
 """Whose blocks are taken without a pause: some 10 ms."""
-_KNOWN_S = 5.0
-"""Longest wait for the keys of tenants after a start."""
 
 log = get_logger(__name__)
 
 
-class ContextDisk:
+class ContextStores:
     """A `ContextKeeper`. Used in one event loop."""
 
-    def __init__(self, engine: Engine, parts: DiskParts, *, wake: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, parts: StoreParts, *, wake: Callable[[], None]) -> None:
         """Counts what is on disk, and takes in the contexts whose keys are known. `wake` tells
         whoever runs the engine that it has changed. Raises: ConfigError, SpillUnavailable."""
         self._engine = engine
         self._contexts = engine.contexts
-        self._keys = parts.keys
         self._wake = wake
-        own = engine.parts
         self._prefixes = engine.prefixes
-        self._files = ContextFiles(
-            parts,
-            self._prefixes,
-            own.spec,
-            sizes=SpillSizes(own.spec, own.partitions, self._prefixes, own.cache.block_size),
-            block_size=own.cache.block_size,
-        )
+        self._host = self._files_of(Tier.HOST, parts.host, parts)
+        self._disk = self._files_of(Tier.DISK, parts.disk, parts)
         self._unsaved: dict[str, Context] = {}
         """By uid, in the order in which they are written."""
+        self._renamed: set[str] = set()
+        """Uids of those whose note on disk is to be written again."""
         self._saving: Context | None = None
         self._has_unsaved = asyncio.Event()
-        self._applying = asyncio.Lock()
         self._changed = Signal()
         self._locks: dict[str, asyncio.Lock] = {}
         """By uid: held while something of the context is written, read or destroyed."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._tier = parts.tier
-        self._files.charge_found()
+        self._room: HostRoom | None = None
+        if parts.host is not None:
+            self._room = HostRoom(
+                parts.host.ledger,
+                self._contexts,
+                is_busy=lambda context: self._lock(context).locked(),
+                leave=self._leave_host,
+                shrink=lambda tenant: self._spawn(self._shrink(tenant)),
+            )
         self._contexts.keeper = self
-        self._adopt([found for found in map(self._found, self._files.listed()) if found])
-        self._is_known = asyncio.Event()
-        if self._keys.are_told:
-            self._is_known.set()
+        self._keyed = KeyedContexts(engine, parts.keys, self._all_files(), wake=wake)
+
+    def _files_of(
+        self, name: Tier, sealed: SealedTier | None, parts: StoreParts
+    ) -> ContextFiles | None:
+        if sealed is None:
+            return None
+        return ContextFiles(name, sealed, parts, self._engine.parts, self._prefixes)
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether a context can survive the end of the engine."""
+        return self._disk is not None
 
     def start(self) -> None:
         """Begin to write. Call it once, inside the event loop."""
@@ -93,7 +105,8 @@ class ContextDisk:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self._tier.close()
+        for files in self._all_files():
+            files.close()
 
     async def wait_idle(self) -> None:
         """Return when all that is to be written is, or could not be."""
@@ -102,9 +115,7 @@ class ContextDisk:
 
     async def wait_known(self) -> None:
         """Return when the contexts on disk are known, or that takes too long."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_KNOWN_S):
-                await self._is_known.wait()
+        await self._keyed.wait_known()
 
     async def wait_saved(self, context: Context) -> None:
         """Return when what is to be written of the context is, or could not be."""
@@ -112,36 +123,11 @@ class ContextDisk:
             await self._changed.wait()
 
     async def apply(self, shares: TenantShares) -> None:
-        """Take in tenants' data keys: contexts whose key was destroyed go, in memory and on disk;
-        those whose key became known are found. Raises: SpillUnavailable."""
-        async with self._applying:
-            before = self._keys.revision
-            if not self._keys.apply(shares):
-                return
-            try:
-                await self._look(shares)
-            except BaseException:
-                # The next push, with the same keys, tries again.
-                self._keys.revision = before
-                raise
-
-    async def _look(self, shares: TenantShares) -> None:
-        for tenant, _ in shares.deleted:
-            for context in self._contexts.of(tenant):
-                self._contexts.delete(context)
-        listed = await asyncio.to_thread(self._files.listed)
-        doomed = [sealed for sealed in listed if self._keys.are_destroyed(sealed)]
-        for sealed in doomed:
-            await self._destroy(sealed)
-        known = {each.disk.spill.spill for each in self._contexts.all() if each.disk.spill}
-        unknown = [each for each in listed if each not in doomed and each.spill not in known]
-        found = await asyncio.to_thread(lambda: list(filter(None, map(self._found, unknown))))
-        self._adopt(found)
-        self._is_known.set()
-        self._wake()
+        """Take in tenants' data keys: see `KeyedContexts.apply`."""
+        await self._keyed.apply(shares)
 
     async def bring(self, context: Context) -> None:
-        """Have the context's blocks in memory, if they are on disk.
+        """Have the context's blocks in the ranks' memory, if they are off the GPUs.
 
         Raises: QuotaExceeded, ClusterOverloaded when they do not fit, SealedCacheDamaged,
         ContextNotReady when this model or calibration cannot read them, SpillUnavailable, RankLost.
@@ -152,7 +138,7 @@ class ContextDisk:
             if not self._is_wanted(context):
                 return
             try:
-                await self._read(context)
+                await self._read_fastest(context)
             except (SealedCacheDamaged, SealedCacheErased, SealedCacheUnknown) as error:
                 context.state, context.message = ContextState.DAMAGED, error.message
                 context.note_change(self._engine.parts.clock.unix())
@@ -172,6 +158,7 @@ class ContextDisk:
 
     def note_changed(self, context: Context) -> None:
         if context.disk.spill is not None:
+            self._renamed.add(context.uid)
             self.note_built(context)
 
     def drop(self, context: Context) -> None:
@@ -181,15 +168,33 @@ class ContextDisk:
         self._spawn(self._drop(context))
 
     def _is_wanted(self, context: Context) -> bool:
-        """Whether a context is on disk and not in memory."""
-        if context.state is not ContextState.ACTIVE or not context.is_on_disk:
+        """Whether a context is off the GPUs and not on them."""
+        is_stored = context.is_on_host or context.is_on_disk
+        if context.state is not ContextState.ACTIVE or not is_stored:
             return False
         return len(self._held(context)) < len(context.keys.keys)
 
     def _held(self, context: Context) -> list[TableEntry]:
         return self._prefixes.held_at(context.tenant, context.keys, context.tokens, context.policy)
 
-    async def _read(self, context: Context) -> None:
+    async def _read_fastest(self, context: Context) -> None:
+        """Raises: as `bring` and `ContextFiles.read`."""
+        if self._host is not None and context.is_on_host:
+            try:
+                await self._read(context, self._host)
+                return
+            except SpillError as error:
+                if not context.is_on_disk:
+                    raise
+                log.warning("host_copy_lost", tenant=context.tenant, error=type(error).__name__)
+                await self._host.drop(context)
+        assert self._disk is not None, "it is somewhere"
+        await self._read(context, self._disk)
+        if self._host is not None:
+            # The next time, it is nearer.
+            self.note_built(context)
+
+    async def _read(self, context: Context, files: ContextFiles) -> None:
         engine, epoch = self._engine, self._engine.epoch
         self._check_ring(epoch)
         cache = self._prefixes.cache(context.tenant)
@@ -207,7 +212,7 @@ class ContextDisk:
                 await asyncio.sleep(0)
             self._check_ring(epoch)
             await self._zeroed()
-            await self._files.read(context, blocks)
+            await files.read(context, blocks)
             self._check_ring(epoch)
             if context.state is ContextState.ACTIVE:
                 blocks.keep()
@@ -219,7 +224,8 @@ class ContextDisk:
             # Whoever deletes it waits until its blocks are zero.
             await self._zeroed()
             raise unreadable(context)
-        log.info("context_read", tenant=context.tenant, num_blocks=len(blocks.missing))
+        num_blocks = len(blocks.missing)
+        log.info("context_read", tenant=context.tenant, tier=files.name, num_blocks=num_blocks)
 
     def _check_ring(self, epoch: int) -> None:
         """Raises: RankLost, Draining, when the ranks are not those of this epoch."""
@@ -248,19 +254,72 @@ class ContextDisk:
             await self._has_unsaved.wait()
 
     async def _save(self, context: Context) -> None:
-        try:
-            async with self._lock(context):
-                if context.state is not ContextState.ACTIVE:
-                    return
-                if context.is_on_disk:
-                    await self._files.write_note(context)
-                else:
-                    with self._kept(context) as entries:
-                        await self._files.write(context, entries)
-        except KvClusterError as error:
-            context.disk.error = error
-            log.warning("context_not_on_disk", tenant=context.tenant, error=type(error).__name__)
+        async with self._lock(context):
+            if context.state is not ContextState.ACTIVE:
+                return
+            if self._host is not None and not context.is_on_host:
+                await self._save_in(self._host, self._save_on_host(context), context)
+            if self._disk is not None and self._belongs_on_disk(context):
+                await self._save_in(self._disk, self._save_on_disk(context), context)
         context.changed.notify()
+
+    def _belongs_on_disk(self, context: Context) -> bool:
+        """Whoever asked for it gets it there, a state on disk is not left behind, and what has no
+        room in the host's memory has no other place."""
+        is_there_in_part = context.disk.spill is not None
+        return context.disk.is_awaited or is_there_in_part or not context.is_on_host
+
+    async def _save_in(
+        self, files: ContextFiles, saving: Coroutine[Any, Any, None], context: Context
+    ) -> None:
+        try:
+            await saving
+        except KvClusterError as error:
+            files.of(context).error = error
+            log.warning(
+                "context_not_kept",
+                tenant=context.tenant,
+                tier=files.name,
+                error=type(error).__name__,
+            )
+
+    async def _save_on_host(self, context: Context) -> None:
+        """Raises: as `ContextFiles.write`, ContextNotReady."""
+        assert self._host is not None
+        assert self._room is not None
+        # An earlier state of it is no use to anybody, and takes room.
+        await self._host.drop(context)
+        await self._room.make(context.tenant, self._host.most_bytes(context))
+        with self._kept(context) as entries:
+            await self._host.write(context, entries)
+
+    async def _save_on_disk(self, context: Context) -> None:
+        """Raises: as `ContextFiles.write`, ContextNotReady."""
+        assert self._disk is not None
+        if context.is_on_disk:
+            if context.uid in self._renamed:
+                await self._disk.write_note(context)
+        elif self._host is not None and context.is_on_host:
+            await self._disk.copy(context, self._host)
+        else:
+            with self._kept(context) as entries:
+                await self._disk.write(context, entries)
+        self._renamed.discard(context.uid)
+
+    async def _leave_host(self, context: Context) -> None:
+        """Move a context from the host's memory to disk, if there is one with room; else what is
+        not on the GPUs is computed again when it is wanted. Raises: SpillError."""
+        assert self._host is not None
+        async with self._lock(context):
+            is_moved = context.is_on_host and not context.is_on_disk
+            if self._disk is not None and is_moved and context.state is ContextState.ACTIVE:
+                await self._save_in(self._disk, self._disk.copy(context, self._host), context)
+            await self._host.drop(context)
+        context.changed.notify()
+
+    async def _shrink(self, tenant: TenantId) -> None:
+        assert self._room is not None
+        await self._room.keep_limit(tenant)
 
     @contextmanager
     def _kept(self, context: Context) -> Iterator[list[TableEntry]]:
@@ -282,46 +341,20 @@ class ContextDisk:
 
     async def _drop(self, context: Context) -> None:
         async with self._lock(context):
-            while context.disk.spill is not None:
-                try:
-                    await self._files.destroy(context.disk.spill)
-                    context.disk.spill = None
-                except SpillError as error:
-                    context.disk.error = error
-                    context.changed.notify()
-                    await asyncio.sleep(_RETRY_S)
+            for files in self._all_files():
+                while files.of(context).spill is not None:
+                    try:
+                        await files.drop(context)
+                    except SpillError as error:
+                        context.disk.error = error
+                        context.changed.notify()
+                        await asyncio.sleep(_RETRY_S)
         self._locks.pop(context.uid, None)
         context.disk.is_clear = True
         self._contexts.forget_deleted(context)
 
-    async def _destroy(self, sealed: SealedContext) -> None:
-        """Raises: SpillUnavailable, SpillDiskFull."""
-        for context in self._spilled(sealed.owner.tenant):
-            if context.disk.spill is not None and context.disk.spill.spill == sealed.spill:
-                self._contexts.delete(context)
-                while not context.disk.is_clear:
-                    await context.changed.wait()
-                    if context.disk.spill is not None and context.disk.error is not None:
-                        raise context.disk.error
-                break
-        else:
-            await self._files.destroy(sealed)
-        log.info("context_erased", tenant=sealed.owner.tenant)
-
-    def _spilled(self, tenant: TenantId | None = None) -> list[Context]:
-        return [
-            context
-            for context in self._contexts.all()
-            if context.disk.spill is not None and tenant in (None, context.tenant)
-        ]
-
-    def _found(self, sealed: SealedContext) -> Context | None:
-        """A context on disk; None: its keys are not known. Blocks on the disk."""
-        return found_context(sealed, self._files, self._engine.parts, self._prefixes)
-
-    def _adopt(self, found: list[Context]) -> None:
-        for context in found:
-            self._contexts.adopt(context)
+    def _all_files(self) -> list[ContextFiles]:
+        return [files for files in (self._host, self._disk) if files is not None]
 
     def _lock(self, context: Context) -> asyncio.Lock:
         return self._locks.setdefault(context.uid, asyncio.Lock())
@@ -334,4 +367,4 @@ class ContextDisk:
     def _forget_task(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("context_disk_failed", exc_info=task.exception())
+            log.error("context_stores_failed", exc_info=task.exception())
