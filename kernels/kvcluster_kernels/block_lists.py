@@ -82,14 +82,16 @@ def sparse_prefill(
     check_sparse(q_THD, keys, chosen, scale, causal)
     dtype = torch.promote_types(q_THD.dtype, torch.float32)
     k_KSD, v_KSD = (x.to(dtype) for x in keys_in_line(keys))
-    mask_KTS = chosen_keys(chosen, len(q_THD), keys.num_keys)
+    mask_HTS = chosen_keys(chosen, len(q_THD), keys.num_keys)
     if causal is not None:
-        mask_KTS = mask_KTS & visible(causal, len(q_THD), keys.num_keys, q_THD.device)
+        mask_HTS = mask_HTS & visible(causal, len(q_THD), keys.num_keys, q_THD.device)
+    mask_HTS = mask_HTS.repeat_interleave(q_THD.shape[1] // len(mask_HTS), dim=0)
+    mask_KGTS = mask_HTS.unflatten(0, (k_KSD.shape[0], -1))
     q_TKGD = q_THD.to(dtype).unflatten(1, (k_KSD.shape[0], -1))
     logits_KGTS = torch.einsum("tkgd,ksd->kgts", q_TKGD, k_KSD) * scale
     if softcap is not None:
         logits_KGTS = softcap * torch.tanh(logits_KGTS / softcap)
-    logits_KGTS = logits_KGTS.masked_fill(~mask_KTS[:, None], -math.inf)
+    logits_KGTS = logits_KGTS.masked_fill(~mask_KGTS, -math.inf)
     lse_KGT = torch.logsumexp(logits_KGTS, dim=-1)
     shift_KGT = torch.where(lse_KGT == -math.inf, 0.0, lse_KGT)
     weights_KGTS = torch.exp(logits_KGTS - shift_KGT[..., None])
@@ -101,15 +103,15 @@ def sparse_prefill(
 
 
 def chosen_keys(chosen: TileBlocks, num_tokens: int, num_keys: int) -> Tensor:
-    """mask_KTS: which keys the list of a row has."""
-    num_kv_heads, num_tiles, length = chosen.blocks_KUL.shape
+    """mask_GTS: which keys the list of a row has."""
+    num_heads, num_tiles, length = chosen.blocks_GUL.shape
     num_blocks = -(-num_keys // chosen.block_tokens)
-    device = chosen.blocks_KUL.device
-    is_listed_KUL = torch.arange(length, device=device) < chosen.counts_KU[..., None]
+    device = chosen.blocks_GUL.device
+    is_listed_GUL = torch.arange(length, device=device) < chosen.counts_GU[..., None]
     # What lies behind a list's end goes to a block that there is not.
-    numbers_KUL = torch.where(is_listed_KUL, chosen.blocks_KUL, num_blocks).long()
-    is_chosen_KUB = torch.zeros(
-        (num_kv_heads, num_tiles, num_blocks + 1), dtype=torch.bool, device=device
-    ).scatter_(2, numbers_KUL, True)[:, :, :num_blocks]  # noqa: FBT003
-    mask_KUS = is_chosen_KUB.repeat_interleave(chosen.block_tokens, 2)[:, :, :num_keys]
-    return mask_KUS.repeat_interleave(chosen.tile_tokens, 1)[:, :num_tokens]
+    numbers_GUL = torch.where(is_listed_GUL, chosen.blocks_GUL, num_blocks).long()
+    is_chosen_GUB = torch.zeros(
+        (num_heads, num_tiles, num_blocks + 1), dtype=torch.bool, device=device
+    ).scatter_(2, numbers_GUL, True)[:, :, :num_blocks]  # noqa: FBT003
+    mask_GUS = is_chosen_GUB.repeat_interleave(chosen.block_tokens, 2)[:, :, :num_keys]
+    return mask_GUS.repeat_interleave(chosen.tile_tokens, 1)[:, :num_tokens]

@@ -109,13 +109,15 @@ def _over_pieces(
     pieces = list(_pieces(history, max(1, workspace_bytes // bytes_per_token)))
     for index, piece in enumerate(pieces):
         is_last = index == len(pieces) - 1
-        keys = _restored(piece, dim, q_THD.dtype)
+        keys = restored(piece, dim, q_THD.dtype)
         carry = _attend(q_THD, keys, scale, carry, out_dtype if is_last else torch.float32)
     assert carry is not None
     return carry
 
 
-def _restored(piece: AnyHistory, dim: int, dtype: torch.dtype) -> Keys:
+def restored(piece: AnyHistory, dim: int, dtype: torch.dtype) -> Keys:
+    """Keys of so many numbers, and values, as their kind is restored: rotated ones still are, and
+    keys of latents are in the order of `in_order_of`."""
     if isinstance(piece, LatentHistory):
         return restore_latents(piece, dtype)
     if isinstance(piece, RotatedHistory):

@@ -1,11 +1,11 @@
-"""Prefill attention over chosen blocks: each tile of query tokens has, for each KV head, a list of
-the blocks of the sequence that it reads.
+"""Prefill attention over chosen blocks: each tile of query tokens has lists of the blocks of the
+sequence that it reads, one for all heads, for each KV head, or for each query head.
 
-All query heads of a KV head share the list, so that its keys are read once for them. Decode over
-chosen blocks needs no kernel of its own: a list is a block table (`block_lists.py`).
+Where query heads of a KV head share a list, its keys are read once for them. Decode over chosen
+blocks needs no kernel of its own: a list is a block table (`block_lists.py`).
 
-Shape letters: T query tokens, S keys, H query heads, K KV heads, D head dimension, U tiles of
-queries, L blocks of a list.
+Shape letters: T query tokens, S keys, H query heads, K KV heads, G heads that have lists, D head
+dimension, U tiles of queries, L blocks of a list.
 """
 
 import math
@@ -26,10 +26,10 @@ _LN_2 = tl.constexpr(math.log(2))
 class TileBlocks(NamedTuple):
     """The blocks that each tile of queries reads. int32, contiguous, on the device of the keys."""
 
-    blocks_KUL: Tensor
+    blocks_GUL: Tensor
     """Numbers of blocks in the sequence, each once, in any order; what lies behind a list's end is
-    not read."""
-    counts_KU: Tensor
+    not read. G is 1, K or H."""
+    counts_GU: Tensor
     tile_tokens: int
     """Query tokens of a tile."""
     block_tokens: int
@@ -59,26 +59,22 @@ def sparse_prefill(
     )
     if not num_tokens:
         return found
-    group = num_heads // num_kv_heads
+    tiling = _tiling(q_THD, keys, chosen)
     rule = causal or Causal()
-    # A tile's rows are worked on in as many parts as it takes.
-    rows = chosen.tile_tokens * group
-    is_float32 = q_THD.dtype == torch.float32
-    block_m = max(16, min(64 if is_float32 else 128, triton.next_power_of_2(rows)))
-    is_wide = max(key_dim, value_dim) > 128
-    num_tiles = chosen.counts_KU.shape[1]
-    _sparse_kernel[(num_tiles * triton.cdiv(rows, block_m), num_kv_heads)](
+    num_tiles = chosen.counts_GU.shape[1]
+    num_parts = triton.cdiv(chosen.tile_tokens * tiling.group, tiling.block_m)
+    _sparse_kernel[(num_tiles * num_parts, tiling.num_groups)](
         q_THD,
         keys.k_PKSD,
         keys.v_PKSD,
         *found,
         keys.block_ids_N,
-        chosen.blocks_KUL,
-        chosen.counts_KU,
+        chosen.blocks_GUL,
+        chosen.counts_GU,
         num_tokens,
         keys.num_keys,
         num_tiles,
-        chosen.blocks_KUL.shape[2],
+        chosen.blocks_GUL.shape[2],
         rule.start,
         num_tokens if rule.split is None else rule.split,
         rule.resume,
@@ -88,9 +84,11 @@ def sparse_prefill(
         *q_THD.stride()[:2],
         *keys.k_PKSD.stride()[:3],
         *keys.v_PKSD.stride()[:3],
-        GROUP=group,
+        GROUP=tiling.group,
+        SHARED_LISTS=tiling.num_groups // len(chosen.counts_GU),
+        SHARED_KEYS=tiling.num_groups // num_kv_heads,
         TILE_TOKENS=chosen.tile_tokens,
-        BLOCK_M=block_m,
+        BLOCK_M=tiling.block_m,
         BLOCK_TOKENS=chosen.block_tokens,
         PAGE_BLOCKS=keys.blocks_per_page,
         KEY_DIM=key_dim,
@@ -99,10 +97,32 @@ def sparse_prefill(
         WINDOWED=rule.window is not None,
         SOFTCAPPED=softcap is not None,
         UPCAST=is_interpreted(_sparse_kernel),
-        num_warps=4 if block_m <= 64 else 8,
-        num_stages=1 if is_float32 else 2 if is_wide else 4,
+        num_warps=4 if tiling.block_m <= 64 else 8,
+        num_stages=tiling.num_stages,
     )
     return found
+
+
+class _Tiling(NamedTuple):
+    """How a call is cut."""
+
+    num_groups: int
+    """Groups of heads whose queries a program works on together: they share a list and keys."""
+    group: int
+    """Heads of one."""
+    block_m: int
+    """Rows of a program; a tile's are worked on in as many parts as it takes."""
+    num_stages: int
+
+
+def _tiling(q_THD: Tensor, keys: Keys, chosen: TileBlocks) -> _Tiling:
+    num_groups = max(keys.k_PKSD.shape[1], len(chosen.counts_GU))
+    group = q_THD.shape[1] // num_groups
+    is_float32 = q_THD.dtype == torch.float32
+    rows = triton.next_power_of_2(chosen.tile_tokens * group)
+    is_wide = max(keys.k_PKSD.shape[3], keys.v_PKSD.shape[3]) > 128
+    num_stages = 1 if is_float32 else 2 if is_wide else 4
+    return _Tiling(num_groups, group, max(16, min(64 if is_float32 else 128, rows)), num_stages)
 
 
 def check_sparse(
@@ -116,9 +136,13 @@ def check_sparse(
     if size < 16 or size & (size - 1) or keys.block_tokens not in (0, size):
         raise ValueError(f"chosen blocks of {size} keys do not fit a cache of {keys.block_tokens}")
     num_tiles = -(-q_THD.shape[0] // chosen.tile_tokens)
-    axes = (keys.k_PKSD.shape[1], num_tiles)
-    if chosen.counts_KU.shape != axes or chosen.blocks_KUL.shape[:2] != axes:
-        raise ValueError(f"want lists for {axes[0]} KV heads and {axes[1]} tiles of queries")
+    heads = (1, keys.k_PKSD.shape[1], q_THD.shape[1])
+    axes = tuple(chosen.counts_GU.shape)
+    if axes not in [(count, num_tiles) for count in heads] or chosen.blocks_GUL.shape[:2] != axes:
+        raise ValueError(
+            f"want lists for 1, {heads[1]} or {heads[2]} heads and {num_tiles} tiles of queries, "
+            f"got {axes}"
+        )
 
 
 @triton.jit
@@ -172,6 +196,8 @@ def _sparse_kernel(
     stride_v_h,
     stride_v_s,
     GROUP: tl.constexpr,
+    SHARED_LISTS: tl.constexpr,
+    SHARED_KEYS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -187,10 +213,11 @@ def _sparse_kernel(
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(VALUE_DIM))
     PARTS: tl.constexpr = triton.cdiv(TILE_TOKENS * GROUP, BLOCK_M)
     tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    own, num_groups = tl.program_id(1), tl.num_programs(1)
+    kv_head, list_head = own // SHARED_KEYS, own // SHARED_LISTS
     places_M = part * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens_M = tile * TILE_TOKENS + places_M // GROUP
-    heads_M = head * GROUP + places_M % GROUP
+    heads_M = own * GROUP + places_M % GROUP
     mask_M = (places_M < TILE_TOKENS * GROUP) & (tokens_M < num_tokens)
     offs_d = tl.arange(0, BLOCK_DK)
     q_rows_M = tokens_M.to(tl.int64) * stride_q_t + heads_M * stride_q_h
@@ -199,10 +226,10 @@ def _sparse_kernel(
     if UPCAST:
         q_MD = q_MD.to(tl.float32)
     positions_M = tl.where(tokens_M < split, tokens_M + start, tokens_M + resume - split)
-    k_ptr += head.to(tl.int64) * stride_k_h
-    v_ptr += head.to(tl.int64) * stride_v_h
-    count = tl.load(counts_ptr + head * num_tiles + tile)
-    lists_ptr += (head * num_tiles + tile).to(tl.int64) * max_count
+    k_ptr += kv_head.to(tl.int64) * stride_k_h
+    v_ptr += kv_head.to(tl.int64) * stride_v_h
+    count = tl.load(counts_ptr + list_head * num_tiles + tile)
+    lists_ptr += (list_head * num_tiles + tile).to(tl.int64) * max_count
 
     max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
@@ -233,7 +260,7 @@ def _sparse_kernel(
         weights_MN = weights_MN.to(v_ND.dtype)
         acc_MD = tl.dot(weights_MN, v_ND, acc_MD * decay_M[:, None], input_precision="ieee")
     safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
-    own_rows_M = tokens_M.to(tl.int64) * (num_kv_heads * GROUP) + heads_M
+    own_rows_M = tokens_M.to(tl.int64) * (num_groups * GROUP) + heads_M
     lse_M = (max_M + tl.log2(safe_sum_M)) * _LN_2
     tl.store(lse_ptr + own_rows_M, tl.where(sum_M > 0, lse_M, -float("inf")), mask=mask_M)
     offs_v = tl.arange(0, BLOCK_DV)

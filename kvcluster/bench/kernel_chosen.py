@@ -92,9 +92,9 @@ def drawn_lists(shape: ChosenShape, share: float) -> TileBlocks:
     tiles = (_KV_HEADS, -(-shape.num_tokens // _TILE_TOKENS))
     length = int(num_blocks * share)
     order = torch.rand((*tiles, num_blocks), device=_GPU).argsort(dim=-1)[..., :length]
-    counts_KU = torch.full(tiles, length, dtype=torch.int32, device=_GPU)
-    lists_KUL = order.sort(dim=-1).values.to(torch.int32).contiguous()
-    return TileBlocks(lists_KUL, counts_KU, _TILE_TOKENS, _BLOCK_TOKENS)
+    counts_GU = torch.full(tiles, length, dtype=torch.int32, device=_GPU)
+    lists_GUL = order.sort(dim=-1).values.to(torch.int32).contiguous()
+    return TileBlocks(lists_GUL, counts_GU, _TILE_TOKENS, _BLOCK_TOKENS)
 
 
 def _beside(

@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from kvcluster_kernels.block_bounds import largest_bounds
+from kvcluster_kernels.chosen_blocks import Candidates, Pools, pick, row_tables
 from kvcluster_kernels.column_sums import column_sums
 from kvcluster_kernels.prefill_arguments import Causal
 from kvcluster_kernels.sparse_prefill import sparse_prefill
@@ -50,4 +52,46 @@ SUMS: dict[str, Callable[[], object]] = {
 CHOSEN: dict[str, Callable[[], object]] = {
     f"chosen {case.name}": partial(_sparse, case) for case in SERVED
 }
-LAUNCHES: dict[str, Callable[[], object]] = {**SUMS, **CHOSEN}
+
+
+def _each_head(case: Case) -> object:
+    """Lists for each query head, as `estimated` has them."""
+    given = arguments(case, _CPU)
+    chosen = drawn_lists(case, 64, _CPU, case.num_heads)
+    return sparse_prefill(given.q_THD, given.keys, chosen, scale=given.scale, causal=given.causal)
+
+
+def _picks(num_blocks: int) -> object:
+    flags_JB = torch.zeros(128, num_blocks, dtype=torch.uint8)
+    num_J = torch.zeros(128, dtype=torch.int32)
+    return pick(torch.zeros(32, 128, num_blocks - 1), Candidates(flags_JB, num_J))
+
+
+def _tables(num_blocks: int) -> object:
+    """Of a row of decode, which `quest` picks blocks for."""
+    ids_2B = torch.zeros(2, num_blocks, dtype=torch.int32)
+    flags_JB = torch.zeros(1, num_blocks, dtype=torch.uint8)
+    numbers_1 = torch.zeros(1, dtype=torch.int32)
+    pools = Pools(*ids_2B, 16, 64, 8, 8)
+    scores = torch.zeros(8, 1, num_blocks)
+    return row_tables(scores, Candidates(flags_JB, numbers_1), numbers_1, pools)
+
+
+def _bounds(dim: int) -> object:
+    low_KBD, high_KBD = torch.zeros(2, 8, 2048, dim, dtype=torch.bfloat16)
+    return largest_bounds(torch.zeros(1, 32, dim, dtype=torch.bfloat16), low_KBD, high_KBD, 0.1)
+
+
+HEADS: dict[str, Callable[[], object]] = {
+    f"each head {case.name}": partial(_each_head, case) for case in SERVED
+}
+PICKS: dict[str, Callable[[], object]] = {
+    "picks of 32K tokens": partial(_picks, 512),
+    "picks of 1M tokens": partial(_picks, 1 << 14),
+    "tables of 128K tokens": partial(_tables, 1 << 11),
+    "tables of 1M tokens": partial(_tables, 1 << 14),
+    "bounds head 128": partial(_bounds, 128),
+    "bounds head 64": partial(_bounds, 64),
+}
+"""What picks blocks, which multiplies nothing."""
+LAUNCHES: dict[str, Callable[[], object]] = {**SUMS, **CHOSEN, **HEADS, **PICKS}

@@ -25,26 +25,30 @@ CASES = (
 )
 
 
-def drawn_lists(case: Case, tile_tokens: int, device: torch.device) -> TileBlocks:
-    """Some of the blocks, in any order, other ones for each tile and head; the first list of each
-    head is empty, the last one has all of them."""
+def drawn_lists(
+    case: Case, tile_tokens: int, device: torch.device, num_lists: int | None = None
+) -> TileBlocks:
+    """Some of the blocks, in any order, other ones for each tile and head (each KV head, or so many
+    heads); the first list of each head is empty, the last one has all of them."""
     generator = torch.Generator().manual_seed(1)
     block_tokens = case.block_tokens or 16
     num_blocks = -(-case.num_keys // block_tokens)
     num_tiles = -(-case.num_tokens // tile_tokens)
-    shape = (case.num_kv_heads, num_tiles)
-    blocks_KUL = torch.rand(*shape, num_blocks, generator=generator).argsort(-1).int()
-    counts_KU = torch.randint(1, num_blocks + 1, shape, generator=generator).int()
-    counts_KU[:, :1] = 0
-    counts_KU[:, -1:] = num_blocks
+    shape = (num_lists or case.num_kv_heads, num_tiles)
+    blocks_GUL = torch.rand(*shape, num_blocks, generator=generator).argsort(-1).int()
+    counts_GU = torch.randint(1, num_blocks + 1, shape, generator=generator).int()
+    counts_GU[:, :1] = 0
+    counts_GU[:, -1:] = num_blocks
     # Behind a list's end may be anything.
-    blocks_KUL[torch.arange(num_blocks) >= counts_KU[..., None]] = 1 << 28
-    return TileBlocks(blocks_KUL.to(device), counts_KU.to(device), tile_tokens, block_tokens)
+    blocks_GUL[torch.arange(num_blocks) >= counts_GU[..., None]] = 1 << 28
+    return TileBlocks(blocks_GUL.to(device), counts_GU.to(device), tile_tokens, block_tokens)
 
 
-def check(case: Case, device: torch.device, tile_tokens: int = 8) -> None:
+def check(
+    case: Case, device: torch.device, tile_tokens: int = 8, num_lists: int | None = None
+) -> None:
     given = arguments(case, device)
-    chosen = drawn_lists(case, tile_tokens, device)
+    chosen = drawn_lists(case, tile_tokens, device, num_lists)
     rules = {"scale": given.scale, "causal": given.causal, "softcap": given.softcap}
 
     found = sparse_prefill(given.q_THD, given.keys, chosen, **rules)
@@ -84,10 +88,18 @@ def test_tiles_of_any_size(tile_tokens: int, interpreted: torch.device) -> None:
     check(replace(CASES[0], num_heads=8), interpreted, tile_tokens)
 
 
+@pytest.mark.parametrize("num_lists", [1, 8])
+@pytest.mark.parametrize("index", [0, 4])
+def test_lists_for_all_heads_and_for_each(
+    index: int, num_lists: int, interpreted: torch.device
+) -> None:
+    check(replace(CASES[index], num_heads=8), interpreted, num_lists=num_lists)
+
+
 def test_lists_of_all_blocks_give_attention_over_all_keys(interpreted: torch.device) -> None:
     given = arguments(CASES[0], interpreted)
-    blocks_KUL = torch.arange(5, dtype=torch.int32).expand(2, 1, 5).contiguous()
-    chosen = TileBlocks(blocks_KUL, torch.full((2, 1), 5, dtype=torch.int32), 37, 16)
+    blocks_GUL = torch.arange(5, dtype=torch.int32).expand(2, 1, 5).contiguous()
+    chosen = TileBlocks(blocks_GUL, torch.full((2, 1), 5, dtype=torch.int32), 37, 16)
 
     found = sparse_prefill(given.q_THD, given.keys, chosen, scale=given.scale)
 
