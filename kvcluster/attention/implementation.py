@@ -1,7 +1,7 @@
 """How a rank computes attention over keys that lie on it: in torch, or in kernels of its GPU.
 
-Shape letters: T query tokens, S keys, R rows of decode, H query heads, K KV heads, D head
-dimension.
+Shape letters: T query tokens, S keys, R rows of decode, J query blocks, B blocks, G heads that
+choose, H query heads, K KV heads, D head dimension.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,9 @@ from torch import Tensor
 from kvcluster.attention import local, partial
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
+from kvcluster.attention.selected_part import RankBlocks, SelectedPart
 from kvcluster.cache.store import KVStore, Piece
+from kvcluster.selection.base import KeySummaries
 from kvcluster.types import LayerGeometry
 
 
@@ -37,6 +39,29 @@ class RowAttention(Protocol):
         ...
 
 
+class ChosenAttention(Protocol):
+    """Rows that choose which blocks they read. `selected` defines what each method gives."""
+
+    def scores(
+        self, geometry: LayerGeometry, part: SelectedPart, q_THD: Tensor, keys: KeySummaries
+    ) -> Tensor | None:
+        """score_GJB of blocks for the query blocks of the part's rows (`BlockSelection.scores`).
+        None: they are to be computed as they are defined."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        part: SelectedPart,
+        blocks: RankBlocks,
+        q_THD: Tensor,
+        score_GJB: Tensor,
+    ) -> Partial | None:
+        """All rows of the part over what they read of these blocks, those of this rank, by the
+        scores of all of the sequence's. None: tile by tile, as it is defined."""
+        ...
+
+
 class SwitchingKeys(NamedTuple):
     """Keys of which a row reads the latest as they are, and those before as a codec gives them."""
 
@@ -55,6 +80,11 @@ class Implementation(Protocol):
     @property
     def rows(self) -> RowAttention | None:
         """Rows of decode; None: each is read by itself."""
+        ...
+
+    @property
+    def chosen(self) -> ChosenAttention | None:
+        """Of rows that choose their blocks; None: tile by tile, as it is defined."""
         ...
 
     def attend(
@@ -117,6 +147,7 @@ class PlainAttention:
     """The functions of `local` themselves, on any device."""
 
     rows: RowAttention | None = None
+    chosen: ChosenAttention | None = None
     attend = staticmethod(local.attend)
     attend_causal = staticmethod(local.attend_causal)
     attend_earlier = staticmethod(local.attend_earlier)

@@ -1,7 +1,7 @@
 """Attention over keys of one rank in kernels, where there is one that serves the call.
 
-What no kernel serves is computed as `local` does. Only this module, `kernel_rows` and
-`packed_keys` know the kernels.
+What no kernel serves is computed as `local` does. Only this module, `kernel_rows`,
+`kernel_selected` and `packed_keys` know the kernels.
 
 Shape letters: T query tokens, S keys, R rows of decode, H query heads, K KV heads, D head
 dimension.
@@ -36,6 +36,7 @@ from kvcluster.attention.implementation import SwitchingKeys
 from kvcluster.attention.kernel_choice import Prefill, prefill_choice
 from kvcluster.attention.kernel_encoding import EncodeBlocks, block_encoder
 from kvcluster.attention.kernel_rows import KernelRows
+from kvcluster.attention.kernel_selected import KernelSelected
 from kvcluster.attention.latent_cache import LatentCache
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
@@ -67,6 +68,9 @@ class KernelAttention:
         )
         self.rows: KernelRows | None = (
             KernelRows(store, self.merge) if store.planes(0).k_PKSD.dtype in dtypes else None
+        )
+        self.chosen: KernelSelected | None = (
+            None if self.rows is None else KernelSelected(store, self.rows, self.merge, dtypes)
         )
 
     def attend(

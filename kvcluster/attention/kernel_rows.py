@@ -53,7 +53,7 @@ class KernelRows:
         if type(part) not in (SequencePart, SurvivorReader) or part.has_chunk:
             return False
         geometry = self._spec.layers[layer]
-        if max(geometry.key_dim, geometry.value_dim) > _max_dim(geometry):
+        if max(geometry.key_dim, geometry.value_dim) > widest_head(geometry):
             return False
         codec = part.codec_in(geometry.window)
         if codec == EXACT:
@@ -103,8 +103,7 @@ class KernelRows:
         asked = Attention(geometry.scale, geometry.softcap)
         q_R1HD = q_RHD.contiguous()[:, None]
         pages = ExactPages(*self._store.planes(layer), self._store.block_size)
-        exact = decode_absorbed if _is_absorbed(geometry) else decode
-        found = [_in_line(exact(q_R1HD, pages, tables.exact, asked))]
+        found = [_in_line(exact_decode(geometry)(q_R1HD, pages, tables.exact, asked))]
         for codec, rows in tables.encoded.items():
             packed = self.packed(layer, codec)
             assert packed is not None, "asked for what is not served"
@@ -159,7 +158,13 @@ def _is_absorbed(layer: LayerGeometry) -> bool:
     return layer.values_in_keys and layer.num_kv_heads == 1
 
 
-def _max_dim(layer: LayerGeometry) -> int:
+def exact_decode(layer: LayerGeometry) -> Callable[..., RowPartial]:
+    """The kernel over exact pages of the layer."""
+    return decode_absorbed if _is_absorbed(layer) else decode
+
+
+def widest_head(layer: LayerGeometry) -> int:
+    """That a kernel of decode takes in the layer."""
     return MAX_ABSORBED_DIM if _is_absorbed(layer) else MAX_HEAD_DIM
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from kvcluster_kernels.block_lists import one_head_planes
 from kvcluster_kernels.codes import row_bytes
 from kvcluster_kernels.float8_decode import Float8Pages, decode_float8
 from kvcluster_kernels.integer_decode import BITS as INTEGER_BITS
@@ -54,6 +55,10 @@ class PackedPages(NamedTuple):
         assert isinstance(k, RotatedPages), "keys of a kind that is not here"
         return decode_rotated(q_RTHD, k, v, self.rotation_DD, rows, attention)
 
+    def one_head(self) -> "PackedPages":
+        """The same blocks, those of each KV head as blocks of one head (`one_head_planes`)."""
+        return self._replace(keys=_one_head(self.keys), values=_one_head(self.values))
+
     def history(self, blocks_N: Tensor, block_size: int) -> AnyHistory | None:
         """Whole blocks for `prefill_history`; None: it does not read this kind."""
         keys, values, num_keys = self.keys, self.values, len(blocks_N) * block_size
@@ -63,6 +68,13 @@ class PackedPages(NamedTuple):
         if isinstance(keys, RotatedPages) or isinstance(values, RotatedPages):
             return None
         return History(keys, values, blocks_N, num_keys)
+
+
+def _one_head(pages: Pages) -> Pages:
+    planes = {
+        name: one_head_planes(plane) for name, plane in pages._asdict().items() if plane is not None
+    }
+    return pages._replace(**planes)
 
 
 _TWO_PLANES = 3

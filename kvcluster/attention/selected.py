@@ -21,16 +21,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from kvcluster.attention.implementation import ChosenAttention
 from kvcluster.attention.local import attend, attend_causal
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge
 from kvcluster.attention.ring import Message, Ring
 from kvcluster.attention.selected_part import RankBlocks, SelectedPart, Tile
 from kvcluster.cache.store import KVStore, Piece, in_blocks, in_line, keys_and_values
-from kvcluster.selection.base import pooled
+from kvcluster.selection.base import KeySummaries, pooled
 from kvcluster.selection.need import Need
-from kvcluster.types import ModelSpec
+from kvcluster.types import LayerGeometry, ModelSpec
 
 
 class _Restored(NamedTuple):
@@ -45,8 +47,15 @@ class SelectedAttention:
     """The selecting parts of one step over one rank's store. All ranks call it alike."""
 
     def __init__(
-        self, spec: ModelSpec, store: KVStore, ring: Ring, parts: Sequence[SelectedPart]
+        self,
+        spec: ModelSpec,
+        store: KVStore,
+        ring: Ring,
+        parts: Sequence[SelectedPart],
+        chosen: ChosenAttention | None = None,
     ) -> None:
+        """`chosen`: attention over picked blocks that are here; None: as it is defined."""
+        self._chosen = chosen
         self._spec = spec
         self._store = store
         self._ring = ring
@@ -69,7 +78,7 @@ class SelectedAttention:
         for part in self._parts:
             if part.selecting.selection.needs is Need.NOTHING:
                 continue
-            blocks_B = part.filled_blocks()
+            blocks_B = part.filled_blocks
             if len(blocks_B):
                 k_BKSD, _ = self._store.read_blocks(layer, part.filled_ids(group))
                 part.selecting.add(layer, blocks_B, k_BKSD)
@@ -151,17 +160,29 @@ class SelectedAttention:
             if scores[here].numel():
                 source = self._spec.kv_layer_of(layer)
                 keys = part.selecting.of(source, part.compared_blocks[here])
-                q_JHD = pooled(q_THD, part.query_blocks)
-                scores[here] = selection.scores(geometry, q_JHD, keys).contiguous()
+                scores[here] = self._scores(geometry, part, q_THD, keys)
             sends += [(rank, scores[here]) for rank in part.holders if rank != here]
             receives += [(rank, scores[rank]) for rank in part.holders if rank != here]
             found[part] = scores
         self._ring.exchange(sends, receives).wait()
         return {part: self._joined(part, found.get(part, {}), queries[part]) for part in queries}
 
+    def _scores(
+        self, geometry: LayerGeometry, part: SelectedPart, q_THD: Tensor, keys: KeySummaries
+    ) -> Tensor:
+        if self._chosen is not None:
+            scores = self._chosen.scores(geometry, part, q_THD, keys)
+            if scores is not None:
+                return scores
+        q_JHD = pooled(q_THD, part.query_blocks)
+        return part.selecting.selection.scores(geometry, q_JHD, keys).contiguous()
+
     def _joined(self, part: SelectedPart, scores: dict[int, Tensor], like: Tensor) -> Tensor:
         if not scores:
             return torch.empty(1, len(part.query_blocks.own_J), 0, device=like.device)
+        if part.has_all_blocks:
+            [score_GJS] = scores.values()
+            return pad(score_GJS, (0, part.num_blocks - score_GJS.shape[2]))
         shape = next(iter(scores.values())).shape[:2]
         whole_GJB = torch.zeros(*shape, part.num_blocks, device=like.device)
         for rank, score_GJB in scores.items():
@@ -171,6 +192,10 @@ class SelectedAttention:
     def _read(self, layer: int, part: SelectedPart, q_THD: Tensor, score_GJB: Tensor) -> Partial:
         """All rows of the part over what they read here, in order of position."""
         blocks = self._own_blocks(layer, part)
+        if self._chosen is not None:
+            found = self._chosen.attend(layer, part, blocks, q_THD, score_GJB)
+            if found is not None:
+                return found
         reads_GJB = part.selecting.selection.choose(
             layer, part.query_blocks, part.readable_blocks, score_GJB
         )[:, :, blocks.blocks_B]
@@ -272,8 +297,9 @@ class SelectedAttention:
             for rank, num_rows in enumerate(part.part.num_rows):
                 if not num_rows or here not in part.holders:
                     continue
-                offsets_T = part.offsets[rank]
-                answer = Partial(*(plane[offsets_T] for plane in answers[part]))
+                answer = answers[part]
+                if num_rows < part.part.num_tokens:
+                    answer = Partial(*(plane[part.offsets[rank]] for plane in answer))
                 if rank == here:
                     found[part.part] = [answer]
                 else:

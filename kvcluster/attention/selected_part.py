@@ -159,6 +159,21 @@ class SelectedPart:
         own_T = positions_T // self._size + self._shift
         return query_blocks(own_T, positions_T < self._num_prompt)
 
+    @property
+    def num_prompt_rows(self) -> int:
+        """Rows of the prompt, which come first; those of a block choose together."""
+        return min(self.part.num_tokens, max(0, self._num_prompt - self.part.start))
+
+    def exact_blocks(self) -> Tensor:
+        """is_exact_JB: which of all blocks before their own the rows of a query block read as they
+        were written, if they read them."""
+        own_J = self.query_blocks.own_J
+        blocks_B = torch.arange(self.num_blocks, device=self._device)
+        if self.part.codec == EXACT:
+            return torch.ones_like(own_J[:, None] + blocks_B, dtype=torch.bool)
+        first_J = torch.tensor([self._first_exact(own) for own in own_J.tolist()])
+        return (blocks_B == 0) | (blocks_B >= first_J.to(self._device)[:, None])
+
     @cached_property
     def readable_blocks(self) -> Tensor:
         """readable_JB: see `selection.base.readable`."""
@@ -208,6 +223,12 @@ class SelectedPart:
         return tuple(blocks_B[blocks_B < num_whole] for blocks_B in blocks)
 
     @cached_property
+    def has_all_blocks(self) -> bool:
+        """Whether the sequence's blocks are all on one rank, and rows may read all of them."""
+        is_alone = len(self.holders) == 1
+        return is_alone and len(self._blocks(self.holders[0])) == self.num_blocks
+
+    @cached_property
     def blocks_here(self) -> Tensor:
         """blocks_B: those of this rank that some row may read, ascending."""
         return self._blocks(self.part.rank)
@@ -245,6 +266,7 @@ class SelectedPart:
         encoded_ids_B[is_encoded_B] = self._tensor(encoded_ids)
         return RankBlocks(blocks_B, self._tensor(exact_ids), encoded_ids_B)
 
+    @cached_property
     def filled_blocks(self) -> Tensor:
         """Blocks of this rank whose last token this part writes, ascending."""
         starts = self._table.block_starts(self.part.rank, *self._filled_span())

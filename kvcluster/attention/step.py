@@ -65,7 +65,9 @@ class StepAttention:
             self._local.rows.begin_step()
         self._own = OwnKeys(store, ring.rank, self._local)
         self._chunks = ChunkAttention(spec, store, ring, self._local)
-        self._selected = SelectedAttention(spec, store, ring, selected) if selected else None
+        self._selected = (
+            SelectedAttention(spec, store, ring, selected, self._local.chosen) if selected else None
+        )
         self._choice = SurvivorChoice(spec, store, ring, self._local) if survivors else None
         self._encoding = BlockEncoding(spec, store, ring.rank, parts, self._local)
         self._groups = [spec.group_of(layer) for layer in spec.layers]

@@ -185,8 +185,9 @@ def _attention() -> list[Check]:
         return [Check(name="attention", is_ok=False, found="torch sees no GPU", fix=fix)]
     from kvcluster.attention.decode_report import decode_lines
     from kvcluster.attention.kernel_report import prefill_lines
+    from kvcluster.attention.selected_report import chosen_lines
 
-    found = {**decode_lines(), **prefill_lines(torch.device("cuda"))}
+    found = {**decode_lines(), **chosen_lines(), **prefill_lines(torch.device("cuda"))}
     return [Check(name=name, is_ok=True, found=line) for name, line in found.items()]
 
 

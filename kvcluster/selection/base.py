@@ -74,6 +74,20 @@ class QueryBlocks(NamedTuple):
         return places_J.repeat_interleave(self.num_rows_J)
 
 
+class Ranking(NamedTuple):
+    """What a method that compares blocks reads, but for their scores."""
+
+    always_JB: Tensor
+    """Blocks that are read whatever they are worth, of those that may be read."""
+    num_J: Tensor
+    """How many of the others are read, the best ones; all where there are fewer."""
+
+    def picked(self, score_GJB: Tensor, readable_JB: Tensor) -> Tensor:
+        """reads_GJB."""
+        free_JB = readable_JB & ~self.always_JB
+        return pick_best(score_GJB, free_JB, self.num_J) | self.always_JB
+
+
 class BlockSelection(Protocol):
     """Picks blocks for rows of queries."""
 
@@ -105,6 +119,10 @@ class BlockSelection(Protocol):
 
         `q_JHD` are the means of the query blocks' rows, float64. Never called for `Need.NOTHING`.
         """
+        ...
+
+    def ranking(self, blocks: QueryBlocks, readable_JB: Tensor) -> Ranking | None:
+        """What `choose` adds to scores; None where it looks at none."""
         ...
 
     def choose(

@@ -74,6 +74,10 @@ class BlockSparse:
         """See `BlockSelection`."""
         raise AssertionError("a fixed pattern compares no blocks")
 
+    def ranking(self, blocks: QueryBlocks, readable_JB: Tensor) -> None:  # noqa: ARG002
+        """See `BlockSelection`."""
+        return
+
     def choose(
         self,
         layer: int,

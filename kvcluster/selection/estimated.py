@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvcluster.selection.base import KeySummaries, QueryBlocks, pick_best, upper_bounds
+from kvcluster.selection.base import KeySummaries, QueryBlocks, Ranking, upper_bounds
 from kvcluster.selection.need import Need
 from kvcluster.selection.offered import BY
 from kvcluster.types import LayerGeometry
@@ -79,13 +79,7 @@ class Estimated:
         mean_HBD = keys.mean_KBD.double().repeat_interleave(num_sharing, dim=0)
         return torch.einsum("jhd,hbd->hjb", q_JHD, mean_HBD).float()
 
-    def choose(
-        self,
-        layer: int,  # noqa: ARG002
-        blocks: QueryBlocks,
-        readable_JB: Tensor,
-        score_GJB: Tensor,
-    ) -> Tensor:
+    def ranking(self, blocks: QueryBlocks, readable_JB: Tensor) -> Ranking:
         """See `BlockSelection`."""
         blocks_B = torch.arange(readable_JB.shape[1], device=readable_JB.device)
         always_JB = (blocks_B < self.sinks) | (blocks_B > blocks.own_J[:, None] - self.local)
@@ -94,5 +88,14 @@ class Estimated:
             [math.ceil(Fraction(repr(self.share)) * n) for n in readable_JB.sum(dim=1).tolist()],
             device=blocks_B.device,
         )
-        num_J = wanted_J - always_JB.sum(dim=1)
-        return pick_best(score_GJB, readable_JB & ~always_JB, num_J) | always_JB
+        return Ranking(always_JB, wanted_J - always_JB.sum(dim=1))
+
+    def choose(
+        self,
+        layer: int,  # noqa: ARG002
+        blocks: QueryBlocks,
+        readable_JB: Tensor,
+        score_GJB: Tensor,
+    ) -> Tensor:
+        """See `BlockSelection`."""
+        return self.ranking(blocks, readable_JB).picked(score_GJB, readable_JB)

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcluster.selection.base import KeySummaries, QueryBlocks, pick_best, upper_bounds
+from kvcluster.selection.base import KeySummaries, QueryBlocks, Ranking, upper_bounds
 from kvcluster.selection.need import Need
 from kvcluster.types import LayerGeometry
 
@@ -69,6 +69,13 @@ class Quest:
         bound_KGJB = bound_HJB.reshape(len(keys.low_KBD), -1, *bound_HJB.shape[1:])
         return bound_KGJB.amax(dim=1).float()
 
+    def ranking(self, blocks: QueryBlocks, readable_JB: Tensor) -> Ranking:
+        """See `BlockSelection`."""
+        blocks_B = torch.arange(readable_JB.shape[1], device=readable_JB.device)
+        is_always_JB = (blocks_B < self.sinks) | (blocks_B > blocks.own_J[:, None] - self.local)
+        always_JB = readable_JB & (is_always_JB | blocks.is_prompt_J[:, None])
+        return Ranking(always_JB, self.tokens // self.block_size - always_JB.sum(dim=1))
+
     def choose(
         self,
         layer: int,  # noqa: ARG002
@@ -77,8 +84,4 @@ class Quest:
         score_GJB: Tensor,
     ) -> Tensor:
         """See `BlockSelection`."""
-        blocks_B = torch.arange(readable_JB.shape[1], device=readable_JB.device)
-        is_always_JB = (blocks_B < self.sinks) | (blocks_B > blocks.own_J[:, None] - self.local)
-        always_JB = readable_JB & (is_always_JB | blocks.is_prompt_J[:, None])
-        num_J = self.tokens // self.block_size - always_JB.sum(dim=1)
-        return pick_best(score_GJB, readable_JB & ~always_JB, num_J) | always_JB
+        return self.ranking(blocks, readable_JB).picked(score_GJB, readable_JB)

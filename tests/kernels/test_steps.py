@@ -15,6 +15,7 @@ from torch import Tensor
 from kvcluster.attention.implementation import Implementation, PlainAttention
 from kvcluster.attention.kernel_attention import KernelAttention
 from kvcluster.attention.kernel_rows import KernelRows
+from kvcluster.attention.kernel_selected import KernelSelected
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial
 from kvcluster.cache.store import KVStore, Piece
@@ -69,10 +70,14 @@ DEFAULT = Setting()
 class RecordingModel(ScriptedModel):
     """Keeps what attention gave in each call, by the positions of the rank's rows and the layer."""
 
-    def __init__(self, setting: Setting, max_tokens: int = MAX_TOKENS) -> None:
-        layers = (setting.geometry(softcap=5.0), setting.geometry(window=40))
-        alike = (setting.geometry(),) * setting.num_alike
-        super().__init__(*layers, *alike, max_tokens=max_tokens)
+    def __init__(
+        self, setting: Setting, max_tokens: int = MAX_TOKENS, *, has_window: bool = True
+    ) -> None:
+        layers = [setting.geometry(softcap=5.0)]
+        if has_window:
+            layers.append(setting.geometry(window=40))
+        layers += [setting.geometry()] * setting.num_alike
+        super().__init__(*layers, max_tokens=max_tokens)
         self.spec = msgspec.structs.replace(
             self.spec,
             dtype=str(setting.dtype).removeprefix("torch."),
@@ -121,12 +126,25 @@ class InterpretedRows(KernelRows):
             return super().attend_full(*arguments)
 
 
+class InterpretedSelected(KernelSelected):
+    """Waits for the interpreter."""
+
+    def scores(self, *arguments: Any) -> Tensor | None:
+        with _INTERPRETER:
+            return super().scores(*arguments)
+
+    def attend(self, *arguments: Any) -> Partial | None:
+        with _INTERPRETER:
+            return super().attend(*arguments)
+
+
 class InterpretedAttention(KernelAttention):
     """Waits for the interpreter."""
 
     def __init__(self, store: KVStore) -> None:
         super().__init__(store, dtypes=(torch.float32,))
         self.rows = InterpretedRows(store, self.merge)
+        self.chosen = InterpretedSelected(store, self.rows, self.merge, (torch.float32,))
 
     def attend(self, *arguments: Any) -> Partial:
         with _INTERPRETER:
