@@ -25,6 +25,7 @@ SUITES: Final = {
     "latent": "kvcluster.bench.kernel_latent",
     "encode": "kvcluster.bench.kernel_encode",
     "chosen": "kvcluster.bench.kernel_chosen",
+    "selected": "kvcluster.bench.kernel_selected",
     "prefill": "kvcluster.bench.kernel_prefill",
     "history": "kvcluster.bench.kernel_history",
 }
