@@ -89,7 +89,7 @@ class KernelRows:
         full = part.full_blocks(group)
         if packed is None or full is None or type(part) is not SequencePart:
             return None
-        if max(geometry.key_dim, geometry.value_dim) > _max_dim(geometry):
+        if max(geometry.key_dim, geometry.value_dim) > widest_head(geometry):
             return None
         tables = self._full.setdefault(part, {})
         if group not in tables:
