@@ -96,14 +96,15 @@ def write_needles(path: Path, report: SweepReport, recipes: Sequence[str] = ()) 
         raise ConfigError("plots: the report has no needles")
     panels = [("exact cache", found_share(chosen[0], lengths, is_exact=True))]
     panels += [(score.policy, found_share(score, lengths)) for score in chosen]
-    num_rows = -(-len(panels) // _PANELS_PER_ROW)
-    figure = _figure(3.4 * _PANELS_PER_ROW, 0.8 + 2.9 * num_rows)
+    num_columns = min(len(panels), _PANELS_PER_ROW)
+    num_rows = -(-len(panels) // num_columns)
+    figure = _figure(1.0 + 3.4 * num_columns, 0.8 + 2.9 * num_rows)
     drawn: list[Axes] = []
     image = None
     for place, (name, share_DL) in enumerate(panels, start=1):
-        axes = figure.add_subplot(num_rows, _PANELS_PER_ROW, place)
+        axes = figure.add_subplot(num_rows, num_columns, place)
         image = axes.imshow(share_DL, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        _dress_panel(axes, name, lengths, is_first=place % _PANELS_PER_ROW == 1)
+        _dress_panel(axes, name, lengths, is_first=(place - 1) % num_columns == 0)
         drawn.append(axes)
     assert image is not None
     figure.colorbar(image, ax=drawn, label="share of needles found", shrink=0.8)

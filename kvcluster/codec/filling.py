@@ -3,7 +3,10 @@
 Directions are of very different size, and a bit is worth most where the error is largest: the
 least total error for a number of bits leaves the same error on every direction that is stored,
 and stores none that is smaller (Cover & Thomas, Elements of Information Theory, 10.3.3). Here bits
-are whole (4, 3, 2 or none) and directions come by eights, so that codes fill whole bytes.
+are whole (8, 4, 3, 2 or none) and directions come by eights, so that codes fill whole bytes. The
+leading directions want the 8: rounding one of them to 4 bits can cost as much as leaving out a
+hundred times smaller one, which is why a spectrum in units of the loss (`quality/fisher.py`) tells
+more than one in units of a layer's own error.
 
 Shape letters: F directions, largest first.
 """
@@ -16,7 +19,7 @@ from torch import Tensor
 
 STEP: Final = 8
 """Directions that get the same bits."""
-_BITS: Final = (0, 2, 3, 4)
+_BITS: Final = (0, 2, 3, 4, 8)
 _RANGE: Final = 4.8
 """Between the least and the largest of 64 normal numbers, in standard deviations, as expected: what
 the codes of a group span."""

@@ -77,10 +77,13 @@ def find_model(
     is no model. Raises: ModelNotFound, ModelUnsupported.
     """
     path = Path(source).expanduser()
+    parts: tuple[Path, ...] = ()
     if source in PACKAGED_MODELS:
-        directory = _converted(source, gguf_parts(source), cache_dir or DEFAULT_CACHE_DIR)
+        parts = gguf_parts(source)
+        directory = _converted(source, parts, cache_dir or DEFAULT_CACHE_DIR)
     elif path.suffix == ".gguf" and path.is_file():
-        directory = _converted(path.stem, (path,), cache_dir or DEFAULT_CACHE_DIR)
+        parts = (path,)
+        directory = _converted(path.stem, parts, cache_dir or DEFAULT_CACHE_DIR)
     elif (path / "config.json").is_file():
         directory = path
     else:
@@ -94,7 +97,8 @@ def find_model(
     return ModelFiles(
         name=source if source in PACKAGED_MODELS else _display_name(path),
         directory=directory,
-        weights_digest=digest_files([*weights, directory / "config.json"]),
+        # What a GGUF file becomes says which transformers made it of the same weights.
+        weights_digest=digest_files(parts or [*weights, directory / "config.json"]),
         tokenizer_digest=_tokenizer_digest(directory),
     )
 

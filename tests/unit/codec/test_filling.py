@@ -57,7 +57,7 @@ def test_no_other_way_to_spend_the_same_bits_leaves_less_error(
     firsts = {0, num_steps[0]}
     others = [
         levels
-        for levels in itertools.product((0, 2, 3, 4), repeat=sum(num_steps))
+        for levels in itertools.product((0, 2, 3, 4, 8), repeat=sum(num_steps))
         if sum((b + SCALES if b else 0) * STEP for b in levels) <= bits_of(grades)
         and all(levels[first] for first in firsts if first < len(levels))
     ]
@@ -66,11 +66,11 @@ def test_no_other_way_to_spend_the_same_bits_leaves_less_error(
 
 
 def test_wide_codes_go_to_the_large_directions() -> None:
-    spectrum_F = 0.97 ** torch.arange(96)
+    spectrum_F = 0.94 ** torch.arange(96)
 
-    [grades] = filled_grades([spectrum_F], bits_per_token=300, scale_share=SCALES)
+    [grades] = filled_grades([spectrum_F], bits_per_token=400, scale_share=SCALES)
 
-    assert [grade.bits for grade in grades] == [4, 3, 2]
+    assert [grade.bits for grade in grades] == [8, 4, 3, 2]
     assert sum(grade.num_directions for grade in grades) < len(spectrum_F)
 
 
@@ -86,7 +86,7 @@ def test_every_latent_has_directions_however_small_they_are() -> None:
 def test_more_bits_than_all_directions_can_use_are_left() -> None:
     [grades] = filled_grades([torch.ones(20)], bits_per_token=1e6, scale_share=SCALES)
 
-    assert grades == (Grade(4, 16),)
+    assert grades == (Grade(8, 16),)
 
 
 def test_too_few_bits_for_every_latent_are_refused() -> None:

@@ -75,6 +75,19 @@ def test_a_gguf_file_becomes_a_model_directory_in_the_cache(
     assert files.has_tokenizer
 
 
+def test_a_gguf_file_is_known_by_its_own_bytes(gguf_file: Path, tmp_path: Path) -> None:
+    files = find_model(str(gguf_file), tmp_path / "cache")
+    config = files.directory / "config.json"
+    # Another transformers writes another config of the same file: calibrations fit all the same.
+    config.write_text(config.read_text().replace("transformers_version", "other_version"))
+
+    assert find_model(str(gguf_file), tmp_path / "cache").weights_digest == files.weights_digest
+
+    gguf_file.write_bytes(gguf_file.read_bytes()[:-1] + b"!")
+    other = find_model(str(gguf_file), tmp_path / "cache")
+    assert other.weights_digest != files.weights_digest
+
+
 def test_a_gguf_file_is_loaded_and_served(gguf_file: Path, tmp_path: Path) -> None:
     model = load_model(str(gguf_file), dtype="auto", device="cpu", cache_dir=tmp_path / "cache")
 
