@@ -224,8 +224,8 @@ class ContextStores:
             # Whoever deletes it waits until its blocks are zero.
             await self._zeroed()
             raise unreadable(context)
-        num_blocks = len(blocks.missing)
-        log.info("context_read", tenant=context.tenant, tier=files.name, num_blocks=num_blocks)
+        tier, num_blocks = files.name.value, len(blocks.missing)
+        log.info("context_read", tenant=context.tenant, tier=tier, num_blocks=num_blocks)
 
     def _check_ring(self, epoch: int) -> None:
         """Raises: RankLost, Draining, when the ranks are not those of this epoch."""
@@ -279,7 +279,7 @@ class ContextStores:
             log.warning(
                 "context_not_kept",
                 tenant=context.tenant,
-                tier=files.name,
+                tier=files.name.value,
                 error=type(error).__name__,
             )
 

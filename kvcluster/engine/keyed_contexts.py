@@ -93,7 +93,7 @@ class KeyedContexts:
                 break
         else:
             await files.destroy(sealed)
-        log.info("context_erased", tenant=sealed.owner.tenant, tier=files.name)
+        log.info("context_erased", tenant=sealed.owner.tenant, tier=files.name.value)
 
     def _found(self) -> list[Context]:
         """Contexts on disk that are not known yet, and whose keys are. Blocks on the disk. Raises:
