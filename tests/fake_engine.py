@@ -145,6 +145,7 @@ class FakeCluster:
     recipes: Sequence[MeasuredRecipe] = ()
     default_policy: str = ""
     tenant_policies: Mapping[TenantId, str] = field(default_factory=dict)
+    first_id: int = 1
 
     def __post_init__(self) -> None:
         num_groups = len(self.spec.windows)
@@ -166,7 +167,7 @@ class FakeCluster:
             exact_recent=self.cache.exact_recent_blocks,
             encoded_step=self.encoded_steps.get,
         )
-        ids = iter(range(1, 1_000_000))
+        ids = iter(range(self.first_id, self.first_id + 1_000_000))
         self.engine = Engine(
             EngineParts(
                 spec=self.spec,

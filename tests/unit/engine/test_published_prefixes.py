@@ -25,9 +25,14 @@ POLICIES = ("exact", "half", "stepped", "half + window:recent=16")
 
 
 def cluster(
-    windows: Sequence[int | None] = (None,), *, num_blocks: int = 64, num_ranks: int = 2
+    windows: Sequence[int | None] = (None,),
+    *,
+    num_blocks: int = 64,
+    num_ranks: int = 2,
+    first_id: int = 1,
 ) -> FakeCluster:
     return FakeCluster(
+        first_id=first_id,
         spec=model_spec(windows=windows, eos_token_ids=(), max_context_tokens=200),
         cache=CacheConfig(block_size=4, exact_recent_tokens=8),
         config=EngineConfig(prefill_chunk_tokens=16, shard_min_tokens=16),
