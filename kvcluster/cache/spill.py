@@ -69,8 +69,8 @@ class SpillTicket(msgspec.Struct, frozen=True, kw_only=True):
         return f"SpillTicket(spill={self.spill!r}, num_parts={self.num_parts})"
 
 
-class SealedContext(msgspec.Struct, frozen=True, kw_only=True):
-    """One context on disk, complete."""
+class SealedContext(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One context off the GPUs, complete."""
 
     spill: str
     """Its id: of this offload of the context, and no other."""
@@ -81,6 +81,9 @@ class SealedContext(msgspec.Struct, frozen=True, kw_only=True):
     key_version: int
     """Of the data key that it needs."""
     create_time_s: float
+    is_damaged: bool = False
+    """What the index says of it cannot be read: nothing can be done with it but to delete it, and
+    `num_bytes` are those of the files that are there. Of its owner, the uid is not known."""
 
 
 class SpillTier(Protocol):

@@ -194,6 +194,11 @@ class SpillFolder:
         self, row: IndexedSpill, keys: DataKeys, receipts: tuple[PartReceipt, ...]
     ) -> SpillTicket:
         spill = row.sealed.spill
+        if row.sealed.is_damaged:
+            raise SealedCacheDamaged(
+                f"the row of sealed cache {spill} in the index was changed: compute the context "
+                "again"
+            )
         return SpillTicket(
             spill=spill,
             owner=row.sealed.owner,
@@ -216,7 +221,16 @@ class SpillFolder:
         return len(doomed)
 
     def listed(self, tenant: TenantId | None = None) -> Sequence[SealedContext]:
-        return [row.sealed for row in self._index.read(tenant)]
+        return [self._measured(row.sealed) for row in self._index.read(tenant)]
+
+    def _measured(self, sealed: SealedContext) -> SealedContext:
+        """With the bytes that are there, where the index does not know them."""
+        if not sealed.is_damaged:
+            return sealed
+        with disk_errors("read"):
+            files = (self._folder / sealed.spill).glob("*")
+            num_bytes = sum(file.stat().st_size for file in files)
+        return msgspec.structs.replace(sealed, num_bytes=num_bytes)
 
     def used_bytes(self, tenant: TenantId) -> int:
         return sum(sealed.num_bytes for sealed in self.listed(tenant))
@@ -236,15 +250,16 @@ class SpillFolder:
                     raise SealedCacheDamaged(f"{file.name} of spill {ticket.spill} is not there")
 
     def _sweep(self) -> None:
-        kept = {row.sealed.spill: row.receipts for row in self._index.read()}
+        rows = {row.sealed.spill: row for row in self._index.read()}
         with disk_errors("read"):
             found = [entry for entry in self._folder.iterdir() if entry.is_dir()]
         for entry in found:
             is_ours = len(entry.name) == 2 * _SPILL_BYTES and entry.name.isalnum()
-            if is_ours and entry.name not in kept:
+            if is_ours and entry.name not in rows:
                 self._remove_files(entry.name)
-        for spill, receipts in kept.items():
-            self._remove_other_files(spill, receipts)
+        for spill, row in rows.items():
+            if not row.sealed.is_damaged:
+                self._remove_other_files(spill, row.receipts)
 
     def _remove_other_files(self, spill: str, receipts: Sequence[PartReceipt]) -> None:
         """A note that was replaced, or was to replace one, when the process was killed."""

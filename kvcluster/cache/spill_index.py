@@ -9,7 +9,7 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ CREATE TABLE spills (
     record BLOB NOT NULL, receipts BLOB NOT NULL, wrapped_key BLOB NOT NULL) STRICT;
 CREATE UNIQUE INDEX spills_by_context ON spills (tenant, context);
 """
-_COLUMNS = "record, receipts, wrapped_key"
+_COLUMNS = "spill, tenant, context, record, receipts, wrapped_key"
 
 
 class IndexedSpill(NamedTuple):
@@ -185,15 +185,29 @@ def tenant_of(sealed: SealedContext) -> tuple[TenantId, str]:
     return sealed.owner.tenant, sealed.owner.tenant_uid
 
 
-def _row(record: bytes, receipts: bytes, wrapped_key: bytes) -> IndexedSpill:
-    try:
-        return IndexedSpill(
+def _row(
+    spill: str, tenant: str, context: str, record: bytes, receipts: bytes, wrapped_key: bytes
+) -> IndexedSpill:
+    """One that cannot be read, or is not what its columns say, is damaged; no other suffers."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        row = IndexedSpill(
             msgspec.msgpack.decode(record, type=SealedContext),
             msgspec.msgpack.decode(receipts, type=tuple[PartReceipt, ...]),
             wrapped_key,
         )
-    except msgspec.DecodeError as error:
-        raise SealedCacheDamaged("a row of the index of sealed caches was changed") from error
+        owner = row.sealed.owner
+        if (row.sealed.spill, owner.tenant, owner.context) == (spill, tenant, context):
+            return row
+    sealed = SealedContext(
+        spill=spill,
+        owner=SpillOwner(tenant=TenantId(tenant), tenant_uid="", context=context),
+        num_parts=0,
+        num_bytes=0,
+        key_version=0,
+        create_time_s=0.0,
+        is_damaged=True,
+    )
+    return IndexedSpill(sealed, (), b"")
 
 
 @contextmanager

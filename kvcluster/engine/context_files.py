@@ -203,7 +203,8 @@ class ContextFiles:
         Raises: SealedCacheDamaged, SealedCacheErased, SpillUnavailable.
         """
         ring = self._keys.of(sealed.owner.tenant)
-        if ring is None or ring.uid != sealed.owner.tenant_uid:
+        is_known = ring is not None and ring.uid == sealed.owner.tenant_uid
+        if ring is None or not (is_known or sealed.is_damaged):
             return None
         return read_note(self._tier.read_note(sealed.owner, sealed.spill, ring.keys))
 

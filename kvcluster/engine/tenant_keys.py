@@ -59,6 +59,9 @@ class TenantKeys:
         if self._deleted.get(owner.tenant) == owner.tenant_uid:
             return True
         ring = self._rings.get(owner.tenant)
+        if sealed.is_damaged:
+            # Of which tenant of this id it was is not known, nor under which key.
+            return ring is None and owner.tenant in self._deleted
         if ring is None:
             return False
         return ring.uid != owner.tenant_uid or sealed.key_version not in ring.keys

@@ -3,6 +3,7 @@
 import asyncio
 import resource
 import shutil
+import sqlite3
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -112,6 +113,58 @@ async def test_a_context_whose_note_was_changed_is_listed_as_damaged(tmp_path: P
 
     assert (record.context_id, record.state) == ("book", ContextState.DAMAGED)
     assert again.state is ContextState.ACTIVE
+
+
+@pytest.mark.parametrize("is_told", [False, True], ids=["one tenant", "keys are told"])
+@pytest.mark.parametrize("column", ["record", "receipts"])
+async def test_a_context_whose_row_cannot_be_read_is_damaged_alone(
+    column: str, is_told: bool, tmp_path: Path
+) -> None:
+    model = served_model("llama")
+    config = with_tenants(tmp_path) if is_told else stored_config(tmp_path)
+    async with running_engine(model, config) as (service, _):
+        await service.apply_shares(shares(1, {1: KEY}))
+        await stored(service, BOOK, "book")
+        await stored(service, BOOK[::-1], "other")
+        charged = num_charged(service)
+    with sqlite3.connect(tmp_path / "index.sqlite") as intruder:
+        intruder.execute(f"UPDATE spills SET {column} = x'c1' WHERE context = 'book'")
+    intruder.close()
+    async with running_engine(model, config) as (service, _):
+        await service.apply_shares(shares(1, {1: KEY}))
+        await service.apply_shares(shares(2, {1: KEY}))
+        listed = await service.list_contexts(DEFAULT_TENANT)
+        still_charged = num_charged(service)
+        with pytest.raises(SealedCacheDamaged, match="delete it and upload it again"):
+            await generate(service, QUESTION, context="book")
+        output, usage = await generate(service, QUESTION, context="other")
+        expected, _ = await generate(service, [*BOOK[::-1], *QUESTION])
+        await service.delete_context(DEFAULT_TENANT, "book", "")
+        left = num_charged(service)
+        on_the_disk = sum(file.stat().st_size for file in files_in(tmp_path))
+
+    assert [(each.context_id, each.state) for each in listed] == [
+        ("book", ContextState.DAMAGED),
+        ("other", ContextState.ACTIVE),
+    ]
+    assert listed[0].disk_bytes + listed[1].disk_bytes == still_charged == charged
+    assert left == listed[1].disk_bytes == on_the_disk
+    assert (output, usage.cached_input_tokens) == (expected, 144)
+
+
+async def test_a_deleted_tenants_row_that_cannot_be_read_goes_with_it(tmp_path: Path) -> None:
+    model = served_model("llama")
+    async with running_engine(model, with_tenants(tmp_path)) as (service, _):
+        await service.apply_shares(shares(1, {1: KEY}))
+        await stored(service, BOOK, "book")
+    with sqlite3.connect(tmp_path / "index.sqlite") as intruder:
+        intruder.execute("UPDATE spills SET record = x'c1'")
+    intruder.close()
+    async with running_engine(model, with_tenants(tmp_path)) as (service, _):
+        await service.apply_shares(shares(2, None, deleted=((DEFAULT_TENANT, "uid-1"),)))
+
+        assert files_in(tmp_path) == []
+        assert num_charged(service) == 0
 
 
 async def test_no_plain_byte_of_a_context_is_in_the_folder(tmp_path: Path) -> None:
