@@ -1,8 +1,11 @@
 """How much a block of keys could be worth to a query, from its least and largest numbers (Quest,
 arXiv 2406.10774).
 
-Shape letters: J queries, H query heads, K KV heads, B blocks, D head dimension.
+Shape letters: J queries (R where each is of a sequence of its own), H query heads, K KV heads, B
+blocks, D head dimension.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,22 +30,59 @@ def largest_bounds(q_JHD: Tensor, low_KBD: Tensor, high_KBD: Tensor, scale: floa
             f"bounds: queries {tuple(q_JHD.shape)}, blocks of {tuple(low_KBD.shape)} and "
             f"{tuple(high_KBD.shape)}"
         )
-    low_KBD, high_KBD, q_JHD = (x.contiguous() for x in (low_KBD, high_KBD, q_JHD))
+    low_KBD, high_KBD = low_KBD.contiguous(), high_KBD.contiguous()
     bound_KJB = torch.empty(num_kv_heads, num_queries, num_blocks, device=q_JHD.device)
     if bound_KJB.numel():
-        _bounds_kernel[(triton.cdiv(num_blocks, _BLOCKS), num_kv_heads, num_queries)](
-            q_JHD,
-            low_KBD,
-            high_KBD,
-            bound_KJB,
-            num_blocks,
-            SCALE=scale,
-            GROUP=num_heads // num_kv_heads,
-            DIM=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
-            BLOCKS=_BLOCKS,
-        )
+        _launch(q_JHD, low_KBD, high_KBD, None, bound_KJB, scale)
     return bound_KJB
+
+
+class BoundsOfRows(NamedTuple):
+    """Least and largest numbers of the blocks of sequences, of which each query has its own."""
+
+    low_R: Tensor
+    """int64: where low_KBD begins, an array of the dtype of the queries that lies in one piece."""
+    high_R: Tensor
+    """Likewise."""
+    counts_R: Tensor
+    """int32: the blocks of each."""
+    num_kv_heads: int
+
+
+def largest_bounds_of_rows(
+    q_RHD: Tensor, bounds: BoundsOfRows, *, width: int, scale: float
+) -> Tensor:
+    """bound_KRB, of `width` blocks; behind a sequence's last one is anything. What is pointed at
+    may be elsewhere at each call, also of a CUDA graph."""
+    size = (bounds.num_kv_heads, len(q_RHD), width)
+    bound_KRB = torch.empty(size, device=q_RHD.device)
+    _launch(q_RHD, bounds.low_R, bounds.high_R, bounds.counts_R, bound_KRB, scale)
+    return bound_KRB
+
+
+def _launch(
+    q_JHD: Tensor,
+    low: Tensor,
+    high: Tensor,
+    counts_J: Tensor | None,
+    bound_KJB: Tensor,
+    scale: float,
+) -> None:
+    num_kv_heads, num_queries, num_blocks = bound_KJB.shape
+    dim = q_JHD.shape[2]
+    _bounds_kernel[(triton.cdiv(num_blocks, _BLOCKS), num_kv_heads, num_queries)](
+        q_JHD.contiguous(),
+        low,
+        high,
+        counts_J,
+        bound_KJB,
+        num_blocks,
+        SCALE=scale,
+        GROUP=q_JHD.shape[1] // num_kv_heads,
+        DIM=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCKS=_BLOCKS,
+    )
 
 
 @triton.jit
@@ -50,8 +90,9 @@ def _bounds_kernel(
     q_ptr,
     low_ptr,
     high_ptr,
+    counts_ptr,
     bound_ptr,
-    num_blocks,
+    width,
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -60,6 +101,12 @@ def _bounds_kernel(
 ):
     head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
     query, num_queries = tl.program_id(2), tl.num_programs(2)
+    num_blocks = width
+    if counts_ptr is not None:
+        num_blocks = tl.load(counts_ptr + query)
+        # Memory of torch begins at multiples of more than this.
+        low_ptr = tl.multiple_of(tl.load(low_ptr + query).to(q_ptr.dtype), 16)
+        high_ptr = tl.multiple_of(tl.load(high_ptr + query).to(q_ptr.dtype), 16)
     offs_D = tl.arange(0, BLOCK_D)
     blocks_B = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     mask_BD = (blocks_B < num_blocks)[:, None] & (offs_D < DIM)[None, :]
@@ -76,5 +123,5 @@ def _bounds_kernel(
         q_D = q_D.to(tl.float64) * scale
         corner_BD = tl.where((q_D > 0)[None, :], high_BD, low_BD)
         largest_B = tl.maximum(largest_B, tl.sum(q_D[None, :] * corner_BD, 1))
-    place = (head.to(tl.int64) * num_queries + query) * num_blocks
+    place = (head.to(tl.int64) * num_queries + query) * width
     tl.store(bound_ptr + place + blocks_B, largest_B.to(tl.float32), mask=blocks_B < num_blocks)

@@ -45,7 +45,8 @@ class Pools(NamedTuple):
     """Where the blocks of a sequence lie, for decode."""
 
     exact_ids_B: Tensor
-    """int32; of blocks that are not here, any number."""
+    """int32; of blocks that are not here, any number. [J, B] where each query is of a sequence of
+    its own."""
     encoded_ids_B: Tensor | None
     """Likewise; None: there are none."""
     page_blocks: int
@@ -163,6 +164,7 @@ def _launch(
         encoded and encoded.block_positions_RB,
         num_blocks,
         num_scored,
+        pools.exact_ids_B.stride(0) if pools and pools.exact_ids_B.ndim > 1 else 0,
         PICKS=num_J is not None,
         LISTED=written.flag,
         HAS_ENCODED=encoded is not None,
@@ -173,7 +175,7 @@ def _launch(
         BLOCK_TOKENS=pools.block_size if pools else 1,
         BLOCK_B=block_b,
         PIECE=min(block_b, _PIECE),
-        num_warps=min(32, max(4, block_b // 256)),
+        num_warps=min(16, max(4, block_b // 256)),
     )
 
 
@@ -208,7 +210,7 @@ def _append(is_listed_B, ids_B, positions_B, blocks_ptr, positions_ptr, count):
     return count + tl.sum(is_listed_B.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_scored"])
+@triton.jit(do_not_specialize=["num_blocks", "num_scored", "stride_ids"])
 def _choose_kernel(
     worth_ptr,
     flags_ptr,
@@ -224,6 +226,7 @@ def _choose_kernel(
     positions_ptr,
     num_blocks,
     num_scored,
+    stride_ids,
     PICKS: tl.constexpr,
     LISTED: tl.constexpr,
     HAS_ENCODED: tl.constexpr,
@@ -243,6 +246,7 @@ def _choose_kernel(
     flags_ptr += query.to(tl.int64) * num_blocks
     worth_ptr += own.to(tl.int64) * num_scored
     first_place = place.to(tl.int64) * num_blocks
+    own_ids = query.to(tl.int64) * stride_ids
     if PICKS:
         all_B = tl.arange(0, BLOCK_B)
         all_flags_B = tl.load(flags_ptr + all_B, mask=all_B < num_scored, other=0)
@@ -274,7 +278,7 @@ def _choose_kernel(
             is_listed_B = is_read_B & ((flags_B & LISTED) != 0)
             ids_B = offs_B
             if ARE_ROWS:
-                ids_B = tl.load(exact_ids_ptr + offs_B, mask=is_listed_B, other=0)
+                ids_B = tl.load(exact_ids_ptr + own_ids + offs_B, mask=is_listed_B, other=0)
                 kv_head = choosing * EXACT_HEADS // num_choosing
                 page_B, inside_page_B = ids_B // PAGE_BLOCKS, ids_B % PAGE_BLOCKS
                 ids_B = (page_B * EXACT_HEADS + kv_head) * PAGE_BLOCKS + inside_page_B
@@ -283,7 +287,7 @@ def _choose_kernel(
             )
         if HAS_ENCODED:
             is_encoded_B = is_read_B & ((flags_B & 8) != 0)
-            encoded_ids_B = tl.load(encoded_ids_ptr + offs_B, mask=is_encoded_B, other=0)
+            encoded_ids_B = tl.load(encoded_ids_ptr + own_ids + offs_B, mask=is_encoded_B, other=0)
             num_encoded = _append(
                 is_encoded_B,
                 encoded_ids_B * ENCODED_HEADS + choosing * ENCODED_HEADS // num_choosing,

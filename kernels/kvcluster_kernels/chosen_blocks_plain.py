@@ -59,7 +59,10 @@ def row_tables(
 def _rows(
     found: BlockLists, ids_B: Tensor, left_J: Tensor, pools: Pools, *, is_encoded: bool = False
 ) -> PagedRows:
-    ids_JGB = ids_B[found.blocks_GJB.long()].transpose(0, 1)
+    numbers_JGB = found.blocks_GJB.transpose(0, 1).long()
+    num_queries, num_choosing, num_blocks = numbers_JGB.shape
+    ids_JGB = ids_B.expand(num_queries, num_blocks)[:, None].expand(-1, num_choosing, -1)
+    ids_JGB = ids_JGB.gather(2, numbers_JGB)
     num_kv_heads = pools.encoded_heads if is_encoded else pools.exact_heads
     if num_kv_heads > 1:
         # Heads that choose are KV heads, or query heads of which several share one.

@@ -16,6 +16,7 @@ from kvcluster_kernels.rotated_rows import Slots, rotate_and_write
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvcluster.attention.decode_selected import SelectedInputs, SelectedShape
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.row_tables import NOTHING, RowSpan, RowTables, encoded_span, exact_span
@@ -33,6 +34,8 @@ class DecodeShape(NamedTuple):
     num_rows: int
     codecs: tuple[tuple[str, ...], ...]
     """By KV group: the codecs that some row reads blocks of."""
+    selected: SelectedShape | None = None
+    """Of rows that choose what they read, in layers without a window; None: none does."""
 
 
 class _Lines:
@@ -192,8 +195,17 @@ class DecodeAttention:
     """A `LayerAttention` over the inputs as they are when it is called. Mutates the store."""
 
     def __init__(
-        self, store: KVStore, rows: KernelRows, inputs: DecodeInputs, shape: DecodeShape
+        self,
+        store: KVStore,
+        rows: KernelRows,
+        inputs: DecodeInputs,
+        shape: DecodeShape,
+        selected: SelectedInputs | None = None,
     ) -> None:
+        """`selected`: of rows that choose what they read."""
+        self._shape = shape
+        self._selected = selected
+        self._positions_R = inputs.positions(shape.num_rows)
         self._store = store
         self._spec = store.spec
         self._rows = rows
@@ -211,7 +223,7 @@ class DecodeAttention:
         self.queries[layer] = q_THD
         if geometry.kv_layer is None:
             self._store.write(layer, self._places[group], k_TKD, v_TKD)
-        return self._rows.attend_whole(layer, q_THD, self._tables[group], sinks_H)
+        return self._read(layer, q_THD, sinks_H)
 
     def attend_turning(self, layer: int, qkv_RXD: Tensor, cos_RD: Tensor, sin_RD: Tensor) -> Tensor:
         """The same for heads of queries, keys and values in one row that are still to be turned to
@@ -220,4 +232,12 @@ class DecodeAttention:
         slots = Slots(*self._store.planes(layer), *self._places[group])
         q_RHD = rotate_and_write(qkv_RXD, cos_RD, sin_RD, slots)
         self.queries[layer] = q_RHD
-        return self._rows.attend_whole(layer, q_RHD, self._tables[group], None)
+        return self._read(layer, q_RHD, None)
+
+    def _read(self, layer: int, q_RHD: Tensor, sinks_H: Tensor | None) -> Tensor:
+        geometry, shape = self._spec.layers[layer], self._shape.selected
+        if shape is not None and geometry.window is None:
+            assert self._selected is not None, "rows that choose without what they compare"
+            return self._selected.attend(layer, q_RHD, self._positions_R, shape, sinks_H)
+        tables = self._tables[self._spec.group_of(geometry)]
+        return self._rows.attend_whole(layer, q_RHD, tables, sinks_H)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 from kvcluster_kernels.absorbed_decode import MAX_ABSORBED_DIM, decode_absorbed
+from kvcluster_kernels.block_lists import one_head_pages
+from kvcluster_kernels.chosen_blocks import Pools
 from kvcluster_kernels.combine_pools import combine_pools
 from kvcluster_kernels.decode import ExactPages, decode
 from kvcluster_kernels.merge import merge
@@ -132,6 +134,68 @@ class KernelRows:
             Attention(geometry.scale, geometry.softcap),
         )
 
+    def chosen_pools(
+        self, layer: int, codec: str, ids: tuple[Tensor, Tensor | None], num_choosing: int
+    ) -> Pools:
+        """For tables of blocks that rows choose: by the ids of blocks, exact ones and encoded."""
+        heads = self._spec.layers[layer].num_kv_heads if num_choosing > 1 else 1
+        packed = None if codec == EXACT else self.packed(layer, codec)
+        page_blocks = self._store.page_tokens // self._store.block_size
+        encoded_heads = 1 if isinstance(packed, LatentCache) else heads
+        return Pools(*ids, page_blocks, self._store.block_size, heads, encoded_heads)
+
+    def chosen_partials(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        num_choosing: int,
+        exact: PagedRows,
+        encoded: tuple[str, PagedRows | None],
+    ) -> list[Partial]:
+        """Of rows over blocks that they chose, of exact ones and of those of a codec. Tables have a
+        row for each of `num_choosing` heads of each row, with ids of blocks that are one KV head's
+        (`PackedPages.one_head`) where heads choose for themselves; but for latents, which are of
+        all KV heads: each such row reads for all, and the others' results are dropped."""
+        geometry, (codec, encoded_rows) = self._spec.layers[layer], encoded
+        asked = Attention(geometry.scale, geometry.softcap)
+        pages = ExactPages(*self._store.planes(layer), self._store.block_size)
+        if num_choosing > 1:
+            pages = one_head_pages(pages)
+        num_rows, num_heads, dim = q_RHD.shape
+        rows_and_heads = (num_rows * num_choosing, 1, num_heads // num_choosing)
+        q_X1HD = q_RHD.reshape(*rows_and_heads, dim)
+        found = [exact_decode(geometry)(q_X1HD, pages, exact, asked)]
+        if encoded_rows is not None:
+            packed = self.packed(layer, codec)
+            assert packed is not None, "asked for what is not served"
+            if num_choosing == 1:
+                found.append(packed.decode(q_X1HD, encoded_rows, asked))
+            elif isinstance(packed, LatentCache):
+                whole_X1HD = q_RHD.repeat_interleave(num_choosing, dim=0)[:, None]
+                whole = packed.decode(whole_X1HD, encoded_rows, asked)
+                found.append(RowPartial(*(_own_heads(x, num_choosing) for x in whole)))
+            else:
+                found.append(packed.one_head().decode(q_X1HD, encoded_rows, asked))
+        shape = (num_rows, num_heads)
+        return [
+            Partial(each.out_RTHD.reshape(*shape, -1), each.lse_RTH.reshape(shape))
+            for each in found
+        ]
+
+    def attend_chosen(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        num_choosing: int,
+        exact: PagedRows,
+        encoded: tuple[str, PagedRows | None],
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        """out_RHD of the same, in q's dtype."""
+        found = self.chosen_partials(layer, q_RHD, num_choosing, exact, encoded)
+        partials = [PartialAttention(*each) for each in found]
+        return merge(partials, sinks_H=sinks_H, out_dtype=q_RHD.dtype).out_THD
+
     def packed(self, layer: int, codec: str) -> PackedPages | LatentCache | None:
         """A layer's blocks of this codec for kernels; None: there is none that reads them."""
         key = (layer, codec)
@@ -166,6 +230,13 @@ def exact_decode(layer: LayerGeometry) -> Callable[..., RowPartial]:
 def widest_head(layer: LayerGeometry) -> int:
     """That a kernel of decode takes in the layer."""
     return MAX_ABSORBED_DIM if _is_absorbed(layer) else MAX_HEAD_DIM
+
+
+def _own_heads(x_X1H: Tensor, num_choosing: int) -> Tensor:
+    """Of rows of all query heads, one for each head that chooses, the heads that it chose for."""
+    num_rows = len(x_X1H) // num_choosing
+    x_RGGH = x_X1H.reshape(num_rows, num_choosing, num_choosing, -1, *x_X1H.shape[3:])
+    return x_RGGH.diagonal(dim1=1, dim2=2).movedim(-1, 1)
 
 
 def _in_line(found: RowPartial) -> Partial:

@@ -15,29 +15,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from kvcluster_kernels.block_bounds import largest_bounds
-from kvcluster_kernels.block_lists import one_head_pages
 from kvcluster_kernels.chosen_blocks import (
     ALWAYS,
     ENCODED,
     EXACT,
     FREE,
     Candidates,
-    Pools,
     lists,
     pick,
     row_tables,
 )
 from kvcluster_kernels.chosen_history import prefill_chosen
-from kvcluster_kernels.decode import ExactPages
 from kvcluster_kernels.packed_history import AnyHistory
-from kvcluster_kernels.paging import Attention
-from kvcluster_kernels.paging import Partial as RowPartial
 from kvcluster_kernels.prefill_arguments import Causal, Keys
 from kvcluster_kernels.sparse_prefill import TileBlocks, sparse_prefill
 from torch import Tensor
 
 from kvcluster.attention.chosen_reasons import SURVIVORS, reason_against
-from kvcluster.attention.kernel_rows import KernelRows, Merge, exact_decode
+from kvcluster.attention.kernel_rows import KernelRows, Merge
 from kvcluster.attention.latent_cache import LatentCache
 from kvcluster.attention.partial import Partial, concatenate
 from kvcluster.attention.selected_part import RankBlocks, SelectedPart
@@ -57,7 +52,7 @@ _ROWS: Final = 64
 _log = get_logger(__name__)
 
 
-class _PartBlocks(NamedTuple):
+class PartBlocks(NamedTuple):
     """What the blocks of a sequence are to a part's rows; the same for all layers."""
 
     flags_JB: Tensor
@@ -87,7 +82,7 @@ class KernelSelected:
         self._rows = rows
         self._merge = merge
         self._dtypes = dtypes
-        self._blocks: WeakKeyDictionary[SelectedPart, _PartBlocks] = WeakKeyDictionary()
+        self._blocks: WeakKeyDictionary[SelectedPart, PartBlocks] = WeakKeyDictionary()
         self._told: set[str] = set()
 
     def scores(
@@ -116,7 +111,7 @@ class KernelSelected:
             return None
         found = self._blocks.get(part)
         if found is None:
-            found = self._blocks[part] = _part_blocks(part, blocks)
+            found = self._blocks[part] = part_blocks(part, blocks)
         worth_GJB = score_GJS
         if found.num_J is None:
             worth_GJB = part.selecting.selection.choose(
@@ -154,54 +149,25 @@ class KernelSelected:
         self,
         layer: int,
         part: SelectedPart,
-        blocks: _PartBlocks,
+        blocks: PartBlocks,
         q_RHD: Tensor,
         worth_GJB: Tensor,
         rows: slice,
     ) -> Partial:
         """Rows that choose alone, over what they read here."""
-        geometry, num_choosing = self._spec.layers[layer], len(worth_GJB)
-        packed = None
-        if blocks.encoded_ids_B is not None:
-            packed = self._rows.packed(layer, part.part.codec)
-        heads = geometry.num_kv_heads if num_choosing > 1 else 1
-        # Latents are of all KV heads, which read a list together: the others' results are dropped.
-        encoded_heads = 1 if isinstance(packed, LatentCache) else heads
+        num_choosing, codec = len(worth_GJB), part.part.codec
         num_J = None if blocks.num_J is None else blocks.num_J[rows]
         exact_rows, encoded_rows = row_tables(
             worth_GJB[:, rows],
             Candidates(blocks.flags_JB[rows], num_J),
             blocks.left_J[rows],
-            Pools(
-                blocks.exact_ids_B,
-                blocks.encoded_ids_B,
-                self._store.page_tokens // self._store.block_size,
-                self._store.block_size,
-                heads,
-                encoded_heads,
+            self._rows.chosen_pools(
+                layer, codec, (blocks.exact_ids_B, blocks.encoded_ids_B), num_choosing
             ),
         )
-        asked = Attention(geometry.scale, geometry.softcap)
-        pages = ExactPages(*self._store.planes(layer), self._store.block_size)
-        q_X1HD = _heads_as_rows(q_RHD, num_choosing)
-        if num_choosing > 1:
-            pages = one_head_pages(pages)
-        found = [exact_decode(geometry)(q_X1HD, pages, exact_rows, asked)]
-        if encoded_rows is not None:
-            assert packed is not None, "asked for what is not served"
-            if num_choosing == 1:
-                found.append(packed.decode(q_X1HD, encoded_rows, asked))
-            elif isinstance(packed, LatentCache):
-                whole_X1HD = q_RHD.repeat_interleave(num_choosing, dim=0)[:, None]
-                whole = packed.decode(whole_X1HD, encoded_rows, asked)
-                found.append(RowPartial(*(_own_heads(x, num_choosing) for x in whole)))
-            else:
-                found.append(packed.one_head().decode(q_X1HD, encoded_rows, asked))
-        shape = q_RHD.shape[:2]
         return self._merge(
-            *(
-                Partial(each.out_RTHD.reshape(*shape, -1), each.lse_RTH.reshape(shape))
-                for each in found
+            *self._rows.chosen_partials(
+                layer, q_RHD, num_choosing, exact_rows, (codec, encoded_rows)
             )
         )
 
@@ -209,7 +175,7 @@ class KernelSelected:
         self,
         layer: int,
         part: SelectedPart,
-        blocks: _PartBlocks,
+        blocks: PartBlocks,
         q_THD: Tensor,
         worth_GJB: Tensor,
     ) -> Partial:
@@ -255,7 +221,7 @@ class KernelSelected:
             yield from torch.split(blocks_B, max(1, _WORKSPACE_BYTES // block_bytes))
 
     def _restorable(
-        self, layer: int, part: SelectedPart, blocks: _PartBlocks, numbers_B: Tensor
+        self, layer: int, part: SelectedPart, blocks: PartBlocks, numbers_B: Tensor
     ) -> AnyHistory | Keys:
         """Encoded blocks, for a kernel to restore; restored already where there is none."""
         assert blocks.encoded_ids_B is not None, "asked for what is not there"
@@ -277,7 +243,8 @@ class KernelSelected:
         return Keys(k_BKSD, v_BKSD, len(numbers_B) * size, places_B, size)
 
 
-def _part_blocks(part: SelectedPart, blocks: RankBlocks) -> _PartBlocks:
+def part_blocks(part: SelectedPart, blocks: RankBlocks) -> PartBlocks:
+    """What these blocks, those of this rank, are to the part's rows."""
     own_J, readable_JB = part.query_blocks.own_J, part.readable_blocks
     size, device = part.part.block_size, own_J.device
     num_blocks = readable_JB.shape[1]
@@ -297,7 +264,7 @@ def _part_blocks(part: SelectedPart, blocks: RankBlocks) -> _PartBlocks:
     last_J = part.part.start + part.query_blocks.num_rows_J.cumsum(0) - 1
     left_J = (size - 1 - last_J % size) * (is_own_JB & is_here_B).any(dim=1)
     num_tile_rows = part.num_prompt_rows
-    return _PartBlocks(
+    return PartBlocks(
         flags_JB.to(torch.uint8),
         None if ranking is None else ranking.num_J.int(),
         left_J.int(),
@@ -306,16 +273,3 @@ def _part_blocks(part: SelectedPart, blocks: RankBlocks) -> _PartBlocks:
         len(own_J) - (part.part.num_tokens - num_tile_rows),
         num_tile_rows,
     )
-
-
-def _heads_as_rows(q_RHD: Tensor, num_choosing: int) -> Tensor:
-    """q_X1HD: every head that chooses is a row."""
-    num_rows, num_heads, dim = q_RHD.shape
-    return q_RHD.reshape(num_rows * num_choosing, 1, num_heads // num_choosing, dim)
-
-
-def _own_heads(x_X1H: Tensor, num_choosing: int) -> Tensor:
-    """Of rows of all query heads, one for each head that chooses, the heads that it chose for."""
-    num_rows = len(x_X1H) // num_choosing
-    x_RGGH = x_X1H.reshape(num_rows, num_choosing, num_choosing, -1, *x_X1H.shape[3:])
-    return x_RGGH.diagonal(dim1=1, dim2=2).movedim(-1, 1)

@@ -71,17 +71,7 @@ class SelectedAttention:
 
     def keep(self, layer: int) -> None:
         """Sum up the blocks that are full now. Called when the step's rows have been written."""
-        geometry = self._spec.layers[layer]
-        if geometry.window is not None or geometry.kv_layer is not None:
-            return
-        group = self._spec.group_of(self._spec.layers[layer])
-        for part in self._parts:
-            if part.selecting.selection.needs is Need.NOTHING:
-                continue
-            blocks_B = part.filled_blocks
-            if len(blocks_B):
-                k_BKSD, _ = self._store.read_blocks(layer, part.filled_ids(group))
-                part.selecting.add(layer, blocks_B, k_BKSD)
+        keep_filled(self._spec, self._store, layer, self._parts)
 
     def knows_keys(self, part: SequencePart) -> bool:
         """Whether something is kept of the keys of the part's blocks."""
@@ -312,6 +302,21 @@ class SelectedAttention:
                         found[part.part].append(room)
         self._ring.exchange(sends, receives).wait()
         return {part: merge(*partials) for part, partials in found.items()}
+
+
+def keep_filled(spec: ModelSpec, store: KVStore, layer: int, parts: Sequence[SelectedPart]) -> None:
+    """Sum up the blocks that rows of the parts, which are written, leave full in a layer."""
+    geometry = spec.layers[layer]
+    if geometry.window is not None or geometry.kv_layer is not None:
+        return
+    group = spec.group_of(geometry)
+    for part in parts:
+        if part.selecting.selection.needs is Need.NOTHING:
+            continue
+        blocks_B = part.filled_blocks
+        if len(blocks_B):
+            k_BKSD, _ = store.read_blocks(layer, part.filled_ids(group))
+            part.selecting.add(layer, blocks_B, k_BKSD)
 
 
 def _in_order(part: SelectedPart, by_rank: dict[int, Tensor]) -> Tensor:

@@ -86,6 +86,10 @@ class Selecting:
             places_B = is_readable_B.nonzero()[:, 0]
             self._kept[layer] = KeptSummaries(kept.blocks_B[places_B], kept.keys.at(places_B))
 
+    def kept(self, layer: int) -> KeptSummaries | None:
+        """All that is known of a layer; None: nothing."""
+        return self._kept.get(layer)
+
     def of(self, layer: int, blocks_B: Tensor) -> KeySummaries:
         """Of some blocks here, at least one, ascending."""
         kept = self._kept[layer]

@@ -18,6 +18,7 @@ from kvcluster.attention.encoding import BlockEncoding
 from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.ring import Ring
+from kvcluster.attention.selected import keep_filled
 from kvcluster.attention.selected_part import SelectedPart
 from kvcluster.attention.selected_survivors import SelectedSurvivors
 from kvcluster.attention.step import StepAttention
@@ -133,9 +134,10 @@ class StepRunner:
         graphs = self._graphs
         if graphs is None or self._ring.size > 1 or not all(row.is_greedy for row in rows):
             return None
-        parts = [row.part for row in rows]
+        parts, selected = [row.part for row in rows], _selected_of(rows)
         encoding = self._encoding_of(parts)
-        if encoding.is_due or not graphs.serves(parts):
+        is_due = encoding.is_due or any(row.fills_known_block for row in rows)
+        if is_due or not graphs.serves(parts, selected):
             return None
         before = self._running[-1].rows if self._running else {}
         token_ids = [
@@ -144,7 +146,7 @@ class StepRunner:
             else int(self._token_ids(row)[0])
             for row in rows
         ]
-        wait = graphs.send_tokens(graphs.forward(parts, token_ids))
+        wait = graphs.send_tokens(graphs.forward(parts, token_ids, selected))
         answering = self._answering(rows)
 
         def find() -> StepOutcome:
@@ -260,9 +262,9 @@ class StepRunner:
                 if any(row.part.num_rows[rank] for row in rows)
             ]
             torch.set_num_threads(self._share.threads(self._ring.rank, busy))
-        if self._graphs is not None and self._ring.size == 1 and all(row.is_plain for row in rows):
+        if self._graphs is not None and self._ring.size == 1 and all(row.is_single for row in rows):
             parts = [row.part for row in rows]
-            if self._graphs.serves(parts):
+            if self._graphs.serves(parts, _selected_of(rows)):
                 return self._decode(self._graphs, rows, parts)
         attention = StepAttention(
             self._spec,
@@ -308,7 +310,12 @@ class StepRunner:
         self, graphs: "DecodeGraphs", rows: Sequence[Rows], parts: Sequence[SequencePart]
     ) -> RankAnswer:
         """A step of single rows, all of them here."""
-        outcome = graphs.forward(parts, [int(self._token_ids(row)[0]) for row in rows])
+        selected = _selected_of(rows)
+        token_ids = [int(self._token_ids(row)[0]) for row in rows]
+        outcome = graphs.forward(parts, token_ids, selected)
+        # No row looks at what is known of its own block, so that this may come afterwards.
+        for layer in self._spec.storing_layers:
+            keep_filled(self._spec, self._store, layer, selected)
         # A row reads exact what becomes encoded because of it, so that this may come last.
         encoding = self._encoding_of(parts)
         for layer, q_RHD in outcome.queries.items() if encoding.is_due else ():
@@ -351,6 +358,10 @@ class StepRunner:
             )
             for row, position, choice in zip(here, positions, choices, strict=True)
         ]
+
+
+def _selected_of(rows: Sequence[Rows]) -> list[SelectedPart]:
+    return [row.selected for row in rows if row.selected is not None]
 
 
 def _extend(table: SequenceMap, blocks: Sequence[NewBlock]) -> None:

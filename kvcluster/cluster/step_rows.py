@@ -25,15 +25,21 @@ class Rows:
     selected: SelectedPart | None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is one row that reads its sequence's table, and does no more than sample."""
-        is_alone = self.survivors is None and self.selected is None and self.step.scoring is None
+    def is_single(self) -> bool:
+        """Whether it is one row that reads its sequence's table, all of it or what it chooses, and
+        does no more than sample."""
+        is_alone = self.survivors is None and self.step.scoring is None
         return is_alone and not self.part.has_chunk
+
+    @property
+    def fills_known_block(self) -> bool:
+        """Whether it ends a block whose keys are to be known."""
+        return self.selected is not None and len(self.selected.filled_blocks) > 0
 
     @property
     def is_greedy(self) -> bool:
         """Whether the row's likeliest token is all that is asked of the step."""
-        return self.is_plain and self.step.samples and self.state.sampling.is_plain_greedy
+        return self.is_single and self.step.samples and self.state.sampling.is_plain_greedy
 
     @property
     def sampling_rank(self) -> int | None:

@@ -13,9 +13,11 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from kvcluster.attention.decode_selected import SelectedInputs
 from kvcluster.attention.decode_step import DecodeAttention, DecodeInputs, DecodeShape
 from kvcluster.attention.kernel_rows import KernelRows
 from kvcluster.attention.part import SequencePart
+from kvcluster.attention.selected_part import SelectedPart
 from kvcluster.cache.store import KVStore
 from kvcluster.model.ahead_row import AheadRow
 from kvcluster.model.attention_hook import LayerAttention
@@ -54,6 +56,7 @@ class DecodeGraphs:
         self._store = store
         self._rows = rows
         self._inputs = DecodeInputs(store, max_rows=ROW_COUNTS[-1])
+        self._selected: SelectedInputs | None = None
         self._ahead = SampledAhead(ROW_COUNTS[-1], model.device)
         self._recordings: dict[DecodeShape, _Recording] = {}
         self._can_record = model.device.type == "cuda"
@@ -65,17 +68,30 @@ class DecodeGraphs:
             self._layers.warm_up(model.spec, model.device)
         self._logit_rows_R = torch.arange(ROW_COUNTS[-1], device=model.device)
 
-    def serves(self, parts: Sequence[SequencePart]) -> bool:
-        """Whether these parts, each of one row and all on this rank, are a step of this kind."""
+    def serves(self, parts: Sequence[SequencePart], selected: Sequence[SelectedPart] = ()) -> bool:
+        """Whether these parts, each of one row and all on this rank, are a step of this kind.
+        `selected`: those that choose what they read; all parts are, or none."""
         is_served = self._rows.serves_all_layers
-        return len(parts) <= ROW_COUNTS[-1] and all(is_served(part) for part in parts)
+        if len(parts) > ROW_COUNTS[-1] or not all(is_served(part) for part in parts):
+            return False
+        if not selected:
+            return True
+        return len(selected) == len(parts) and self._selecting().serves(selected)
+
+    def _selecting(self) -> SelectedInputs:
+        if self._selected is None:
+            self._selected = SelectedInputs(self._store, self._rows, max_rows=ROW_COUNTS[-1])
+        return self._selected
 
     @torch.inference_mode()
     def forward(
-        self, parts: Sequence[SequencePart], token_ids: Sequence[int | AheadRow]
+        self,
+        parts: Sequence[SequencePart],
+        token_ids: Sequence[int | AheadRow],
+        selected: Sequence[SelectedPart] = (),
     ) -> DecodeOutcome:
         """Run the rows of the parts, one token each: one that the host knows, or one that is on the
-        device since `send_tokens`."""
+        device since `send_tokens`. `selected`: as `serves` was told."""
         num_rows = next(count for count in ROW_COUNTS if count >= len(parts))
         # Rows that are there twice write the same twice: the shortest, which reads the least.
         shortest = min(range(len(parts)), key=lambda row: parts[row].start)
@@ -83,6 +99,9 @@ class DecodeGraphs:
         tokens = [token_ids[row] for row in rows]
         known = [0 if isinstance(token, AheadRow) else token for token in tokens]
         shape = self._inputs.set_rows([parts[row] for row in rows], known)
+        if selected:
+            chosen = self._selecting().set_rows([selected[row] for row in rows])
+            shape = shape._replace(selected=chosen)
         self._take_tokens(tokens)
         if self._can_record and shape not in self._recordings:
             self._record(shape)
@@ -113,7 +132,7 @@ class DecodeGraphs:
                 token_ids_R[row].copy_(self._ahead.tokens_R[place])
 
     def _run(self, shape: DecodeShape) -> DecodeOutcome:
-        attention = DecodeAttention(self._store, self._rows, self._inputs, shape)
+        attention = DecodeAttention(self._store, self._rows, self._inputs, shape, self._selected)
         token_ids_R = self._inputs.token_ids(shape.num_rows)
         positions_R = self._inputs.positions(shape.num_rows)
         if self._row_layers is not None and shape.num_rows == 1:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from kvcluster_kernels.block_bounds import largest_bounds
+from kvcluster_kernels.block_bounds import BoundsOfRows, largest_bounds, largest_bounds_of_rows
 from kvcluster_kernels.chosen_blocks import Candidates, Pools, pick, row_tables
 from kvcluster_kernels.column_sums import column_sums
 from kvcluster_kernels.prefill_arguments import Causal
@@ -82,6 +82,13 @@ def _bounds(dim: int) -> object:
     return largest_bounds(torch.zeros(1, 32, dim, dtype=torch.bfloat16), low_KBD, high_KBD, 0.1)
 
 
+def _bounds_of_rows(dim: int) -> object:
+    places_2R = torch.zeros(2, 4, dtype=torch.int64)
+    bounds = BoundsOfRows(*places_2R, torch.zeros(4, dtype=torch.int32), 8)
+    q_RHD = torch.zeros(4, 32, dim, dtype=torch.bfloat16)
+    return largest_bounds_of_rows(q_RHD, bounds, width=2048, scale=0.1)
+
+
 HEADS: dict[str, Callable[[], object]] = {
     f"each head {case.name}": partial(_each_head, case) for case in SERVED
 }
@@ -92,6 +99,8 @@ PICKS: dict[str, Callable[[], object]] = {
     "tables of 1M tokens": partial(_tables, 1 << 14),
     "bounds head 128": partial(_bounds, 128),
     "bounds head 64": partial(_bounds, 64),
+    "bounds of rows, head 128": partial(_bounds_of_rows, 128),
+    "bounds of rows, head 64": partial(_bounds_of_rows, 64),
 }
 """What picks blocks, which multiplies nothing."""
 LAUNCHES: dict[str, Callable[[], object]] = {**SUMS, **CHOSEN, **HEADS, **PICKS}

@@ -30,14 +30,19 @@ class Sequences:
     chunks: tuple[float, ...] = (2, 2.25)
     """Of the first one's prompt."""
     num_decoded: int = 1
+    shorter_first: bool = False
+    """Before each row of both there is one of the shorter sequence alone."""
     num_again: int = 0
     """Output tokens that are computed again in the last chunk."""
+    beside: str | None = None
+    """Codec of a sequence that reads everything, instead of one more of the same."""
     num_ranks: int = 1
     route: Route = Route.PASS_KV
     setting: Setting = ONE_LAYER
 
     def __str__(self) -> str:
         shares = [self.selection.partition(":")[0], self.codec, self.setting.dtype, self.num_ranks]
+        shares += [f"beside {self.beside}"] * (self.beside is not None)
         return " ".join(map(str, shares)) + (" again" if self.num_again else "")
 
     @property
@@ -65,10 +70,13 @@ def outputs(
     sizes[-1] += case.num_again
     num_prompt = sum(sizes) - case.num_again
     group.start(0, [1] * num_prompt, case.policy, output=[5] * case.num_again)
-    group.start(1, [1] * (3 * size), case.policy)
+    other = case.policy if case.beside is None else Policy(codec=case.beside)
+    group.start(1, [1] * (3 * size), other)
     for step, num_tokens in enumerate(sizes):
         _run(model, group, {0: num_tokens, **({1: 3 * size} if step == 1 else {})}, ranks, case)
     for step in range(case.num_decoded):
+        if case.shorter_first:
+            _run(model, group, {1: 1}, [0], case)
         _run(model, group, {0: 1, 1: 1}, [step % case.num_ranks], case)
     return model.calls
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kvcluster_kernels import block_bounds_plain, chosen_blocks_plain
-from kvcluster_kernels.block_bounds import largest_bounds
+from kvcluster_kernels.block_bounds import BoundsOfRows, largest_bounds, largest_bounds_of_rows
 from kvcluster_kernels.chosen_blocks import (
     ALWAYS,
     ENCODED,
@@ -85,8 +85,9 @@ def check_tables(
     if not picks:
         worth_GJB = chosen_blocks_plain.pick(worth_GJB, candidates)
         candidates = candidates._replace(num_J=None)
+    shape = (NUM_QUERIES, num_blocks) if has_encoded else (num_blocks,)
     exact_ids_B, encoded_ids_B = (
-        torch.randperm(90, generator=generator)[:num_blocks].int().to(device) for _ in range(2)
+        torch.randint(0, 90, shape, generator=generator).int().to(device) for _ in range(2)
     )
     left_J = torch.tensor([0, 3, 31, 1, 0], dtype=torch.int32, device=device)
     pools = Pools(
@@ -113,6 +114,25 @@ def compare_rows(ours: PagedRows, defined: PagedRows, size: int) -> None:
         assert ours.block_positions_RB is not None
         positions = (ours.block_positions_RB, defined.block_positions_RB)
         assert torch.equal(*(x[is_read_RB] for x in positions))
+
+
+def check_bounds_of_rows(dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q_RHD = torch.randn(3, 6, dim, generator=generator).to(dtype).to(device)
+    counts = (20, 0, 37)
+    sequences = [
+        torch.randn(2, 2, count, dim, generator=generator).to(dtype).to(device) for count in counts
+    ]
+    places = torch.tensor([[x.data_ptr() for x in planes] for planes in sequences], device=device)
+    bounds = BoundsOfRows(*places.T.contiguous(), torch.tensor(counts, device=device).int(), 2)
+
+    found_KRB = largest_bounds_of_rows(q_RHD, bounds, width=40, scale=0.3)
+
+    for row, (count, planes) in enumerate(zip(counts, sequences, strict=True)):
+        want_K1B = block_bounds_plain.largest_bounds(q_RHD[row : row + 1], *planes, 0.3)
+        # As above.
+        found_K1B = found_KRB[:, row : row + 1, :count]
+        torch.testing.assert_close(found_K1B, want_K1B, rtol=2**-23, atol=0)
 
 
 def check_bounds(num_blocks: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -160,6 +180,12 @@ def test_bounds_are_those_of_the_definition(
     num_blocks: int, dim: int, interpreted: torch.device
 ) -> None:
     check_bounds(num_blocks, dim, torch.float32, interpreted)
+
+
+def test_bounds_of_sequences_are_found_where_they_are_said_to_be(
+    interpreted: torch.device,
+) -> None:
+    check_bounds_of_rows(48, torch.float32, interpreted)
 
 
 def test_bounds_are_those_that_quest_compares() -> None:

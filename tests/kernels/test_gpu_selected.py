@@ -8,11 +8,18 @@ import torch
 from kvcluster_kernels.chosen_blocks import Candidates, Pools, row_tables
 
 from kvcluster.attention.implementation import implementation_for
+from kvcluster.types import Policy
 from tests.kernels.chosen_launches import SERVED
 from tests.kernels.prefill_cases import Case
 from tests.kernels.selected_cases import BLOCK_SPARSE, BOUNDED, ESTIMATED, QUEST, Sequences, compare
-from tests.kernels.test_chosen_blocks import check_bounds, check_lists, check_picks, check_tables
-from tests.kernels.test_gpu_steps import ATOL
+from tests.kernels.test_chosen_blocks import (
+    check_bounds,
+    check_bounds_of_rows,
+    check_lists,
+    check_picks,
+    check_tables,
+)
+from tests.kernels.test_gpu_steps import ATOL, generated, in_kernels, tiny_llama
 from tests.kernels.test_sparse_prefill import check as check_sparse
 from tests.kernels.test_steps import Setting, in_torch
 
@@ -49,6 +56,14 @@ def test_bounds_are_those_of_the_definition(
     num_blocks: int, dim: int, dtype: torch.dtype, gpu: torch.device
 ) -> None:
     check_bounds(num_blocks, dim, dtype, gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_bounds_of_sequences_are_found_where_they_are_said_to_be(
+    dim: int, dtype: torch.dtype, gpu: torch.device
+) -> None:
+    check_bounds_of_rows(dim, dtype, gpu)
 
 
 @pytest.mark.parametrize("num_lists", [1, 32])
@@ -103,6 +118,19 @@ def test_a_step_that_chooses_is_the_step_in_torch(
     case = Sequences(selection, codec, (3, 4, 2.5), num_decoded=3, num_again=5, setting=setting)
 
     compare(case, implementation_for, in_torch, ATOL[dtype])
+
+
+# As in `test_gpu_steps`: random weights turn a rounding into another token sooner or later.
+@pytest.mark.parametrize(("codec", "num_output"), [("exact", 70), ("int8", 6), ("int4", 6)])
+def test_a_model_that_chooses_gives_the_same_tokens_through_recorded_steps(
+    codec: str, num_output: int, gpu: torch.device
+) -> None:
+    model = tiny_llama(gpu)
+    policy = Policy(codec=codec, selection="quest:tokens=256,sinks=0,local=1")
+
+    through_kernels = generated(model, policy, in_kernels, num_output)
+
+    assert through_kernels == generated(model, policy, in_torch, num_output)
 
 
 @pytest.mark.parametrize("selection", [QUEST, ESTIMATED])

@@ -112,9 +112,9 @@ def test_a_model_gives_the_same_tokens_through_kernels(
 ) -> None:
     model = tiny_llama(gpu)
 
-    through_kernels = generated(model, codec, in_kernels, num_output)
+    through_kernels = generated(model, Policy(codec=codec), in_kernels, num_output)
 
-    assert through_kernels == generated(model, codec, in_torch, num_output)
+    assert through_kernels == generated(model, Policy(codec=codec), in_torch, num_output)
 
 
 def in_kernels(store: KVStore) -> KernelAttention:
@@ -139,7 +139,7 @@ def tiny_llama(device: torch.device) -> LoadedModel:
 
 def generated(
     model: LoadedModel,
-    codec: str,
+    policy: Policy,
     implementation: Callable[[KVStore], Implementation],
     num_output: int,
 ) -> list[list[int]]:
@@ -152,8 +152,8 @@ def generated(
         implementation=implementation,
         codecs=calibrated_codecs(model.spec, model.device),
     )
-    group.start(0, [(7 * place + 3) % 211 for place in range(300)], Policy(codec=codec))
-    group.start(1, [(5 * place + 1) % 211 for place in range(77)], Policy(codec=codec))
+    group.start(0, [(7 * place + 3) % 211 for place in range(300)], policy)
+    group.start(1, [(5 * place + 1) % 211 for place in range(77)], policy)
     group.run({0: 128}, owners=(0,))
     group.run({0: 172, 1: 77}, owners=(0,))
     for _ in range(num_output - 1):

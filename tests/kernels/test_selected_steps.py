@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvcluster.attention import kernel_selected
+from kvcluster.attention import decode_selected, kernel_selected
 from kvcluster.types import Route
 from tests import thread_ring
 from tests.kernels.selected_cases import (
@@ -32,18 +32,47 @@ UNCAPPED = Setting(num_alike=1)
 @pytest.mark.parametrize(
     "case",
     [
-        Sequences(QUEST, num_decoded=2, setting=UNCAPPED),
+        Sequences(QUEST, chunks=(2, 1.97), num_decoded=3, setting=UNCAPPED),
         Sequences(QUEST, "int4"),
         Sequences(QUEST, "rotated4"),
-        Sequences(QUEST, "int4:values=rotated4"),
         Sequences(QUEST, "latent:r=0.5,bits=4,values=int4"),
-        Sequences(QUEST, num_ranks=2),
-        Sequences(QUEST, "fp8", num_again=3),
         Sequences(QUEST, setting=LATENT_ATTENTION),
     ],
     ids=str,
 )
-def test_rows_that_choose_read_their_blocks(
+def test_rows_of_steps_that_can_be_recorded_read_their_blocks(
+    case: Sequences, monkeypatch: pytest.MonkeyPatch, interpreted: torch.device
+) -> None:
+    tables = counted(monkeypatch, decode_selected, "row_tables")
+
+    compare(case, InterpretedAttention, in_torch, atol(case))
+
+    assert len(tables) > 0
+
+
+@pytest.mark.timeout(300)
+def test_rows_that_come_and_go_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, interpreted: torch.device
+) -> None:
+    """What lies on the device of rows of other widths is there no more."""
+    monkeypatch.setattr(decode_selected, "_LEAST_WIDTH", 1)
+    case = Sequences(QUEST, num_decoded=2, shorter_first=True)
+
+    compare(case, InterpretedAttention, in_torch, EXACT_ATOL)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Sequences(QUEST, beside="exact"),
+        Sequences(QUEST, "int4:values=rotated4", beside="int8"),
+        Sequences(QUEST, num_ranks=2),
+        Sequences(QUEST, "fp8", num_again=3),
+    ],
+    ids=str,
+)
+def test_rows_of_other_steps_read_their_blocks(
     case: Sequences, monkeypatch: pytest.MonkeyPatch, interpreted: torch.device
 ) -> None:
     monkeypatch.setattr(thread_ring, "TIMEOUT_S", 280.0)
@@ -53,7 +82,8 @@ def test_rows_that_choose_read_their_blocks(
     compare(case, InterpretedAttention, in_torch, atol(case))
 
     assert len(tables) > 0
-    assert len(bounds) > 0
+    # Rows of the prompt among them are compared as they are defined.
+    assert (len(bounds) > 0) == (case.num_again == 0)
 
 
 @pytest.mark.timeout(300)
