@@ -105,11 +105,14 @@ def _group(group: range, whole: LayerGeometry) -> GroupCalibration:
 
 def _layer(layer: LayerGeometry, seed: int) -> LayerCalibration:
     generator = torch.Generator().manual_seed(seed)
+    # Bases want four tokens for each direction.
+    widest = max(layer.key_dim, layer.value_dim) * layer.num_kv_heads
+    num_tokens = max(1024, 4 * widest)
 
     def tokens(heads: int, dim: int) -> Tensor:
         # Channels of different sizes, so that layers want different ranks.
         sizes = torch.rand(dim, generator=generator)
-        return torch.randn(1024, heads, dim, generator=generator) * sizes
+        return torch.randn(num_tokens, heads, dim, generator=generator) * sizes
 
     sums = MomentSums(layer.num_kv_heads, layer.key_dim, layer.value_dim)
     sums.add(
