@@ -113,7 +113,9 @@ def test_default_recipes_are_those_that_the_model_can_have(
 ) -> None:
     report = calibrated(model, replace(settings, policies=()))
 
-    assert [recipe.policy for recipe in report.recipes] == [*DEFAULT_RECIPES]
+    # Nobody asked for bases of several layers.
+    possible = [recipe for recipe in DEFAULT_RECIPES if "layers=" not in recipe]
+    assert [recipe.policy for recipe in report.recipes] == possible
 
 
 def test_own_texts_replace_those_that_bases_are_fitted_to(
