@@ -19,7 +19,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 TEXT_FIELDS = frozenset(
     {"address", "dtype", "error", "generation", "level", "listen", "logger", "method", "model"}
     | {"node", "phase", "placement", "policy", "reason", "route", "signal", "source", "state"}
-    | {"status", "tenant", "timestamp", "transport", "version"}
+    | {"status", "tenant", "tier", "timestamp", "transport", "version"}
 )
 """The fields whose text is written. None of them is ever filled from a prompt or an output."""
 

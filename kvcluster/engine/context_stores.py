@@ -163,6 +163,8 @@ class ContextStores:
 
     def drop(self, context: Context) -> None:
         context.disk.is_clear = False
+        # From now on it says why something is still there, and no longer why it is not.
+        context.disk.error = None
         self._unsaved.pop(context.uid, None)
         self._changed.notify()
         self._spawn(self._drop(context))
