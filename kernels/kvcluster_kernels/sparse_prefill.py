@@ -36,6 +36,17 @@ class TileBlocks(NamedTuple):
     """Keys of a block; of a paged cache, as there. A power of two, 16 or more."""
 
 
+class SparseTiles(NamedTuple):
+    """How a call is launched. Changes the speed alone."""
+
+    block_m: int
+    """Rows of a program; those of a tile are worked on in as many parts as it takes."""
+    num_stages: int
+    """Steps under way: of a block, its number comes first, then its place, then its keys."""
+    is_ahead: bool = False
+    """Products of the next block are asked for before the softmax of the present one."""
+
+
 def sparse_prefill(
     q_THD: Tensor,
     keys: Keys,
@@ -45,8 +56,10 @@ def sparse_prefill(
     causal: Causal | None = None,
     softcap: float | None = None,
     out_dtype: torch.dtype = torch.float32,
+    tiles: SparseTiles | None = None,
 ) -> PartialAttention:
-    """As `prefill_tl.prefill` over the keys of a row's list alone. Any list may be empty.
+    """As `prefill_tl.prefill` over the keys of a row's list alone. Any list may be empty. `tiles`:
+    instead of those that follow from the shapes.
 
     Raises: ValueError when shapes do not fit.
     """
@@ -59,11 +72,12 @@ def sparse_prefill(
     )
     if not num_tokens:
         return found
-    tiling = _tiling(q_THD, keys, chosen)
+    groups = _groups(q_THD, keys, chosen)
+    tiles = tiles or _tiles(q_THD, keys, chosen.tile_tokens * groups.heads)
     rule = causal or Causal()
     num_tiles = chosen.counts_GU.shape[1]
-    num_parts = triton.cdiv(chosen.tile_tokens * tiling.group, tiling.block_m)
-    _sparse_kernel[(num_tiles * num_parts, tiling.num_groups)](
+    num_parts = triton.cdiv(chosen.tile_tokens * groups.heads, tiles.block_m)
+    _sparse_kernel[(num_tiles * num_parts, groups.num_groups)](
         q_THD,
         keys.k_PKSD,
         keys.v_PKSD,
@@ -84,11 +98,11 @@ def sparse_prefill(
         *q_THD.stride()[:2],
         *keys.k_PKSD.stride()[:3],
         *keys.v_PKSD.stride()[:3],
-        GROUP=tiling.group,
-        SHARED_LISTS=tiling.num_groups // len(chosen.counts_GU),
-        SHARED_KEYS=tiling.num_groups // num_kv_heads,
+        GROUP=groups.heads,
+        SHARED_LISTS=groups.num_groups // len(chosen.counts_GU),
+        SHARED_KEYS=groups.num_groups // num_kv_heads,
         TILE_TOKENS=chosen.tile_tokens,
-        BLOCK_M=tiling.block_m,
+        BLOCK_M=tiles.block_m,
         BLOCK_TOKENS=chosen.block_tokens,
         PAGE_BLOCKS=keys.blocks_per_page,
         KEY_DIM=key_dim,
@@ -97,32 +111,32 @@ def sparse_prefill(
         WINDOWED=rule.window is not None,
         SOFTCAPPED=softcap is not None,
         UPCAST=is_interpreted(_sparse_kernel),
-        num_warps=4 if tiling.block_m <= 64 else 8,
-        num_stages=tiling.num_stages,
+        AHEAD=tiles.is_ahead,
+        num_warps=4 if tiles.block_m <= 64 else 8,
+        num_stages=tiles.num_stages,
     )
     return found
 
 
-class _Tiling(NamedTuple):
-    """How a call is cut."""
+class _Groups(NamedTuple):
+    """Heads whose queries a program works on together: they share a list and keys."""
 
     num_groups: int
-    """Groups of heads whose queries a program works on together: they share a list and keys."""
-    group: int
-    """Heads of one."""
-    block_m: int
-    """Rows of a program; a tile's are worked on in as many parts as it takes."""
-    num_stages: int
+    heads: int
+    """Of each."""
 
 
-def _tiling(q_THD: Tensor, keys: Keys, chosen: TileBlocks) -> _Tiling:
+def _groups(q_THD: Tensor, keys: Keys, chosen: TileBlocks) -> _Groups:
     num_groups = max(keys.k_PKSD.shape[1], len(chosen.counts_GU))
-    group = q_THD.shape[1] // num_groups
+    return _Groups(num_groups, q_THD.shape[1] // num_groups)
+
+
+def _tiles(q_THD: Tensor, keys: Keys, num_rows: int) -> SparseTiles:
+    """Of tiles of so many rows."""
     is_float32 = q_THD.dtype == torch.float32
-    rows = triton.next_power_of_2(chosen.tile_tokens * group)
     is_wide = max(keys.k_PKSD.shape[3], keys.v_PKSD.shape[3]) > 128
-    num_stages = 1 if is_float32 else 2 if is_wide else 4
-    return _Tiling(num_groups, group, max(16, min(64 if is_float32 else 128, rows)), num_stages)
+    block_m = max(16, min(64 if is_float32 else 128, triton.next_power_of_2(num_rows)))
+    return SparseTiles(block_m, 1 if is_float32 else 2 if is_wide else 4)
 
 
 def check_sparse(
@@ -148,19 +162,60 @@ def check_sparse(
 @triton.jit
 def _load_block(
     ptr,
-    place,
-    keys_N,
+    number,
+    block_ids_ptr,
     num_keys,
-    stride,
+    stride_p,
+    stride_s,
     DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    offs_n = tl.arange(0, keys_N.shape[0])
+    """x_ND of the keys of a block, zero behind the last key."""
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(DIM))
+    if block_ids_ptr is not None:
+        block = tl.load(block_ids_ptr + number)
+        slot = block % PAGE_BLOCKS * BLOCK_TOKENS
+        ptr += (block // PAGE_BLOCKS).to(tl.int64) * stride_p + slot * stride_s
+    else:
+        ptr += number.to(tl.int64) * (BLOCK_TOKENS * stride_s)
+    offs_N = tl.arange(0, BLOCK_TOKENS)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_ND = (keys_N < num_keys)[:, None] & (offs_d < DIM)[None, :]
-    return tl.load(
-        ptr + place + offs_n[:, None] * stride + offs_d[None, :], mask=mask_ND, other=0.0
+    mask_ND = (number * BLOCK_TOKENS + offs_N < num_keys)[:, None] & (offs_d < DIM)[None, :]
+    x_ND = tl.load(ptr + offs_N[:, None] * stride_s + offs_d[None, :], mask=mask_ND, other=0.0)
+    if UPCAST:
+        x_ND = x_ND.to(tl.float32)
+    return x_ND
+
+
+@triton.jit
+def _products(
+    q_MD,
+    k_ptr,
+    number,
+    block_ids_ptr,
+    num_keys,
+    stride_p,
+    stride_s,
+    DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    k_ND = _load_block(
+        k_ptr,
+        number,
+        block_ids_ptr,
+        num_keys,
+        stride_p,
+        stride_s,
+        DIM,
+        BLOCK_TOKENS,
+        PAGE_BLOCKS,
+        UPCAST,
     )
+    return tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
 
 
 @triton.jit(
@@ -208,6 +263,7 @@ def _sparse_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     BLOCK_DK: tl.constexpr = max(16, triton.next_power_of_2(KEY_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(VALUE_DIM))
@@ -231,32 +287,77 @@ def _sparse_kernel(
     count = tl.load(counts_ptr + list_head * num_tiles + tile)
     lists_ptr += (list_head * num_tiles + tile).to(tl.int64) * max_count
 
+    # Blocks that end before are seen whole, by all rows.
+    plain = num_keys
+    if CAUSAL:
+        plain = tl.minimum(num_keys, tl.min(positions_M, 0) + 1)
+
     max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if AHEAD:
+        next_MN = tl.zeros([BLOCK_M, BLOCK_TOKENS], tl.float32)
+        if count > 0:
+            next_MN = _products(
+                q_MD,
+                k_ptr,
+                tl.load(lists_ptr),
+                block_ids_ptr,
+                num_keys,
+                stride_k_p,
+                stride_k_s,
+                KEY_DIM,
+                BLOCK_TOKENS,
+                PAGE_BLOCKS,
+                UPCAST,
+            )
+    # For the mask, a step before: loads that keys wait for are made steps before, this one is not.
+    next_number = tl.load(lists_ptr, mask=count > 0, other=0)
     for i in tl.range(0, count):
-        number = tl.load(lists_ptr + i)
-        if block_ids_ptr is not None:
-            block = tl.load(block_ids_ptr + number)
-            page, slot = (block // PAGE_BLOCKS).to(tl.int64), block % PAGE_BLOCKS * BLOCK_TOKENS
-            k_place = page * stride_k_p + slot * stride_k_s
-            v_place = page * stride_v_p + slot * stride_v_s
+        masked_number = next_number
+        next_number = tl.load(lists_ptr + tl.minimum(i + 1, count - 1))
+        asked = i
+        if AHEAD:
+            # Behind the last block, that once more.
+            asked = tl.minimum(i + 1, count - 1)
+        asked_MN = _products(
+            q_MD,
+            k_ptr,
+            tl.load(lists_ptr + asked),
+            block_ids_ptr,
+            num_keys,
+            stride_k_p,
+            stride_k_s,
+            KEY_DIM,
+            BLOCK_TOKENS,
+            PAGE_BLOCKS,
+            UPCAST,
+        )
+        if AHEAD:
+            products_MN = next_MN
+            next_MN = asked_MN
         else:
-            k_place = number.to(tl.int64) * (BLOCK_TOKENS * stride_k_s)
-            v_place = number.to(tl.int64) * (BLOCK_TOKENS * stride_v_s)
-        keys_N = number * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-        k_ND = _load_block(k_ptr, k_place, keys_N, num_keys, stride_k_s, KEY_DIM, BLOCK_DK)
-        v_ND = _load_block(v_ptr, v_place, keys_N, num_keys, stride_v_s, VALUE_DIM, BLOCK_DV)
-        if UPCAST:
-            k_ND = k_ND.to(tl.float32)
-            v_ND = v_ND.to(tl.float32)
-        products_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+            products_MN = asked_MN
         scores_MN = to_base_2(products_MN, scale, softcap, SOFTCAPPED)
-        scores_MN += tl.where(keys_N < num_keys, 0.0, -float("inf"))[None, :]
-        if CAUSAL:
-            distance_MN = positions_M[:, None] - keys_N[None, :]
-            scores_MN = visible_at(scores_MN, distance_MN, window, WINDOWED)
+        if WINDOWED or (masked_number + 1) * BLOCK_TOKENS > plain:
+            keys_N = masked_number * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+            scores_MN += tl.where(keys_N < num_keys, 0.0, -float("inf"))[None, :]
+            if CAUSAL:
+                distance_MN = positions_M[:, None] - keys_N[None, :]
+                scores_MN = visible_at(scores_MN, distance_MN, window, WINDOWED)
         weights_MN, max_M, sum_M, decay_M = online(scores_MN, max_M, sum_M)
+        v_ND = _load_block(
+            v_ptr,
+            tl.load(lists_ptr + i),
+            block_ids_ptr,
+            num_keys,
+            stride_v_p,
+            stride_v_s,
+            VALUE_DIM,
+            BLOCK_TOKENS,
+            PAGE_BLOCKS,
+            UPCAST,
+        )
         weights_MN = weights_MN.to(v_ND.dtype)
         acc_MD = tl.dot(weights_MN, v_ND, acc_MD * decay_M[:, None], input_precision="ieee")
     safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)

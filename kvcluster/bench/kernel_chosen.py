@@ -13,7 +13,7 @@ import torch
 from kvcluster_kernels.column_sums import column_sums
 from kvcluster_kernels.prefill_arguments import Keys
 from kvcluster_kernels.prefill_tl import prefill
-from kvcluster_kernels.sparse_prefill import TileBlocks, sparse_prefill
+from kvcluster_kernels.sparse_prefill import SparseTiles, TileBlocks, sparse_prefill
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
@@ -54,7 +54,19 @@ SHAPES: Final = (
 )
 
 
-def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]:  # noqa: ARG001
+TILES: Final = (
+    SparseTiles(128, 4),
+    SparseTiles(128, 4, is_ahead=True),
+    SparseTiles(128, 8),
+    SparseTiles(128, 8, is_ahead=True),
+    SparseTiles(64, 4),
+    SparseTiles(64, 4, is_ahead=True),
+    SparseTiles(64, 8),
+)
+"""Of lists for KV heads, with variants."""
+
+
+def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]:
     """Attention first, which the others are compared with."""
     for shape in SHAPES:
         if timer.is_over:
@@ -73,7 +85,16 @@ def measure(timer: KernelTimer, *, with_variants: bool) -> Iterator[Measurement]
             chosen = drawn_lists(shape, share)
             read = partial(sparse_prefill, q_THD, keys, chosen, scale=scale)
             operations = int(shape.operations * share)
-            yield from _beside(timer, f"{shape} {share:g} of blocks", read, whole, operations)
+            title = f"{shape} {share:g} of blocks"
+            yield from _beside(timer, title, read, whole, operations)
+            for tiles in TILES if with_variants else ():
+                tiled = partial(read, tiles=tiles)
+                yield from _beside(timer, f"{title} {_named(tiles)}", tiled, whole, operations)
+
+
+def _named(tiles: SparseTiles) -> str:
+    ahead = " ahead" if tiles.is_ahead else ""
+    return f"in tiles of {tiles.block_m}, {tiles.num_stages} stages{ahead}"
 
 
 def drawn(shape: ChosenShape) -> tuple[Tensor, Keys]:

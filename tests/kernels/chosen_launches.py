@@ -10,8 +10,9 @@ from kvcluster_kernels.block_bounds import BoundsOfRows, largest_bounds, largest
 from kvcluster_kernels.chosen_blocks import Candidates, Pools, pick, row_tables
 from kvcluster_kernels.column_sums import column_sums
 from kvcluster_kernels.prefill_arguments import Causal
-from kvcluster_kernels.sparse_prefill import sparse_prefill
+from kvcluster_kernels.sparse_prefill import SparseTiles, sparse_prefill
 
+from kvcluster.bench.kernel_chosen import TILES
 from tests.kernels.prefill_cases import Case, arguments
 from tests.kernels.test_sparse_prefill import drawn_lists
 
@@ -89,6 +90,21 @@ def _bounds_of_rows(dim: int) -> object:
     return largest_bounds_of_rows(q_RHD, bounds, width=2048, scale=0.1)
 
 
+def _tiled(case: Case, tiles: SparseTiles) -> object:
+    given = arguments(case, _CPU)
+    chosen = drawn_lists(case, 64, _CPU)
+    rules = {"scale": given.scale, "causal": given.causal}
+    return sparse_prefill(given.q_THD, given.keys, chosen, tiles=tiles, **rules)
+
+
+TILED: dict[str, Callable[[], object]] = {
+    f"{case.name} {tiles.block_m} rows, {tiles.num_stages} stages {tiles.is_ahead}": partial(
+        _tiled, case, tiles
+    )
+    for case in SERVED[:2]
+    for tiles in TILES
+}
+"""All that are timed, not only those that are chosen."""
 HEADS: dict[str, Callable[[], object]] = {
     f"each head {case.name}": partial(_each_head, case) for case in SERVED
 }
@@ -103,4 +119,4 @@ PICKS: dict[str, Callable[[], object]] = {
     "bounds of rows, head 64": partial(_bounds_of_rows, 64),
 }
 """What picks blocks, which multiplies nothing."""
-LAUNCHES: dict[str, Callable[[], object]] = {**SUMS, **CHOSEN, **HEADS, **PICKS}
+LAUNCHES: dict[str, Callable[[], object]] = {**SUMS, **CHOSEN, **TILED, **HEADS, **PICKS}

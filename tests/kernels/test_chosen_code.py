@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 from tests.kernels import launches
-from tests.kernels.chosen_launches import CHOSEN, HEADS, LAUNCHES, PICKS, SUMS
+from tests.kernels.chosen_launches import CHOSEN, HEADS, LAUNCHES, PICKS, SUMS, TILED
 from tests.kernels.sm90 import MAX_SHARED_BYTES, MachineCode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -17,7 +17,7 @@ def code() -> dict[str, MachineCode]:
     return launches.compiled("tests.kernels.chosen_launches", list(LAUNCHES))
 
 
-@pytest.mark.parametrize("name", [*SUMS, *CHOSEN, *HEADS])
+@pytest.mark.parametrize("name", [*SUMS, *CHOSEN, *TILED, *HEADS])
 def test_all_is_multiplied_on_the_matrix_unit_and_nothing_is_spilled(name: str) -> None:
     found = code()[name]
 
@@ -35,9 +35,10 @@ def test_sums_take_one_product_of_queries_and_keys(name: str) -> None:
     assert code()[name].loop_opcodes["HGMMA"] == dim // 16
 
 
-@pytest.mark.parametrize("name", [*CHOSEN, *HEADS])
+@pytest.mark.parametrize("name", [*CHOSEN, *TILED, *HEADS])
 def test_chosen_blocks_are_copied_while_others_are_multiplied(name: str) -> None:
     assert code()[name].loop_opcodes["HGMMA"] > 0
+    # Numbers of blocks for the mask, a step before.
     assert code()[name].loop_opcodes.get("LDG", 0) <= 1
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kvcluster_kernels import block_lists, prefill_reference
 from kvcluster_kernels.prefill_arguments import Causal
-from kvcluster_kernels.sparse_prefill import TileBlocks, sparse_prefill
+from kvcluster_kernels.sparse_prefill import SparseTiles, TileBlocks, sparse_prefill
 
 from tests.kernels.prefill_cases import Arguments, Case, arguments
 
@@ -45,13 +45,17 @@ def drawn_lists(
 
 
 def check(
-    case: Case, device: torch.device, tile_tokens: int = 8, num_lists: int | None = None
+    case: Case,
+    device: torch.device,
+    tile_tokens: int = 8,
+    num_lists: int | None = None,
+    tiles: SparseTiles | None = None,
 ) -> None:
     given = arguments(case, device)
     chosen = drawn_lists(case, tile_tokens, device, num_lists)
     rules = {"scale": given.scale, "causal": given.causal, "softcap": given.softcap}
 
-    found = sparse_prefill(given.q_THD, given.keys, chosen, **rules)
+    found = sparse_prefill(given.q_THD, given.keys, chosen, **rules, tiles=tiles)
 
     keys = given.keys._replace(k_PKSD=given.keys.k_PKSD.double(), v_PKSD=given.keys.v_PKSD.double())
     want = block_lists.sparse_prefill(given.q_THD.double(), keys, chosen, **rules)
@@ -86,6 +90,12 @@ def test_each_tile_reads_its_list(case: Case, interpreted: torch.device) -> None
 @pytest.mark.parametrize("tile_tokens", [1, 5, 64])
 def test_tiles_of_any_size(tile_tokens: int, interpreted: torch.device) -> None:
     check(replace(CASES[0], num_heads=8), interpreted, tile_tokens)
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("index", [0, 1, 4, 6])
+def test_products_ahead_change_nothing(index: int, block_m: int, interpreted: torch.device) -> None:
+    check(CASES[index], interpreted, tiles=SparseTiles(block_m, 1, is_ahead=True))
 
 
 @pytest.mark.parametrize("num_lists", [1, 8])
