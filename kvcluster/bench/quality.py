@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,13 @@ from kvcluster.model.codecs import calibration_for
 from kvcluster.model.loader import LoadedModel, load_model
 from kvcluster.policy import parse_policy
 from kvcluster.quality.measure import FIRST_SCORED
-from kvcluster.quality.served import MENU, codecs_of, recent_exact, served_policies
+from kvcluster.quality.served import (
+    MENU,
+    ServedPolicy,
+    codecs_of,
+    recent_exact,
+    served_policies,
+)
 from kvcluster.quality.sweep import ReadOnce, read_once, sweep
 from kvcluster.quality.sweep_records import CalibratedOn, SweepReport
 from kvcluster.quality.texts import load_texts
@@ -46,6 +53,37 @@ def measure_quality(settings: QualitySettings, progress: Progress) -> SweepRepor
         from kvcluster.bench.engine_quality import measure_served
 
         return measure_served(settings, progress)
+    if settings.num_processes > 1:
+        from kvcluster.bench.quality_processes import measure_in_processes
+
+        return measure_in_processes(settings, progress)
+    read = prepare(settings)
+    started = time.monotonic()
+    exact = _read_once(settings, read.model, read.corpus)
+    progress(f"exact cache: {time.monotonic() - started:.1f} s")
+    report, keep = kept_report(settings, exact.subject, progress)
+    return sweep(
+        read.model, exact, read.policies, report, keep=keep, calibrated_on=read.calibrated_on
+    )
+
+
+def write_texts(path: Path) -> None:
+    """Write the texts of the installed packages, for machines that have others."""
+    path.write_bytes(msgspec.json.encode(load_texts()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """What a measurement without a cluster begins with."""
+
+    model: LoadedModel
+    corpus: Corpus
+    policies: Sequence[ServedPolicy]
+    calibrated_on: CalibratedOn | None
+
+
+def prepare(settings: QualitySettings) -> Prepared:
+    """Raises: as `measure_quality`."""
     kept_exact = recent_exact(settings.block_size, settings.exact_recent_tokens)
     model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
     corpus = read_corpus(settings, model.spec.max_context_tokens)
@@ -54,17 +92,7 @@ def measure_quality(settings: QualitySettings, progress: Progress) -> SweepRepor
         calibration = calibration_for(model.spec, str(settings.calibration))
     codecs = codecs_of(model, calibration)
     policies = served_policies(settings.policies, codecs, model.spec, kept_exact)
-    started = time.monotonic()
-    exact = _read_once(settings, model, corpus)
-    progress(f"exact cache: {time.monotonic() - started:.1f} s")
-    report, keep = kept_report(settings, exact.subject, progress)
-    calibrated_on = CalibratedOn.of(calibration)
-    return sweep(model, exact, policies, report, keep=keep, calibrated_on=calibrated_on)
-
-
-def write_texts(path: Path) -> None:
-    """Write the texts of the installed packages, for machines that have others."""
-    path.write_bytes(msgspec.json.encode(load_texts()))
+    return Prepared(model, corpus, policies, CalibratedOn.of(calibration))
 
 
 def _read_once(settings: QualitySettings, model: LoadedModel, corpus: Corpus) -> ReadOnce:
@@ -106,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--first-scored", type=int, default=FIRST_SCORED)
     parser.add_argument("--ranks", type=int, default=0, help="measure through a cluster of so many")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that measure beside each other on the device"
+    )
     parser.add_argument("--json", action="store_true", help="the report on stdout")
     parser.add_argument("--write-texts", type=Path, help="write the texts there, and end")
     return parser
@@ -139,6 +170,7 @@ def _settings(given: argparse.Namespace) -> QualitySettings:
         exact_recent_tokens=given.exact_recent,
         first_scored=given.first_scored,
         num_ranks=given.ranks,
+        num_processes=given.processes,
     )
 
 

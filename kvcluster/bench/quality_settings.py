@@ -64,6 +64,9 @@ class QualitySettings:
     num_ranks: int = 0
     """Of a cluster that is started for the measurement and reads as it serves; 0: one pass over
     each text, without a cluster."""
+    num_processes: int = 1
+    """Without a cluster: processes that each take one text or document of one policy at a time. A
+    GPU waits for one alone where policies are read in small steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,6 +35,7 @@ from kvcluster.quality.sweep_records import (
     write_report,
 )
 from kvcluster.quality.texts import Text
+from kvcluster.types import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,28 +60,47 @@ def read_once(
 
     Raises: ValueError for more tokens than the model can read, or none to score.
     """
+    return ReadOnce(
+        subject=sweep_subject(
+            model.spec,
+            texts,
+            documents,
+            block_size=block_size,
+            exact_recent_tokens=exact_recent_tokens,
+            first_scored=first_scored,
+        ),
+        texts=tuple(
+            exact_text(model, text, token_ids_T, first_scored=first_scored)
+            for text, token_ids_T in texts
+        ),
+        documents=tuple(exact_document(model, document) for document in documents),
+    )
+
+
+def sweep_subject(
+    spec: ModelSpec,
+    texts: Sequence[tuple[Text, Tensor]],
+    documents: Sequence[NeedleDocument],
+    *,
+    block_size: int,
+    exact_recent_tokens: int,
+    first_scored: int,
+) -> SweepSubject:
+    """What is measured on what. Raises: ValueError for texts of different lengths."""
     lengths = {len(token_ids_T) for _, token_ids_T in texts}
     if len(lengths) > 1:
         raise ValueError(f"want texts of one length, got {sorted(lengths)} tokens")
-    subject = SweepSubject(
-        model=model.spec.name,
-        weights_digest=model.spec.weights_digest,
-        tokenizer_digest=model.spec.tokenizer_digest,
-        dtype=model.spec.dtype,
+    return SweepSubject(
+        model=spec.name,
+        weights_digest=spec.weights_digest,
+        tokenizer_digest=spec.tokenizer_digest,
+        dtype=spec.dtype,
         block_size=block_size,
         exact_recent_tokens=exact_recent_tokens,
         num_tokens=next(iter(lengths), 0),
         first_scored=first_scored,
         texts=tuple(ScoredText(name=text.name, digest=text.digest) for text, _ in texts),
         documents=tuple(scored_document(document) for document in documents),
-    )
-    return ReadOnce(
-        subject=subject,
-        texts=tuple(
-            exact_text(model, text, token_ids_T, first_scored=first_scored)
-            for text, token_ids_T in texts
-        ),
-        documents=tuple(exact_document(model, document) for document in documents),
     )
 
 

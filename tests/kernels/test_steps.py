@@ -269,6 +269,7 @@ def _size(error: EncodingError) -> float:
     return math.sqrt(error.squared_error / error.squared_size)
 
 
+@pytest.mark.timeout(300)
 def test_rows_that_fill_up_a_step_change_nothing(
     monkeypatch: pytest.MonkeyPatch, interpreted: torch.device
 ) -> None:

@@ -69,6 +69,28 @@ def test_every_policy_is_measured_on_evaluation_texts_and_documents(
     assert read_report(settings.output) == report
 
 
+def test_processes_find_what_one_finds(settings: QualitySettings, tmp_path: Path) -> None:
+    policies = ("int4", "int8 + window:recent=64")
+    alone = measure_quality(replace(settings, policies=policies), ignore)
+
+    together = measure_quality(
+        replace(settings, policies=policies, num_processes=2, output=tmp_path / "other.json"),
+        ignore,
+    )
+
+    assert together.subject == alone.subject
+    for found, wanted in zip(together.scores, alone.scores, strict=True):
+        assert msgspec.structs.replace(found, seconds=0) == msgspec.structs.replace(
+            wanted, seconds=0
+        )
+    assert read_report(tmp_path / "other.json") == together
+
+
+def test_a_wrong_setting_is_told_by_the_processes_too(settings: QualitySettings) -> None:
+    with pytest.raises(ConfigError, match="no evaluation text 'missing'"):
+        measure_quality(replace(settings, text_names=("missing",), num_processes=2), ignore)
+
+
 def test_a_second_run_measures_what_is_missing(settings: QualitySettings) -> None:
     first = measure_quality(settings, ignore)
 
