@@ -95,8 +95,8 @@ class EngineConfig:
 
     first_token_wait_s: float = 0.2
     """Longest wait for the steps in flight when another tenant sends something: where several
-    tenants are about, steps are cut to three quarters of it, and planned a quarter of it before
-    they can begin. Shorter steps use the hardware less well."""
+    tenants are about, steps are cut to half of it, and planned shortly before they can begin.
+    Shorter steps use the hardware less well."""
 
     tenant_head_start_s: float = 2.0
     """Seconds of work by which a tenant that used less than its share may run ahead of it, so that

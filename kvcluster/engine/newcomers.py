@@ -5,8 +5,9 @@ so long, and is planned only shortly before the one in flight is done:
     the next one                    ├─ ahead_s ┼───────── step_s ─────────┤
                                     planned    begins
 
-Who comes just after that waits for the rest of the one and for the whole of the other, which is
-`first_token_wait_s`; who comes before is part of the other.
+Who comes just after that waits for the rest of the one and for the whole of the other; who comes
+before is part of the other. Both together are seven tenths of `first_token_wait_s`: the rest is for
+steps that take longer than expected.
 """
 
 from collections.abc import Iterable
@@ -15,9 +16,11 @@ from kvcluster.config import EngineConfig
 from kvcluster.engine.lanes import Lane, StepBudget
 from kvcluster.engine.step_cost import Pace
 
-_AHEAD = 0.25
-"""Share of `first_token_wait_s`: the way of a plan to the ranks, and what a step that takes less
-time than expected leaves, so that the ranks need not wait for a plan."""
+_STEP = 0.5
+"""Of `first_token_wait_s`."""
+_AHEAD = 0.2
+"""Of `first_token_wait_s`: for the way of a plan to the ranks and for steps that take less time
+than expected, so that the ranks need not wait for a plan."""
 _HEAD_START_WAITS = 4
 """Longest step, in `first_token_wait_s`, of a tenant that is served on its head start."""
 
@@ -29,13 +32,12 @@ class NewcomerWait:
         self._block_size = block_size
         self._chunk_tokens = max(engine.prefill_chunk_tokens, block_size)
         self._wait_s = engine.first_token_wait_s
-        is_ahead = engine.lookahead_steps > 1
-        self._ahead_s = _AHEAD * self._wait_s if is_ahead else 0.0
+        self._is_ahead = engine.lookahead_steps > 1
 
     @property
     def step_s(self) -> float:
         """Of a step, where other tenants may come."""
-        return self._wait_s - self._ahead_s
+        return _STEP * self._wait_s if self._is_ahead else self._wait_s
 
     @property
     def longest_head_start_s(self) -> float:
@@ -46,7 +48,7 @@ class NewcomerWait:
     def plan_from(self, done_at: float) -> float:
         """When the next step is planned, where other tenants may come and all that is in flight is
         expected to be done at `done_at`."""
-        return done_at - self._ahead_s
+        return done_at - _AHEAD * self._wait_s
 
     def budget(self, lanes: Iterable[Lane], pace: Pace, *, is_shared: bool) -> StepBudget:
         """Of the next step. `is_shared`: other tenants may come."""

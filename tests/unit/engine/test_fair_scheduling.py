@@ -104,8 +104,8 @@ def test_the_first_step_after_an_arrival_has_the_newcomer() -> None:
     assert newcomer in {part.sequence for part in time.fake.plans[num_plans].sequences}
 
 
-@pytest.mark.parametrize("lookahead", [1, 2, 3])
-def test_a_newcomer_waits_only_so_long_for_the_steps_of_others(lookahead: int) -> None:
+@pytest.mark.parametrize(("lookahead", "most"), [(1, 1.0), (2, 0.7), (3, 0.7)])
+def test_a_newcomer_waits_only_so_long_for_the_steps_of_others(lookahead: int, most: float) -> None:
     """Whenever it comes, however long the prompts are that others send."""
     time = simulated(lookahead=lookahead)
     flood(time, RED, LONG)
@@ -118,11 +118,9 @@ def test_a_newcomer_waits_only_so_long_for_the_steps_of_others(lookahead: int) -
     later = [sent for name, sent in time.sent.items() if name not in settled]
     waits = [sent.others_s for sent in later if sent.tenant == BLUE]
     assert len(waits) == num_sent > 90
-    # Nobody comes later than those who come when a plan has just been made.
-    assert 0.9 * WAIT_S < max(waits) <= 1.02 * WAIT_S
-    # If the next step were always planned already, the least would be a whole step.
-    assert min(waits) < 0.1 * WAIT_S
-    assert sum(waits) / len(waits) < 0.6 * WAIT_S
+    # Some come when a step has just been planned, and some just before one is.
+    assert 0.9 * most * WAIT_S < max(waits) <= 1.02 * most * WAIT_S
+    assert min(waits) < 0.4 * most * WAIT_S
 
 
 def test_steps_are_short_where_a_newcomer_may_have_to_wait_for_them() -> None:
@@ -136,7 +134,8 @@ def test_steps_are_short_where_a_newcomer_may_have_to_wait_for_them() -> None:
     time.run_until(time.now + 30)
 
     assert alone > 1
-    assert time.largest_step_s <= 0.76 * WAIT_S
+    # A block of 16 at the end of the longest history is what cannot be cut.
+    assert time.largest_step_s <= 1.25 * WAIT_S / 2
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 5)])
