@@ -91,6 +91,8 @@ class IsolationMachine(ThreeTiers, RuleBasedStateMachine):
         self.open(Sizes(num_blocks, num_ranks, host_bytes, disk_bytes), {TENANTS[0]: floor})
         self.sent: dict[tuple[TenantId, str], list[list[int]]] = {}
         self.contexts: dict[tuple[TenantId, str], list[int]] = {}
+        self.written: dict[tuple[TenantId, str], list[int]] = {}
+        """Of each context, its tokens when it was last on disk as it was."""
 
     @rule(askers=st.permutations(TENANTS), length=lengths, own=owns, policy=policies)
     @acting
@@ -231,14 +233,15 @@ class IsolationMachine(ThreeTiers, RuleBasedStateMachine):
     @rule(pick=rarely)
     @acting
     async def restart(self, pick: bool) -> None:
-        """Every process ends: what is on disk as it is now is found, and nothing else."""
+        """Every process ends: what is on disk is found, in the state in which it was written last,
+        and nothing else."""
         if not pick:
             return
         kept = {
-            context.key: self.contexts[context.key]
+            context.key: self.written[context.key]
             for tenant in TENANTS
             for context in self.of(tenant)
-            if context.is_on_disk
+            if context.is_on_disk or context.disk.spill is not None
         }
         await self.stores.stop()
         self.seen["found on disk"] += len(kept)
@@ -269,6 +272,8 @@ class IsolationMachine(ThreeTiers, RuleBasedStateMachine):
             return
         self.operations[0] += 1
         self.check_books()
+        on_disk = (each for tenant in TENANTS for each in self.of(tenant) if each.is_on_disk)
+        self.written |= {each.key: list(each.tokens) for each in on_disk}
         assert {context.key for tenant in (*TENANTS, PUBLISHED) for context in self.of(tenant)} == {
             *self.contexts
         }
