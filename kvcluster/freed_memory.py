@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 _M_PERTURB: Final = -6
@@ -16,7 +18,23 @@ def overwrite_freed_memory() -> bool:
     C library can (glibc's M_PERTURB, mallopt(3)); pieces of at most 512 bytes that Python keeps to
     itself are not overwritten.
     """
+    return _set_pattern(_PATTERN)
+
+
+@contextmanager
+def freed_memory_overwritten() -> Iterator[None]:
+    """The same inside the `with` block alone, for a process that holds tensors: of what it does not
+    want to leave behind. One at a time, and not where it is on for good."""
+    _set_pattern(_PATTERN)
+    try:
+        yield
+    finally:
+        _set_pattern(0)
+
+
+def _set_pattern(pattern: int) -> bool:
+    """0: none."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_M_PERTURB, _PATTERN))
+    return mallopt is not None and bool(mallopt(_M_PERTURB, pattern))

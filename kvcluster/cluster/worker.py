@@ -32,6 +32,7 @@ from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, result_of
 from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.errors import RankLost
+from kvcluster.freed_memory import freed_memory_overwritten
 from kvcluster.model.codecs import load_codecs
 from kvcluster.model.loader import LoadedModel, load_model
 from kvcluster.types import ModelSpec
@@ -211,14 +212,18 @@ class Worker:
         Raises: SpillDiskFull, SpillUnavailable, RankLost.
         """
         order = msgspec.msgpack.decode(encoded_order, type=SpillWrite)
-        return msgspec.msgpack.encode(self._joined().write(order))
+        # Copies of blocks on their way are plain.
+        with freed_memory_overwritten():
+            return msgspec.msgpack.encode(self._joined().write(order))
 
     def read_spill(self, encoded_order: bytes) -> None:
         """Read this rank's share of a context into its blocks. Takes a SpillRead as msgpack.
 
         Raises: SealedCacheDamaged, SavedCacheMismatch, SpillUnavailable, RankLost.
         """
-        self._joined().read(msgspec.msgpack.decode(encoded_order, type=SpillRead))
+        order = msgspec.msgpack.decode(encoded_order, type=SpillRead)
+        with freed_memory_overwritten():
+            self._joined().read(order)
 
     def _joined(self) -> SpillShare:
         if self._spilling is None:
