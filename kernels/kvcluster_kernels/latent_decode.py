@@ -21,6 +21,8 @@ Values are latents as well, whose weighted sums the caller expands once for a qu
 weights of a row are merged: means are added to sums of weight 1); or integers, rotated codes, whose
 sums the caller rotates back; or plain numbers of 16 bits.
 
+`latent_gluon.py` is the same for Hopper, of the formats that `latent_gluon_launch.py` names.
+
 `latent_plain.decode_latents` is the definition. Shape letters: those of `latent_pages.py`.
 """
 
@@ -28,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvcluster_kernels import latent_gluon_launch
 from kvcluster_kernels.codes import dot, has_assembly, num_fields
 from kvcluster_kernels.combine import combine
 from kvcluster_kernels.latent_pages import (
@@ -40,13 +43,11 @@ from kvcluster_kernels.latent_pages import (
 )
 from kvcluster_kernels.latent_tiles import (
     block_planes,
-    cos_and_sin,
     expand,
     load_query_pairs,
     load_up,
-    rotated_keys,
-    turned_back,
 )
+from kvcluster_kernels.latent_turns import cos_and_sin, rotated_keys, turned_back
 from kvcluster_kernels.latent_values import (
     ValueFormat,
     ValuePages,
@@ -112,6 +113,11 @@ def latent_splits(
     settings: DecodeSettings | None = None,
 ) -> SplitPartials:
     """The same before it is merged, to be merged with more of its kind."""
+    against = latent_gluon_launch.reason_against(q_RTHD, keys, expansion, values, attention)
+    if against is None and not (settings and settings.is_portable):
+        return latent_gluon_launch.splits(
+            q_RTHD, keys, expansion, values, rows, attention, settings
+        )
     sections = sections_of(keys)
     block_size, dim = sections[0].codes.shape[3], q_RTHD.shape[3]
     forms = tuple(SectionForm.of(x, min(_PIECE, _NUMBERS // num_fields(x.bits))) for x in sections)

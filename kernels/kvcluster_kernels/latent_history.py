@@ -28,7 +28,7 @@ from kvcluster_kernels.latent_pages import (
     sections_of,
 )
 from kvcluster_kernels.latent_restore import restore_numbers, restore_values
-from kvcluster_kernels.latent_tiles import cos_and_sin
+from kvcluster_kernels.latent_turns import cos_and_sin
 from kvcluster_kernels.latent_values import ValuePages
 from kvcluster_kernels.packed_restore import restore_columns, restore_rows
 from kvcluster_kernels.prefill_arguments import Keys

@@ -55,7 +55,8 @@ def folded_twice(tile):
     def bent(bases):
         return [[row, place // half, place % half] for row, place in bases]
 
-    return Layout(bent(tile.reg_bases), bent(tile.lane_bases), [], [], [rows, 2, half])
+    warps = bent(tile.warp_bases)
+    return Layout(bent(tile.reg_bases), bent(tile.lane_bases), warps, [], [rows, 2, half])
 
 
 @gluon.constexpr_function

@@ -95,6 +95,9 @@ class DecodeSettings:
     """Query rows of one program of a packed kernel, a power of two; more are more programs."""
     is_portable: bool = False
     """Launch the kernel for any GPU even where there is one for this GPU."""
+    late_ns: int = 0
+    """Of the kernel for latents on Hopper: how long the later half of the programs wait before they
+    begin, so that two of a processor do not want its matrix unit at the same time."""
 
     def splits(self, device: torch.device, *, num_programs: int, num_tiles: int) -> int:
         """Splits of each row where `num_programs` are launched for each split, of rows of at most

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
+from kvcluster_kernels.latent_gluon_launch import COLUMNS, RANKS, format_against
 from torch import Tensor
 
+from kvcluster.attention.latent_cache import LatentCache
 from kvcluster.attention.packed_keys import packed_pages
 from kvcluster.codec.array import ArrayCodec, BlockShape
 from kvcluster.codec.basis import Basis
@@ -54,11 +56,19 @@ def decode_lines() -> dict[str, str]:
     ]
     latents = [name for name in _STORAGES if is_served(_beside_latents(_values_of(name), name))]
     beside = [name for name, codec in values.items() if is_served(_beside_latents(codec))]
+    rotated = values["rotated3"]
+    in_gluon = [name for name in _STORAGES if _is_for_hopper(_beside_latents(rotated, name))]
+    beside_in_gluon = [
+        name for name, codec in values.items() if _is_for_hopper(_beside_latents(codec))
+    ]
     in_torch = [name for name in values if name not in beside]
     return {
         "decode": f"kernels for {', '.join(('exact', 'latent attention', *alone, *mixed))}",
         "decode of latents": f"kernels for keys as latents of {', '.join(latents)}; beside values "
         f"that are {', '.join(beside)}",
+        "decode of latents on Hopper": f"a kernel of its own for latents of {', '.join(in_gluon)} "
+        f"beside {', '.join(beside_in_gluon)}, of ranks that {RANKS} divides, for up to {COLUMNS} "
+        "query rows of a KV head; the portable one for others",
         "decode in torch": "keys and values of two kinds that are not named above"
         + "".join(f", {name} values beside latents" for name in in_torch)
         + "".join(f", {name}" for name in plain if name not in alone),
@@ -74,6 +84,17 @@ def is_served(codec: LayerCodec) -> bool:
     shape = BlockShape(_HEADS, _BLOCK_TOKENS, _DIM)
     planes = (_room(codec.keys, shape), _room(codec.values, shape))
     return packed_pages(codec, planes, _GEOMETRY, _BLOCK_TOKENS) is not None
+
+
+def _is_for_hopper(codec: LayerCodec) -> bool:
+    """Whether blocks written so are read by the kernel for Hopper, where there is one."""
+    shape = BlockShape(_HEADS, _BLOCK_TOKENS, _DIM)
+    planes = (_room(codec.keys, shape), _room(codec.values, shape))
+    cache = packed_pages(codec, planes, _GEOMETRY, _BLOCK_TOKENS)
+    return (
+        isinstance(cache, LatentCache)
+        and format_against(cache.keys, cache.expansion, cache.values) is None
+    )
 
 
 def _room(codec: ArrayCodec, shape: BlockShape) -> Sequence[Tensor]:

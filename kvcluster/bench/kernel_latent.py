@@ -41,8 +41,10 @@ _WANTED_RATIO: Final = 1.0
 """Of the recipe of low-rank keys and low-bit values, beside bfloat16."""
 
 VARIED_FORMATS: Final = FORMATS[:3]
-VARIANTS: Final = tuple(
-    DecodeSettings(num_warps=warps, num_stages=stages, programs_per_processor=programs)
+_PORTABLE: Final = tuple(
+    DecodeSettings(
+        num_warps=warps, num_stages=stages, programs_per_processor=programs, is_portable=True
+    )
     for warps, stages, programs in (
         (4, 2, 2),
         (4, 3, 2),
@@ -53,6 +55,14 @@ VARIANTS: Final = tuple(
         (8, 2, 2),
     )
 )
+VARIANTS: Final = (
+    *_PORTABLE,
+    *(
+        DecodeSettings(programs_per_processor=programs, columns=16, late_ns=late_ns)
+        for programs, late_ns in ((1, 0), (2, 0), (2, 500), (2, 1000), (2, 1500))
+    ),
+)
+"""Of the portable kernel; then of the one for Hopper, where there is one of the format."""
 ABSORBED_VARIANTS: Final = tuple(
     DecodeSettings(tile=tile, num_warps=warps, num_stages=stages, programs_per_processor=programs)
     for tile, warps, stages, programs in (
@@ -133,7 +143,8 @@ def _variants(
     for settings in variants:
         name = (
             f"variant {title} tile={settings.tile} warps={settings.num_warps} "
-            f"stages={settings.num_stages} programs={settings.programs_per_processor}"
+            f"stages={settings.num_stages} programs={settings.programs_per_processor} "
+            f"late={settings.late_ns} portable={settings.is_portable}"
         )
         taken = _taken(timer, name, cache, settings)
         if taken is not None:

@@ -9,7 +9,12 @@ from kvcluster_kernels.absorbed_decode import decode_absorbed
 from kvcluster_kernels.decode import ExactPages
 from kvcluster_kernels.integer_decode import IntegerPages
 from kvcluster_kernels.latent_decode import decode_latents
-from kvcluster_kernels.latent_pages import KeyRotation, LatentPages, key_expansion
+from kvcluster_kernels.latent_pages import (
+    KeyExpansion,
+    KeyRotation,
+    LatentPages,
+    key_expansion,
+)
 from kvcluster_kernels.latent_values import ValuePages
 from kvcluster_kernels.paging import Attention, PagedRows
 from kvcluster_kernels.rotated_decode import RotatedPages
@@ -43,22 +48,29 @@ class LatentFormat(NamedTuple):
 def latent_cache(form: LatentFormat, shape: DecodeShape, q_RTHD: Tensor) -> Cache:
     """Blocks of one row in any order; positions in line. Of latent values, the way back of the sum
     is not part of the call: it is one small product a layer, whatever the length."""
-    device, rank = q_RTHD.device, form.rank(shape)
-    width = shape.num_kv_heads * shape.dim
-    keys = latent_pages(shape, device, rank, form.bits)
-    expansion = key_expansion(
-        torch.randn(rank, width, device=device) * rank**-0.5,
-        torch.randn(width, device=device),
-        num_kv_heads=shape.num_kv_heads,
-        rotation=KeyRotation(rotary_frequencies(shape.dim, device)),
-    )
-    values = _VALUES[form.values](shape, device)
+    device = q_RTHD.device
+    keys, expansion, values = latent_planes(form, shape, device)
     attention = Attention(scale=shape.dim**-0.5)
     run = partial(
         decode_latents, q_RTHD, keys, expansion, values, rows_in_line(shape, device), attention
     )
     planes = [plane for plane in (*keys, *values) if plane is not None]
     return Cache(run, sum(plane.nbytes for plane in planes))
+
+
+def latent_planes(
+    form: LatentFormat, shape: DecodeShape, device: torch.device
+) -> tuple[LatentPages, KeyExpansion, ValuePages]:
+    """Keys, the way back to them, and values."""
+    rank, width = form.rank(shape), shape.num_kv_heads * shape.dim
+    expansion = key_expansion(
+        torch.randn(rank, width, device=device) * rank**-0.5,
+        torch.randn(width, device=device),
+        num_kv_heads=shape.num_kv_heads,
+        rotation=KeyRotation(rotary_frequencies(shape.dim, device)),
+    )
+    keys = latent_pages(shape, device, rank, form.bits)
+    return keys, expansion, _VALUES[form.values](shape, device)
 
 
 def absorbed_cache(shape: DecodeShape, q_RTHD: Tensor) -> Cache:

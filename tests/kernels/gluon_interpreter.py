@@ -1,4 +1,4 @@
-"""Runs Gluon kernels of one warp with NumPy: what they compute, without what makes them fast.
+"""Runs Gluon kernels with NumPy: what they compute, without what makes them fast.
 
 Triton interprets kernels of its own language, not of Gluon. Here the modules of such a kernel are
 read again with other names for `triton`, `gluon` and their languages: tensors are arrays, shared
@@ -19,10 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-_MODULES = ("codes", "softmax", "levels", "paging", "packed_gluon_layouts", "packed_gluon_codes",
-            "packed_gluon_copies", "packed_gluon_tiles", "packed_gluon")  # fmt: skip
-"""Of the kernel, each after those that it imports."""
-_WORD = 0xFFFFFFFF
+from tests.kernels.gluon_assembly import run
+
+_PACKED = ("codes", "softmax", "levels", "paging", "packed_gluon_layouts", "packed_gluon_codes")
+PACKED_MODULES = (*_PACKED, "packed_gluon_copies", "packed_gluon_tiles", "packed_gluon")
+LATENT_MODULES = (*_PACKED, "latent_turns", "latent_gluon_layouts", "latent_gluon_tiles",
+                  "latent_gluon_values", "latent_gluon")  # fmt: skip
+"""Of a kernel, each after those that it imports."""
 _TYPES = ("uint8", "int8", "uint16", "uint32", "int32", "int64", "float16", "float32")
 
 
@@ -113,8 +116,16 @@ class Pointer:
     def __add__(self, offset: Any) -> "Pointer":
         return Pointer(self.memory, np.asarray(self.offset) + _plain(offset))
 
+    def to(self, dtype: Dtype, *, bitcast: bool) -> "Pointer":
+        """To numbers of another type at the same place."""
+        assert bitcast
+        size = dtype.dtype.itemsize
+        count = self.memory.nbytes // size
+        memory = self.memory.view(np.uint8)[: count * size].view(dtype.dtype)
+        return Pointer(memory, np.asarray(self.offset) * self.memory.itemsize // size)
+
     @classmethod
-    def to(cls, x: torch.Tensor | None) -> "Pointer | None":
+    def at(cls, x: torch.Tensor | None) -> "Pointer | None":
         """The first element of a tensor, and all memory behind it."""
         if x is None:
             return None
@@ -145,6 +156,12 @@ class Shared:
 
     def reshape(self, shape: Sequence[int]) -> "Shared":
         return Shared(self.numbers.reshape(shape))
+
+    def permute(self, order: Sequence[int]) -> "Shared":
+        return Shared(self.numbers.transpose(order))
+
+    def store(self, value: Tensor) -> None:
+        self.numbers[...] = value.numbers
 
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         assert start + length <= self.shape[dim]
@@ -186,8 +203,17 @@ def _store(ptr: Pointer, value: Any, *, mask: Any = True) -> None:
     ptr.memory[places[mask]] = value[mask]
 
 
-def _copy(smem: Shared, ptr: Pointer) -> None:
-    smem.numbers[...] = ptr.memory[ptr.offset]
+def _copy(smem: Shared, ptr: Pointer, *, mask: Any = True) -> None:
+    smem.numbers[...] = _load(ptr, mask=mask).numbers
+
+
+def _allocated(dtype: Dtype, shape: Sequence[int], layout: object, value: Any = None) -> Shared:
+    """Nothing that is there before counts as a number."""
+    del layout
+    if value is not None:
+        return Shared(value.numbers.astype(dtype.dtype))
+    size = dtype.dtype.itemsize
+    return Shared(np.full(shape, 0xFF, np.uint8).repeat(size, -1).view(dtype.dtype))
 
 
 def _mma(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
@@ -196,49 +222,17 @@ def _mma(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
         return Tensor(acc.numbers + a.numbers.astype(np.float32) @ b.numbers.astype(np.float32))
 
 
-def _permuted(low: Any, high: Any, selector: Any) -> Any:
-    """PTX `prmt.b32`: bit 3 of a selector asks for the sign of the byte in its place."""
-    table = np.asarray(low, np.uint64) | np.asarray(high, np.uint64) << np.uint64(32)
-    word = np.uint64(0)
-    for i in range(4):
-        nibble = np.asarray(selector, np.uint64) >> np.uint64(4 * i) & np.uint64(15)
-        byte = table >> (nibble & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
-        sign = np.where(byte >> np.uint64(7), np.uint64(0xFF), np.uint64(0))
-        word = word | np.where(nibble & np.uint64(8), sign, byte) << np.uint64(8 * i)
-    return word
+def _warpgroup_mma(
+    a: Tensor, b: Shared, acc: Tensor, *, use_acc: bool = True, is_async: bool
+) -> Tensor:
+    assert is_async
+    start = acc if use_acc else Tensor(np.zeros_like(acc.numbers))
+    return _mma(a, Tensor(b.numbers), start)
 
 
-def _looked_up(a: Any, b: Any, c: Any, table: Any) -> Any:
-    """PTX `lop3.b32`: bit by bit, by a table of eight."""
-    found = np.uint64(0)
-    for row in range(8):
-        if int(table) >> row & 1:
-            picked = [x if row >> bit & 1 else x ^ np.uint64(_WORD)
-                      for x, bit in ((a, 2), (b, 1), (c, 0))]  # fmt: skip
-            found = found | picked[0] & picked[1] & picked[2]
-    return found
-
-
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "and.b32": lambda a, b: a & b,
-    "xor.b32": lambda a, b: a ^ b,
-    "shr.b32": lambda a, b: a >> b,
-    "shr.u32": lambda a, b: a >> b,
-    "shl.b32": lambda a, b: a << b,
-    "add.u32": lambda a, b: a + b,
-    "sub.u32": lambda a, b: a - b,
-    "prmt.b32": _permuted,
-    "lop3.b32": _looked_up,
-}
-
-
-def _run_assembly(assembly: str, registers: dict[str, Any]) -> None:
-    for statement in assembly.strip("{} \n").split(";"):
-        if statement.strip() and not statement.strip().startswith(".reg"):
-            operation, arguments = statement.split(maxsplit=1)
-            target, *given = (argument.strip() for argument in arguments.split(","))
-            numbers = [registers[x] if x in registers else np.uint64(int(x, 0)) for x in given]
-            registers[target] = _OPERATIONS[operation](*numbers) & np.uint64(_WORD)
+def _fused(a: Any, b: Any, c: Any) -> Any:
+    """Float32, rounded once."""
+    return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
 
 
 def _inline_assembly(
@@ -249,22 +243,28 @@ def _inline_assembly(
         rows, columns = args[0].shape
         tiles = args[0].numbers.reshape(rows // 8, 8, columns // 8, 8)
         return Tensor(tiles.transpose(0, 3, 2, 1).reshape(rows, columns))
+    if "nanosleep" in assembly:
+        return args[0]
     outputs = dtype if isinstance(dtype, tuple) else (dtype,)
+    args = [Tensor(x) for x in np.broadcast_arrays(*(x.numbers for x in args))]
     shape = args[0].shape
-    each = pack * outputs[0].dtype.itemsize // 4
+    # A register of its own for each number of 16 bits that is not packed.
+    each = max(1, pack * outputs[0].dtype.itemsize // 4)
     registers: dict[str, Any] = {}
     for x in args:
         numbers = np.ascontiguousarray(x.numbers)
-        words = numbers.view("<u4") if numbers.itemsize == 1 else numbers.astype("<u4")
+        packed = numbers.dtype.kind == "f" or numbers.itemsize * pack == 4
+        words = numbers.view("<u4") if packed else numbers.astype("<u4")
         for word in words.reshape(*shape[:-1], shape[-1] // pack, -1).transpose(
             -1, *range(len(shape))
         ):
             registers[f"${len(outputs) * each + len(registers)}"] = word.astype(np.uint64)
-    _run_assembly(assembly, registers)
+    run(assembly, registers)
     found = []
     for number in range(len(outputs)):
         words = np.stack([registers[f"${number * each + i}"] for i in range(each)], axis=-1)
-        found.append(Tensor(words.astype("<u4").view(outputs[number].dtype).reshape(shape)))
+        kind = "<u4" if pack * outputs[number].dtype.itemsize >= 4 else "<u2"
+        found.append(Tensor(words.astype(kind).view(outputs[number].dtype).reshape(shape)))
     return tuple(found) if isinstance(dtype, tuple) else found[0]
 
 
@@ -289,6 +289,8 @@ class _Language:
             "log2": _wrapped(np.log2),
             "ceil": _wrapped(np.ceil),
             "abs": _wrapped(np.abs),
+            "floor": _wrapped(np.floor),
+            "fma": _wrapped(_fused),
         }
         names = {
             "constexpr": lambda x: x,
@@ -300,9 +302,12 @@ class _Language:
             "arange": lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32)),
             "convert_layout": lambda x, layout, assert_trivial=False: x,
             "expand_dims": lambda x, axis: Tensor(np.expand_dims(x.numbers, axis)),
-            "allocate_shared_memory": lambda dtype, shape, layout: Shared(
-                np.full(shape, 0xFF, np.uint8).repeat(dtype.dtype.itemsize, -1).view(dtype.dtype)
-            ),
+            "allocate_shared_memory": _allocated,
+            "static_assert": lambda condition: None,
+            "join": lambda a, b: Tensor(np.stack([a.numbers, b.numbers], -1)),
+            "split": lambda x: (Tensor(x.numbers[..., 0]), Tensor(x.numbers[..., 1])),
+            "sum": lambda x, axis: Tensor(x.numbers.sum(axis)),
+            "min": lambda x, axis: Tensor(x.numbers.min(axis)),
             "load": _load,
             "store": _store,
             "max": lambda x, axis: Tensor(x.numbers.max(axis)),
@@ -318,10 +323,10 @@ class _Language:
             "DistributedLinearLayout": _Linear,
             **dict.fromkeys(
                 ("BlockedLayout", "SwizzledSharedLayout", "DotOperandLayout",
-                 "NVMMADistributedLayout"),
+                 "NVMMADistributedLayout", "NVMMASharedLayout"),
                 lambda *given: given,
             ),
-            "tensor": Tensor, "tuple": tuple, "pointer_type": object,
+            "tensor": Tensor, "tuple": tuple, "pointer_type": lambda dtype: dtype,
             **math_names,
         }  # fmt: skip
         for name, value in names.items():
@@ -351,9 +356,15 @@ def _other_names(modules: dict[str, ModuleType]) -> Iterator[None]:
 
 
 class Kernel:
-    """`packed_gluon.packed_kernel`, launched as a compiled kernel is."""
+    """The function of this name of the last of some modules, launched as a compiled kernel is."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        modules: Sequence[str] = PACKED_MODULES,
+        function: str = "packed_kernel",
+        num_warps: int = 1,
+    ) -> None:
+        self._num_warps = num_warps
         self._language = _Language()
         language = self._language.names()
 
@@ -381,25 +392,31 @@ class Kernel:
             f"{experimental}.gluon.language.nvidia.ampere": _module(
                 "ampere", async_copy=copies, mma_v2=_mma
             ),
+            f"{experimental}.gluon.language.nvidia.hopper": _module(
+                "hopper",
+                warpgroup_mma=_warpgroup_mma,
+                fence_async_shared=lambda: None,
+                warpgroup_mma_wait=lambda count, deps: deps,
+            ),
         }
-        for name in _MODULES:
+        for name in modules:
             spec = importlib.util.find_spec(f"kvcluster_kernels.{name}")
             assert spec is not None
             assert spec.loader is not None
             replaced[f"kvcluster_kernels.{name}"] = importlib.util.module_from_spec(spec)
         with _other_names(replaced):
-            for name in _MODULES:
+            for name in modules:
                 module = replaced[f"kvcluster_kernels.{name}"]
                 assert module.__spec__ is not None
                 assert module.__spec__.loader is not None
                 module.__spec__.loader.exec_module(module)
-        self._function = replaced["kvcluster_kernels.packed_gluon"].packed_kernel
+        self._function = getattr(replaced[f"kvcluster_kernels.{modules[-1]}"], function)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         def launch(*given: Any, num_warps: int, **constants: Any) -> None:
-            assert num_warps == 1
+            assert num_warps == self._num_warps
             arguments = [
-                Pointer.to(x) if isinstance(x, torch.Tensor)
+                Pointer.at(x) if isinstance(x, torch.Tensor)
                 else Tensor(np.float32(x) if isinstance(x, float) else np.int32(x))
                 for x in given
             ]  # fmt: skip

@@ -16,7 +16,7 @@ from kvcluster_kernels.latent_pages import (
     key_expansion,
 )
 from kvcluster_kernels.latent_values import ValuePages
-from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows
+from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, Partial
 from kvcluster_kernels.rotated_decode import RotatedPages
 from torch import Tensor
 
@@ -171,12 +171,19 @@ VALUES: dict[str, ValueDraw] = {
     "int8": _integers(8, 64, 16),
     "int4": _integers(4, 64, 16),
     "int3": _integers(3, 32, 16),
+    "int3 in groups of 64": _integers(3, 64, 16),
     "int4 scale_bits=8": _integers(4, 32, 8),
     "int2": _integers(2, 32, 16),
     "rotated4": _rotated(4),
     "rotated3": _rotated(3),
     "rotated2": _rotated(2),
 }
+
+
+LatentDecode = Callable[
+    [Tensor, Latents, KeyExpansion, ValuePages, PagedRows, Attention, DecodeSettings | None],
+    Partial,
+]
 
 
 def check(
@@ -189,6 +196,7 @@ def check(
     values: str = "int4",
     attention: Attention = ATTENTION,
     settings: DecodeSettings | None = None,
+    decode: LatentDecode = decode_latents,
 ) -> None:
     """The kernel beside its definition."""
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +212,7 @@ def check(
     expansion = expansion_of(basis, batch.num_kv_heads, turning, device, up_CF)
     v = VALUES[values](batch, rows)
 
-    found = decode_latents(q_RTHD, k, expansion, v, rows, attention, settings)
+    found = decode(q_RTHD, k, expansion, v, rows, attention, settings)
 
     want = latent_plain.decode_latents(q_RTHD.double(), k, expansion, v, rows, attention)
     k_RKSD = latent_plain.restore_keys(k, expansion, rows, torch.float64)

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from kvcluster_kernels import latent_codes, latent_tiles
+from kvcluster_kernels import latent_codes, latent_turns
 
 from tests.kernels.test_assembly import OPERATIONS, assembly_of
 
@@ -82,7 +82,7 @@ def test_codes_become_their_numbers_rounded_once(number: int, bits: int) -> None
 
 
 def test_pairs_are_turned_by_their_angle() -> None:
-    assembly = assembly_of(latent_tiles, 0)
+    assembly = assembly_of(latent_turns, 0)
     generator = random.Random(0)
 
     for _ in range(100):
