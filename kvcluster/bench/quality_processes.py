@@ -1,8 +1,8 @@
 """A measurement of quality spread over processes of one machine.
 
-Each loads the model for itself and takes one text or document of one policy at a time. Policies that
-are read in small steps leave a GPU waiting for the process that asks for them: ten of them together
-measured a policy on three texts and 36 documents in the time of a fifth of that.
+Each loads the model for itself and takes one text or document of one policy at a time. Policies
+that are read in small steps leave a GPU waiting for the process that asks for them: on an H100 ten
+of them did in a minute what takes one five.
 """
 
 import multiprocessing
