@@ -85,7 +85,7 @@ def _launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _bounds_kernel(
     q_ptr,
     low_ptr,

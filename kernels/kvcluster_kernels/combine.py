@@ -15,8 +15,9 @@ from torch import Tensor
 from kvcluster_kernels.paging import Partial, SplitPartials, overlaps
 
 _LN_2 = tl.constexpr(math.log(2))
-_SPLITS_AT_ONCE = 256
-"""Whose outputs a program asks for at once: all of them, as a rule, so that it waits only once."""
+_SPLITS_AT_ONCE = (16, 64, 128, 256)
+"""Whose outputs a program asks for at once: all of them, as a rule, so that it waits only once. Few
+sizes, because each is compiled."""
 _CHANNELS = 32
 """Of a program: a line of memory of each split, and several programs for every query row."""
 
@@ -36,13 +37,18 @@ def combine(splits: SplitPartials, *, num_tokens: int) -> Partial:
         NUM_ROWS=num_query_rows,
         GROUP=num_query_rows // num_tokens,
         DIM=dim,
-        SPLITS=min(_SPLITS_AT_ONCE, triton.next_power_of_2(num_splits)),
+        SPLITS=splits_at_once(num_splits),
         CHANNELS=_CHANNELS,
         OVERLAPS=early,
         num_warps=4,
         launch_pdl=early,
     )
     return Partial(out_RTHD, lse_RTH)
+
+
+def splits_at_once(num_splits: int) -> int:
+    """Splits that are read together where there are so many."""
+    return next((size for size in _SPLITS_AT_ONCE if num_splits <= size), _SPLITS_AT_ONCE[-1])
 
 
 def combine_plain(splits: SplitPartials, *, num_tokens: int) -> Partial:
@@ -69,7 +75,7 @@ def _room(splits: SplitPartials, num_tokens: int) -> Partial:
     return Partial(out_RTHD, splits.lse_RKXM.new_empty(shape))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_splits",))
 def _combine_kernel(
     split_out_ptr: tl.tensor,
     split_lse_ptr: tl.tensor,

@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcluster_kernels.combine import combine_plain
+from kvcluster_kernels.combine import combine_plain, splits_at_once
 from kvcluster_kernels.merge import merge_reference
 from kvcluster_kernels.paging import SplitPartials, overlaps
 from kvcluster_kernels.prefill_arguments import PartialAttention
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_SPLITS_AT_ONCE = 256
 _CHANNELS = 32
 """Of a program, as `combine` has it."""
 
@@ -50,13 +49,14 @@ def combine_pools(
     _combine_pools_kernel[(num_query_rows * chunks, num_kv_heads, num_rows)](
         tuple(pool.out_RKXMD for pool in pools),
         tuple(pool.lse_RKXM for pool in pools),
-        tuple(pool.out_RKXMD.shape[2] for pool in pools),
+        # Integers of a tuple are specialised whatever Triton is told: by 1, and by 16.
+        tuple(2 * pool.out_RKXMD.shape[2] + 1 for pool in pools),
         out_RTHD,
         out_RTHD if sinks_H is None else sinks_H,
         NUM_ROWS=num_query_rows,
         GROUP=num_query_rows // num_tokens,
         DIM=dim,
-        SPLITS=min(_SPLITS_AT_ONCE, triton.next_power_of_2(most)),
+        SPLITS=splits_at_once(most),
         CHANNELS=_CHANNELS,
         NUM_POOLS=len(pools),
         SINKS=sinks_H is not None,
@@ -91,7 +91,7 @@ def combine_pools_plain(
 def _combine_pools_kernel(
     outs,
     lses,
-    nums_splits,
+    odd_nums_splits,
     out_ptr,
     sinks_ptr,
     NUM_ROWS: tl.constexpr,
@@ -120,7 +120,7 @@ def _combine_pools_kernel(
         total = 1.0
     acc_D = tl.zeros([CHANNELS], tl.float32)
     for i in tl.static_range(NUM_POOLS):
-        num_splits = nums_splits[i]
+        num_splits = odd_nums_splits[i] // 2
         place = (row * tl.num_programs(1) + head).to(tl.int64) * num_splits * NUM_ROWS + query_row
         for first in tl.range(0, num_splits, SPLITS):
             offs_s = first + tl.arange(0, SPLITS)

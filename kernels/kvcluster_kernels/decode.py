@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kvcluster_kernels.combine import combine
 from kvcluster_kernels.paging import (
+    ROW_NUMBERS,
+    ROW_POINTERS,
     Attention,
     DecodeSettings,
     PagedRows,
@@ -161,7 +163,7 @@ def _strides(x_PKND: Tensor, block_size: int) -> tuple[int, int, int, int]:
     return page, token * block_size, head, token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
 def _decode_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,

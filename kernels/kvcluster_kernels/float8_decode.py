@@ -21,6 +21,8 @@ from kvcluster_kernels.combine import combine
 from kvcluster_kernels.integer_tiles import HEADROOM, load_query_fields, sum_weights, zero_sums
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
+    ROW_NUMBERS,
+    ROW_POINTERS,
     Attention,
     DecodeSettings,
     PagedRows,
@@ -96,7 +98,7 @@ def default_settings() -> DecodeSettings:
     return DecodeSettings(num_warps=4, programs_per_processor=2, columns=64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
 def _float8_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,

@@ -42,6 +42,8 @@ from kvcluster_kernels.packed_gluon_launch import Codes, Planes, pointers, reaso
 from kvcluster_kernels.packed_gluon_launch import splits as hopper_splits
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
+    ROW_NUMBERS,
+    ROW_POINTERS,
     Attention,
     DecodeSettings,
     PagedRows,
@@ -179,7 +181,7 @@ def code_bits(pages: IntegerPages, contiguous: int) -> int:
     return bits if pages.high is None else bits + 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
 def _integer_kernel(
     q_ptr: tl.tensor,
     k_codes_ptr: tl.tensor,

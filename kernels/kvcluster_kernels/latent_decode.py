@@ -61,6 +61,8 @@ from kvcluster_kernels.latent_values import (
 )
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
+    ROW_NUMBERS,
+    ROW_POINTERS,
     Attention,
     DecodeSettings,
     PagedRows,
@@ -207,7 +209,7 @@ def _check(
         raise ValueError("latent keys are turned to their positions: give those of the blocks")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
 def _latent_kernel(
     q_ptr: tl.tensor,
     up_ptr: tl.tensor,

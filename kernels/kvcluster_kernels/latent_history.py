@@ -179,7 +179,7 @@ def _expand(
     )
 
 
-@triton.jit(do_not_specialize=("num_slots",))
+@triton.jit(do_not_specialize=("num_slots",), do_not_specialize_on_alignment=("positions_ptr",))
 def _expand_kernel(
     latents_ptr: tl.tensor,
     up_ptr: tl.tensor,

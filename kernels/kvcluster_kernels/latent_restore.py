@@ -81,7 +81,7 @@ def restore_values(pages: RotatedPages, blocks_N: Tensor, block_size: int) -> Te
     return x_KXD
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("blocks_ptr",))
 def _numbers_kernel(
     planes: tl.tuple,
     strides: tl.tuple,
@@ -127,7 +127,7 @@ def _store_section(
             )
 
 
-@triton.jit(do_not_specialize=("num_slots",))
+@triton.jit(do_not_specialize=("num_slots",), do_not_specialize_on_alignment=("blocks_ptr",))
 def _values_kernel(
     planes: tl.tuple,
     strides: tl.tuple,

@@ -15,11 +15,12 @@ from kvcluster_kernels.prefill_arguments import PartialAttention
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_MAX_AT_ONCE = 8
-"""Partials that one pass reads; more are merged in several."""
+_AT_ONCE = (1, 2, 4, 8)
+"""Partials that one pass has room for; more are merged in several. Few sizes, because each is
+compiled."""
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_partials"])
 def _merge(
     outs,
     lses,
@@ -27,11 +28,12 @@ def _merge(
     lse_ptr,
     sinks_ptr,
     num_rows,
+    num_partials,
     NUM_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    NUM_PARTIALS: tl.constexpr,
+    PLACES: tl.constexpr,
     SINKS: tl.constexpr,
 ):
     rows_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -43,8 +45,9 @@ def _merge(
     if SINKS:
         sink2_R = tl.load(sinks_ptr + rows_R % NUM_HEADS, mask=mask_R, other=0.0) * _LOG2_E
         max2_R = sink2_R
-    for i in tl.static_range(NUM_PARTIALS):
-        lse2_R = tl.load(lses[i] + rows_R, mask=mask_R, other=float("-inf")) * _LOG2_E
+    for i in tl.static_range(PLACES):
+        is_there_R = rows_R < tl.where(num_partials > i, num_rows, 0)
+        lse2_R = tl.load(lses[i] + rows_R, mask=is_there_R, other=float("-inf")) * _LOG2_E
         max2_R = tl.maximum(max2_R, lse2_R)
     # Nobody saw a key: -inf minus -inf is NaN.
     shift_R = tl.where(max2_R == float("-inf"), 0.0, max2_R)
@@ -52,11 +55,13 @@ def _merge(
     if SINKS:
         sum_R = tl.exp2(sink2_R - shift_R)
     acc_RD = tl.zeros([BLOCK_R, PADDED_DIM], tl.float32)
-    for i in tl.static_range(NUM_PARTIALS):
-        lse2_R = tl.load(lses[i] + rows_R, mask=mask_R, other=float("-inf")) * _LOG2_E
+    for i in tl.static_range(PLACES):
+        is_there_R = rows_R < tl.where(num_partials > i, num_rows, 0)
+        lse2_R = tl.load(lses[i] + rows_R, mask=is_there_R, other=float("-inf")) * _LOG2_E
         share_R = tl.exp2(lse2_R - shift_R)
         sum_R += share_R
-        part_RD = tl.load(outs[i] + offs_RD, mask=mask_RD, other=0.0).to(tl.float32)
+        is_there_RD = mask_RD & is_there_R[:, None]
+        part_RD = tl.load(outs[i] + offs_RD, mask=is_there_RD, other=0.0).to(tl.float32)
         acc_RD += share_R[:, None] * part_RD
     seen_R = sum_R > 0.0
     divisor_R = tl.where(seen_R, sum_R, 1.0)
@@ -80,8 +85,9 @@ def merge(
     Raises: ValueError when the partials are not of the same rows.
     """
     _check(partials)
-    while len(partials) > _MAX_AT_ONCE:
-        partials = [merge(partials[:_MAX_AT_ONCE]), *partials[_MAX_AT_ONCE:]]
+    most = _AT_ONCE[-1]
+    while len(partials) > most:
+        partials = [merge(partials[:most]), *partials[most:]]
     num_tokens, num_heads, dim = partials[0].out_THD.shape
     if out is None:
         out = PartialAttention(
@@ -91,21 +97,29 @@ def merge(
     if out.lse_TH.numel() == 0:
         return out
     block_r = 16
+    places = next(size for size in _AT_ONCE if len(partials) <= size)
     _merge[(triton.cdiv(num_tokens * num_heads, block_r),)](
-        tuple(partial.out_THD.contiguous() for partial in partials),
-        tuple(partial.lse_TH.contiguous() for partial in partials),
+        _placed([partial.out_THD for partial in partials], places),
+        _placed([partial.lse_TH for partial in partials], places),
         *out,
         out.lse_TH if sinks_H is None else sinks_H.float(),
         num_tokens * num_heads,
+        len(partials),
         NUM_HEADS=num_heads,
         DIM=dim,
         PADDED_DIM=triton.next_power_of_2(dim),
         BLOCK_R=block_r,
-        NUM_PARTIALS=len(partials),
+        PLACES=places,
         SINKS=sinks_H is not None,
         num_warps=4,
     )
     return out
+
+
+def _placed(planes: Sequence[Tensor], places: int) -> tuple[Tensor, ...]:
+    """With the first one in places that nothing is read of."""
+    placed = [plane.contiguous() for plane in planes]
+    return (*placed, *placed[:1] * (places - len(placed)))
 
 
 def merge_reference(

@@ -21,6 +21,8 @@ from kvcluster_kernels.packed_gluon_launch import pointers
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.packed_plain import in_line, restore_integers, restore_rotated_values
 from kvcluster_kernels.paging import (
+    ROW_NUMBERS,
+    ROW_POINTERS,
     Attention,
     DecodeSettings,
     PagedRows,
@@ -108,7 +110,7 @@ def decode_mixed_plain(
     return attend_tokens(q_RTHD, in_line(k_RBKSD), in_line(v_RBKSD), rows, attention)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
 def _mixed_kernel(
     q_ptr: tl.tensor,
     k_codes_ptr: tl.tensor,

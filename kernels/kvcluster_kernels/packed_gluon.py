@@ -33,7 +33,7 @@ from kvcluster_kernels.packed_gluon_tiles import (
     weigh_block,
     weights_of,
 )
-from kvcluster_kernels.paging import let_next_start, split_tiles
+from kvcluster_kernels.paging import ROW_NUMBERS, ROW_POINTERS, let_next_start, split_tiles
 
 _LEAST_FACTOR = gl.constexpr(2.0**-126)
 
@@ -88,7 +88,7 @@ def _attend(
     return max_N, total_EN * decay_N[None, :] + some_EN * shrink, acc, zeros
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
 def packed_kernel(
     q_ptr, plain_q_ptr,
     k_codes_ptr, k_high_ptr, k_scale_ptr, k_zero_ptr, k_unit_ptr,

@@ -222,7 +222,6 @@ def _launch(
         *page_strides(values),
         GROUP=num_heads // history.num_kv_heads,
         NUM_KV_HEADS=history.num_kv_heads,
-        NUM_SPLITS=grid[1],
         BLOCK_M=tiles.block_m,
         BLOCK_TOKENS=history.block_tokens,
         PAGE_BLOCKS=keys[0].shape[1],

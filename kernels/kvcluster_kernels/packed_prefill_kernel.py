@@ -125,7 +125,7 @@ def _fold_blocks(
     return acc_MD, max2_M, sum_M
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("blocks_ptr",))
 def packed_prefill_kernel(
     q_ptr,
     k_codes_ptr,
@@ -156,7 +156,6 @@ def packed_prefill_kernel(
     stride_v_unit,
     GROUP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PAGE_BLOCKS: tl.constexpr,
@@ -186,7 +185,7 @@ def packed_prefill_kernel(
     )
     scale2_M = size_M * scale2
     num_blocks = tl.cdiv(num_keys, BLOCK_TOKENS)
-    share = tl.cdiv(num_blocks, NUM_SPLITS)
+    share = tl.cdiv(num_blocks, tl.num_programs(1))
     begin = tl.minimum(num_blocks, part * share)
     end = tl.minimum(num_blocks, begin + share)
 

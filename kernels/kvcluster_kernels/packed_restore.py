@@ -105,7 +105,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=("num_slots",))
+@triton.jit(do_not_specialize=("num_slots",), do_not_specialize_on_alignment=("blocks_ptr",))
 def _restore_kernel(
     codes_ptr: tl.tensor,
     scale_ptr: tl.tensor,

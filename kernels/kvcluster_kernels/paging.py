@@ -10,12 +10,24 @@ head (its query heads, for each of the T tokens), L contiguous axis.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+ROW_NUMBERS: Final = ("max_blocks", "num_splits")
+"""Arguments of decode kernels that follow from lengths. Triton compiles a kernel anew for integers
+that are 1 or divisible by 16, unless it is told not to; a compilation takes seconds."""
+ROW_POINTERS: Final = (
+    "blocks_ptr",
+    "starts_ptr",
+    "ends_ptr",
+    "block_positions_ptr",
+    "q_positions_ptr",
+)
+"""And what points into tables, with whatever lies before: read a number at a time."""
 
 
 class PagedRows(NamedTuple):

@@ -27,7 +27,7 @@ _SECOND = gl.constexpr(1)
 _THIRD = gl.constexpr(2)
 
 
-@gluon.jit(do_not_specialize=_NUMBERS)
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("blocks_ptr",))
 def prefill_kernel(
     q_desc,
     k_desc,

@@ -169,7 +169,7 @@ def _launch(
         *keys.v_PKSD.stride()[:3],
         GROUP=num_heads // num_kv_heads,
         NUM_KV_HEADS=num_kv_heads,
-        NUM_SPLITS=grid[1],
+        IS_SPLIT=grid[1] > 1,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         KEY_DIM=key_dim,

@@ -56,7 +56,7 @@ def _meet(one2_M, other2_M):
     return max2_M, tl.exp2(one2_M - shift_M), tl.exp2(other2_M - shift_M)
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("blocks_ptr",))
 def prefill_kernel(
     q_ptr,
     k_ptr,
@@ -86,7 +86,7 @@ def prefill_kernel(
     stride_v_s,
     GROUP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -147,8 +147,8 @@ def prefill_kernel(
         if HAS_FIRST:
             begin = tl.minimum(end, lowest_first) // BLOCK_N * BLOCK_N
             plain = begin
-    if NUM_SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    if IS_SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
         begin = tl.minimum(end, begin + part * share)
         end = tl.minimum(end, begin + share)
         plain = tl.maximum(begin, tl.minimum(plain, end // BLOCK_N * BLOCK_N))

@@ -30,6 +30,8 @@ from kvcluster_kernels.packed_gluon_launch import Codes, Planes, pointers, reaso
 from kvcluster_kernels.packed_gluon_launch import splits as hopper_splits
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
 from kvcluster_kernels.paging import (
+    ROW_NUMBERS,
+    ROW_POINTERS,
     Attention,
     DecodeSettings,
     PagedRows,
@@ -149,7 +151,7 @@ def default_settings(q_RTHD: Tensor, num_kv_heads: int, bits: int) -> DecodeSett
     return DecodeSettings(num_warps=2, programs_per_processor=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
 def _rotated_kernel(
     q_ptr: tl.tensor,
     rotated_q_ptr: tl.tensor,

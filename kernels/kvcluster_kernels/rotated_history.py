@@ -122,7 +122,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=("num_slots",))
+@triton.jit(do_not_specialize=("num_slots",), do_not_specialize_on_alignment=("blocks_ptr",))
 def _level_kernel(
     codes_ptr: tl.tensor,
     high_ptr: tl.tensor,

@@ -38,6 +38,12 @@ def refusals(module: str, names: Sequence[str]) -> dict[str, str]:
     return _answer("translate", module, names)
 
 
+def compile_keys(module: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """By launch: what each kernel that it launches is compiled for, with the kernel's name. Triton
+    compiles it again for every other one, on the first launch that asks for it."""
+    return _answer("keys", module, names)
+
+
 def _answer(verb: str, module: str, names: Sequence[str]) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(_ROOT), str(_ROOT / "kernels"), environment.get("PYTHONPATH", "")]
@@ -139,11 +145,20 @@ def _refusal(launch: Callable[[], object]) -> str | None:
     return None
 
 
+def _keys(launch: Callable[[], object]) -> list[str]:
+    with _asked() as found:
+        launch()
+    assert found, "nothing was launched"
+    return [f"{asked['function'].fn.__name__} {asked['key']}" for asked in found]
+
+
 def _main(verb: str, module: str) -> None:
     launches = import_module(module).LAUNCHES
     names = json.load(sys.stdin)
     if verb == "compile":
         answer: dict[str, Any] = {name: _compile(launches[name]) for name in names}
+    elif verb == "keys":
+        answer = {name: _keys(launches[name]) for name in names}
     else:
         said = {name: _refusal(launches[name]) for name in names}
         answer = {name: words for name, words in said.items() if words is not None}

@@ -24,7 +24,7 @@ def exact(name: str, *, dim: int = 128, rows: int = 8, dtype: str = "bf16") -> C
         kernel="_decode_kernel",
         signature={
             **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), pointer),
-            **dict.fromkeys(_INT_POINTERS, "*i32:16"),
+            **dict.fromkeys(_INT_POINTERS, "*i32"),
             **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32:16"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),
             **dict.fromkeys(("window", "max_blocks", "num_splits"), "i32"),

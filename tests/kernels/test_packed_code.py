@@ -15,7 +15,7 @@ _BLOCK_SIZE = 64
 _COMMON = {
     **dict.fromkeys(
         ("blocks_ptr", "starts_ptr", "ends_ptr", "block_positions_ptr", "q_positions_ptr"),
-        "*i32:16",
+        "*i32",
     ),
     **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32:16"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
