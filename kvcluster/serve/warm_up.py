@@ -1,10 +1,13 @@
-"""The proof that a cluster serves: a token generated through the whole ring.
+"""The proof that a cluster serves: tokens generated through the whole ring, under the policy of
+requests that name none.
 
-On GPUs the prompt also has kernels compiled for full chunks, alone and behind a history, so that
-the first long prompt does not wait some seconds for that.
+On GPUs there are several prompts, so that kernels are compiled before somebody waits for them: for
+full chunks, alone and behind a history, for prompts of one chunk, for last chunks of fewer rows,
+and for a block that single tokens fill.
 """
 
 from array import array
+from typing import NamedTuple
 
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.api import (
@@ -21,15 +24,35 @@ from kvcluster.types import DEFAULT_TENANT, ModelSpec, SamplingParams
 _OUTPUT_TOKENS = 2
 
 
-def warm_up_tokens(config: ClusterConfig, spec: ModelSpec, *, with_gpus: bool) -> int:
-    """Prompt tokens that put rows and blocks on every rank, and `with_gpus` fill two chunks and
-    some of a third, as far as the limits allow."""
-    on_every_rank = 2 * config.ring.num_ranks * config.cache.block_size
-    wanted = max(on_every_rank, config.engine.shard_min_tokens)
-    if with_gpus:
-        wanted = max(wanted, 2 * config.engine.prefill_chunk_tokens + on_every_rank)
-    held = config.ring.num_ranks * config.cache.capacity_tokens
-    return max(1, min(wanted, spec.max_context_tokens - _OUTPUT_TOKENS, held - _OUTPUT_TOKENS))
+class WarmUpPrompt(NamedTuple):
+    """What is generated once."""
+
+    num_tokens: int
+    max_output_tokens: int
+
+
+def warm_up_prompts(
+    config: ClusterConfig, spec: ModelSpec, *, with_gpus: bool
+) -> tuple[WarmUpPrompt, ...]:
+    """The longest one comes first: it puts rows and blocks on every rank, and `with_gpus` fills two
+    chunks and some of a third, as far as the limits allow."""
+    chunk, block_size = config.engine.prefill_chunk_tokens, config.cache.block_size
+    room = min(spec.max_context_tokens, config.ring.num_ranks * config.cache.capacity_tokens)
+    on_every_rank = 2 * config.ring.num_ranks * block_size
+    longest = max(on_every_rank, config.engine.shard_min_tokens)
+    if not with_gpus:
+        return (_within(room, longest, _OUTPUT_TOKENS),)
+    # Rows of a full block, and one behind them, because of which it may become encoded.
+    outputs = max(_OUTPUT_TOKENS, min(block_size + 1, room // 2))
+    return (
+        _within(room, max(longest, 2 * chunk + on_every_rank), outputs),
+        _within(room, chunk // 2, _OUTPUT_TOKENS),
+        _within(room, chunk + chunk // 4, _OUTPUT_TOKENS),
+    )
+
+
+def _within(room: int, num_tokens: int, max_output_tokens: int) -> WarmUpPrompt:
+    return WarmUpPrompt(max(1, min(num_tokens, room - max_output_tokens)), max_output_tokens)
 
 
 async def warm_up(
@@ -39,17 +62,21 @@ async def warm_up(
 
     Raises: RankLost when no token comes out.
     """
+    for prompt in warm_up_prompts(config, spec, with_gpus=with_gpus):
+        await _generate(backend, spec, prompt)
+
+
+async def _generate(backend: Backend, spec: ModelSpec, prompt: WarmUpPrompt) -> None:
     opened = await backend.open(
         GenerationRequest(
             model=spec.name,
-            max_output_tokens=_OUTPUT_TOKENS,
+            max_output_tokens=prompt.max_output_tokens,
             sampling=SamplingParams(ignore_eos=True),
             cache_mode=CacheMode.BYPASS,
         )
     )
     # Ids that every vocabulary has; what they mean does not matter.
-    num_tokens = warm_up_tokens(config, spec, with_gpus=with_gpus)
-    ids = array("I", (index % spec.vocab_size for index in range(num_tokens)))
+    ids = array("I", (index % spec.vocab_size for index in range(prompt.num_tokens)))
     await backend.append_prompt(opened.generation, opened.upload, TokenChunk(0, ids.tobytes()))
     await backend.finish_prompt(opened.generation, opened.upload)
     async for events in backend.watch(DEFAULT_TENANT, opened.generation, 0):

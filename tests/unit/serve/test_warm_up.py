@@ -1,9 +1,9 @@
-"""The warm-up prompt is long enough to reach every rank, and fits what the model allows."""
+"""Warm-up prompts are long enough to reach every rank, and fit what the model allows."""
 
 import pytest
 
 from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfig
-from kvcluster.serve.warm_up import warm_up_tokens
+from kvcluster.serve.warm_up import warm_up_prompts
 from kvcluster.types import LayerGeometry, ModelSpec
 
 
@@ -26,10 +26,10 @@ def spec(max_context_tokens: int) -> ModelSpec:
 def test_with_the_defaults_it_is_sharded_over_every_rank(num_ranks: int) -> None:
     config = ClusterConfig(ring=RingConfig(num_ranks=num_ranks))
 
-    num_tokens = warm_up_tokens(config, spec(100_000), with_gpus=False)
+    [prompt] = warm_up_prompts(config, spec(100_000), with_gpus=False)
 
-    assert num_tokens >= config.engine.shard_min_tokens
-    assert num_tokens >= num_ranks * config.cache.block_size
+    assert prompt.num_tokens >= config.engine.shard_min_tokens
+    assert prompt.num_tokens >= num_ranks * config.cache.block_size
 
 
 def test_gpus_are_asked_for_full_chunks_behind_a_history() -> None:
@@ -37,10 +37,24 @@ def test_gpus_are_asked_for_full_chunks_behind_a_history() -> None:
         cache=CacheConfig(capacity_tokens=50_000), engine=EngineConfig(prefill_chunk_tokens=8192)
     )
 
-    num_tokens = warm_up_tokens(config, spec(100_000), with_gpus=True)
+    [without_gpus] = warm_up_prompts(config, spec(100_000), with_gpus=False)
+    longest, *_ = warm_up_prompts(config, spec(100_000), with_gpus=True)
 
-    assert num_tokens > 2 * config.engine.prefill_chunk_tokens
-    assert num_tokens > warm_up_tokens(config, spec(100_000), with_gpus=False)
+    assert longest.num_tokens > 2 * config.engine.prefill_chunk_tokens
+    assert longest.num_tokens > without_gpus.num_tokens
+
+
+def test_gpus_are_asked_for_shorter_chunks_and_for_a_block_of_single_tokens() -> None:
+    config = ClusterConfig(
+        cache=CacheConfig(capacity_tokens=50_000), engine=EngineConfig(prefill_chunk_tokens=8192)
+    )
+
+    longest, *others = warm_up_prompts(config, spec(100_000), with_gpus=True)
+
+    chunk = config.engine.prefill_chunk_tokens
+    assert longest.max_output_tokens > config.cache.block_size
+    assert any(prompt.num_tokens < chunk for prompt in others)
+    assert any(chunk < prompt.num_tokens < 2 * chunk for prompt in others)
 
 
 def test_it_leaves_room_for_its_output_within_every_limit() -> None:
@@ -49,6 +63,9 @@ def test_it_leaves_room_for_its_output_within_every_limit() -> None:
         engine=EngineConfig(shard_min_tokens=10_000),
     )
 
-    assert warm_up_tokens(config, spec(100_000), with_gpus=True) < 64
-    assert warm_up_tokens(config, spec(20), with_gpus=True) < 20
-    assert warm_up_tokens(config, spec(1), with_gpus=True) == 1
+    for limit, room in ((100_000, 64), (20, 20), (3, 3)):
+        for prompt in warm_up_prompts(config, spec(limit), with_gpus=True):
+            assert prompt.num_tokens + prompt.max_output_tokens <= room
+    assert all(
+        prompt.num_tokens == 1 for prompt in warm_up_prompts(config, spec(1), with_gpus=True)
+    )
