@@ -46,7 +46,7 @@ from kvcluster_kernels.latent_gluon_values import (
 )
 from kvcluster_kernels.latent_turns import cos_and_sin, rotated_keys
 from kvcluster_kernels.packed_gluon_layouts import FLAT
-from kvcluster_kernels.paging import let_next_start, split_tiles
+from kvcluster_kernels.paging import ROW_NUMBERS, ROW_POINTERS, let_next_start, split_tiles
 from kvcluster_kernels.softmax import to_base_2
 
 HEADROOM = gl.constexpr(15.0)
@@ -56,7 +56,7 @@ SLOTS = gl.constexpr(3)
 """Blocks whose scales are there or under way."""
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
 def latent_kernel(
     q_ptr, up_ptr, mean_ptr, channels_ptr, frequencies_ptr,
     k_codes_ptr, k_scale_ptr, k_zero_ptr, v_codes_ptr, v_high_ptr, v_scale_ptr, v_zero_ptr,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from kvcluster_kernels import (
     column_sums,
+    latent_gluon_launch,
     packed_gluon_launch,
     packed_prefill,
     paging,
@@ -41,6 +42,8 @@ from kvcluster_kernels.rotated_history import RotatedHistory, restore_rotated
 from torch import Tensor
 
 from kvcluster.attention.row_tables import RowSpan, paged_rows
+from kvcluster.bench.decode_caches import DecodeShape, queries
+from kvcluster.bench.latent_caches import LatentFormat, latent_planes
 from kvcluster.cache.store import in_blocks
 
 LENGTHS = (1, 2, 15, 16, 17, 64, 129, 1024, 4096, 8191, 12_671, 12_672)
@@ -183,6 +186,13 @@ def _decode_on_hopper(length: int) -> object:
     )
 
 
+def _decode_latents_on_hopper(length: int) -> object:
+    shape = DecodeShape(_HEADS, _KV_HEADS, _DIM, 2 * _BLOCK)
+    planes = latent_planes(LatentFormat(0.25, 4, "rotated3"), shape, _CPU)
+    asked = Attention(_SCALE)
+    return latent_gluon_launch.splits(queries(shape, _CPU), *planes, _rows(length), asked)
+
+
 def _combine_pools(length: int) -> object:
     pools = [
         SplitPartials(torch.empty(1, 8, splits, 4, _DIM), torch.empty(1, 8, splits, 4))
@@ -278,6 +288,7 @@ CALLS: dict[str, Call] = {
     "integer decode": _decode_integers,
     "float8 decode": _decode_float8,
     "integer decode on Hopper": _decode_on_hopper,
+    "latent decode on Hopper": _decode_latents_on_hopper,
     "combined pools": _combine_pools,
     "merge": _merge,
     "packed prefill": _prefill_packed,
