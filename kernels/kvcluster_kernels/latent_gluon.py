@@ -12,29 +12,31 @@ Shape letters: those of `latent_pages.py`; M query rows of a KV head, W words of
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from kvcluster_kernels.codes import num_fields
 from kvcluster_kernels.latent_gluon_layouts import (
     expanded,
-    operand,
     sums,
     turned,
     weighed,
 )
 from kvcluster_kernels.latent_gluon_tiles import (
+    SLOTS,
     expand,
-    halves,
+    key_room,
+    key_turns,
     load_codes,
     load_queries,
     load_up,
-    power_of_2,
+    products_of,
+    query_positions,
     start_scale_copies,
     turn_queries,
-    visible,
     wait,
     weights_of,
+    without_hidden,
 )
 from kvcluster_kernels.latent_gluon_values import (
     largest_scale,
@@ -44,16 +46,12 @@ from kvcluster_kernels.latent_gluon_values import (
     value_room,
     weigh_values,
 )
-from kvcluster_kernels.latent_turns import cos_and_sin, rotated_keys
-from kvcluster_kernels.packed_gluon_layouts import FLAT
 from kvcluster_kernels.paging import ROW_NUMBERS, ROW_POINTERS, let_next_start, split_tiles
 from kvcluster_kernels.softmax import to_base_2
 
 HEADROOM = gl.constexpr(15.0)
 """As `latent_values.HEADROOM`."""
 LOG2_E = gl.constexpr(1.4426950408889634)
-SLOTS = gl.constexpr(3)
-"""Blocks whose scales are there or under way."""
 
 
 @gluon.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
@@ -86,151 +84,92 @@ def latent_kernel(
     last = gl.maximum(stop - 1, begin)
     blocks_ptr += row.to(gl.int64) * max_blocks
     block_positions_ptr += row.to(gl.int64) * max_blocks
-
-    # Shared memory: the way back, queries, scores, and two blocks' scales and values.
+    # Shared memory: the way back, queries, scores, and some blocks' scales and values.
     up = load_up(up_ptr + head * (2 * RANK * PAIRS), RANK, PAIRS, PIECE)
-    QUERIES: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    first_smem = gl.allocate_shared_memory(gl.float16, [BLOCK_M, PAIRS], QUERIES)
-    second_smem = gl.allocate_shared_memory(gl.float16, [BLOCK_M, PAIRS], QUERIES)
-    SCORES: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [0, 1])
-    scores_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_SIZE, BLOCK_M], SCORES)
-    LINE: gl.constexpr = power_of_2(RANK // 2)
-    k_scale_smem = gl.allocate_shared_memory(gl.int32, [SLOTS, LINE], FLAT)
-    k_zero_smem = gl.allocate_shared_memory(gl.int32, [SLOTS, LINE], FLAT)
+    first_smem, second_smem, scores_smem, k_scale_smem, k_zero_smem = key_room(
+        BLOCK_SIZE, BLOCK_M, PAIRS, RANK
+    )
     v_room = value_room(v_codes_ptr, v_high_ptr, BLOCK_SIZE, DIM_V, V_BITS, V_GROUPS, IS_ROTATED)
-    v_pointers = (v_codes_ptr, v_high_ptr, v_scale_ptr, v_zero_ptr)
-    v_strides = (stride_v_codes, stride_v_high, stride_v_scale, stride_v_zero)
-
+    v_planes = (
+        v_codes_ptr, v_high_ptr, v_scale_ptr, v_zero_ptr,
+        stride_v_codes, stride_v_high, stride_v_scale, stride_v_zero,
+    )  # fmt: skip
     block = gl.load(blocks_ptr + begin, mask=stop > begin, other=0)
     position = gl.load(block_positions_ptr + begin, mask=stop > begin, other=0)
     after = gl.minimum(begin + 1, last)
     next_block = gl.load(blocks_ptr + after, mask=stop > begin, other=0)
     next_position = gl.load(block_positions_ptr + after, mask=stop > begin, other=0)
-    after = gl.minimum(begin + 2, last)
-    third_block = gl.load(blocks_ptr + after, mask=stop > begin, other=0)
-    k_scale_ptr = k_scale_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    k_zero_ptr = k_zero_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    codes = load_codes(
-        k_codes_ptr + (block // PAGE_BLOCKS).to(gl.int64) * stride_k_codes
-        + block % PAGE_BLOCKS * (BLOCK_SIZE * RANK // 2), RANK, PIECE,
-    )  # fmt: skip
-    start_scale_copies(
-        k_scale_smem, k_zero_smem, 0, k_scale_ptr, k_zero_ptr, stride_k_scale, stride_k_zero,
-        block, PAGE_BLOCKS, RANK,
-    )  # fmt: skip
+    third_block = gl.load(blocks_ptr + gl.minimum(begin + 2, last), mask=stop > begin, other=0)
+    k_scales = (k_scale_smem, k_zero_smem, k_scale_ptr, k_zero_ptr, stride_k_scale, stride_k_zero)
+    codes = load_codes(k_codes_ptr, stride_k_codes, block, PAGE_BLOCKS, RANK, PIECE)
+    start_scale_copies(k_scales, 0, block, PAGE_BLOCKS, RANK)
     start_value_copies(
-        v_room, 0, v_pointers, v_strides, block, head, num_kv_heads, PAGE_BLOCKS, V_BITS,
-        IS_ROTATED,
-    )  # fmt: skip
-    start_scale_copies(
-        k_scale_smem, k_zero_smem, 1, k_scale_ptr, k_zero_ptr, stride_k_scale, stride_k_zero,
-        next_block, PAGE_BLOCKS, RANK,
-    )  # fmt: skip
-
+        v_room, 0, v_planes, block, head, num_kv_heads, PAGE_BLOCKS, V_BITS, IS_ROTATED
+    )
+    start_scale_copies(k_scales, 1, next_block, PAGE_BLOCKS, RANK)
     rows_M = row_tile * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TURNED))
     first_line = (row * (NUM_ROWS // GROUP) * num_kv_heads + head) * GROUP
     q_first_ME, q_second_ME, size_M = load_queries(
         q_ptr, channels_ptr, first_line, num_kv_heads, rows_M, NUM_ROWS, GROUP, DIM, PAIRS, TURNED
     )
-    factor_M = gl.convert_layout(size_M, COLUMNS) * scale
-    if not HAS_SOFTCAP:
-        factor_M = factor_M * LOG2_E
+    factor_M = gl.convert_layout(size_M, COLUMNS) * (scale if HAS_SOFTCAP else scale * LOG2_E)
     frequency_E = gl.load(frequencies_ptr + gl.arange(0, PAIRS, gl.SliceLayout(0, TURNED)))
     turn_queries(
         first_smem, second_smem, q_first_ME, q_second_ME, position.to(gl.float32) * frequency_E
     )
-    own_rows_M = row_tile * BLOCK_M + gl.arange(0, BLOCK_M, COLUMNS)
-    q_positions_M = own_rows_M
-    least_position = stop
-    most_position = stop
-    if HAS_POSITIONS:
-        q_positions_ptr += row * (NUM_ROWS // GROUP)
-        q_positions_M = gl.load(q_positions_ptr + gl.minimum(own_rows_M, NUM_ROWS - 1) // GROUP)
-        least_position = gl.min(q_positions_M, 0)
-        most_position = gl.max(q_positions_M, 0)
-
-    offs_e = gl.arange(0, PAIRS, gl.SliceLayout(0, KEYS))
-    offs_s = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, KEYS))
-    own_frequency_E = gl.load(frequencies_ptr + offs_e)
-    cos_SE, sin_SE = cos_and_sin(
-        offs_s.to(gl.float32)[:, None] * own_frequency_E[None, :],
-        True,  # noqa: FBT003
-    )
-    cos_SE, sin_SE = cos_SE.to(gl.float16), sin_SE.to(gl.float16)
-    mean_ptr += head * (2 * PAIRS)
-    mean_first_E = gl.load(mean_ptr + offs_e).to(gl.float16)
-    mean_second_E = gl.load(mean_ptr + PAIRS + offs_e).to(gl.float16)
+    q_positions = query_positions(
+        q_positions_ptr + row * (NUM_ROWS // GROUP),
+        row_tile * BLOCK_M + gl.arange(0, BLOCK_M, COLUMNS), NUM_ROWS, GROUP, HAS_POSITIONS,
+    )  # fmt: skip
+    turns = key_turns(frequencies_ptr, mean_ptr + head * (2 * PAIRS), BLOCK_SIZE, PAIRS, KEYS)
 
     max_M = gl.full([BLOCK_M], -float("inf"), gl.float32, COLUMNS)
     found = no_sums(DIM_V, BLOCK_M, V_GROUPS)
     zeros_SN = gl.zeros([BLOCK_SIZE, 2 * PAIRS], gl.float32, expanded(2 * PAIRS))
-    zeros_SM = gl.zeros([BLOCK_SIZE, BLOCK_M], gl.float32, sums())
     fence_async_shared()
     if LATE_NS > 0:
-        place = row * num_kv_heads + head
-        if 2 * place >= gl.num_programs(2) * num_kv_heads:
-            wait(LATE_NS)
+        wait(row * num_kv_heads + head, gl.num_programs(2) * num_kv_heads, LATE_NS)
     slot = 0
     k_slot = 0
     for tile in range(begin, stop):
         # Of what is under way, the next block's scales may be.
         async_copy.wait_group(1)
         start_value_copies(
-            v_room, 1 - slot, v_pointers, v_strides, next_block, head, num_kv_heads, PAGE_BLOCKS,
-            V_BITS, IS_ROTATED,
-        )  # fmt: skip
+            v_room,
+            1 - slot,
+            v_planes,
+            next_block,
+            head,
+            num_kv_heads,
+            PAGE_BLOCKS,
+            V_BITS,
+            IS_ROTATED,
+        )
         keys_SN = expand(
             codes, k_scale_smem.index(k_slot), k_zero_smem.index(k_slot), up, zeros_SN, RANK, PIECE
         )
-        codes = load_codes(
-            k_codes_ptr + (next_block // PAGE_BLOCKS).to(gl.int64) * stride_k_codes
-            + next_block % PAGE_BLOCKS * (BLOCK_SIZE * RANK // 2), RANK, PIECE,
-        )  # fmt: skip
+        codes = load_codes(k_codes_ptr, stride_k_codes, next_block, PAGE_BLOCKS, RANK, PIECE)
         angle_E = next_position.to(gl.float32) * frequency_E
         this_position = position
         position = next_position
         next_position = gl.load(block_positions_ptr + gl.minimum(tile + 2, last))
 
-        first_SE, second_SE = halves(keys_SN, KEYS)
-        first_SE, second_SE = rotated_keys(
-            first_SE, second_SE, mean_first_E, mean_second_E, cos_SE, sin_SE,
-            True,  # noqa: FBT003
-        )  # fmt: skip
-        products_SM = mma_v2(
-            gl.convert_layout(first_SE, operand(0, 2), assert_trivial=True),
-            first_smem.permute([1, 0]).load(operand(1, 2)),
-            zeros_SM,
-        )
-        products_SM = mma_v2(
-            gl.convert_layout(second_SE, operand(0, 2), assert_trivial=True),
-            second_smem.permute([1, 0]).load(operand(1, 2)),
-            products_SM,
-        )
-        scores_smem.store(products_SM)
+        scores_smem.store(products_of(keys_SN, turns, first_smem, second_smem, BLOCK_M, KEYS))
         scores_SM = scores_smem.load(WEIGHED)
         # All warps have read this block's queries and scales.
         turn_queries(first_smem, second_smem, q_first_ME, q_second_ME, angle_E)
-        start_scale_copies(
-            k_scale_smem, k_zero_smem, gl.where(k_slot == 0, SLOTS - 1, k_slot - 1), k_scale_ptr,
-            k_zero_ptr, stride_k_scale, stride_k_zero, third_block, PAGE_BLOCKS, RANK,
-        )  # fmt: skip
+        k_ahead = gl.where(k_slot == 0, SLOTS - 1, k_slot - 1)
+        start_scale_copies(k_scales, k_ahead, third_block, PAGE_BLOCKS, RANK)
         k_slot = gl.where(k_slot == SLOTS - 1, 0, k_slot + 1)
         next_block = third_block
         third_block = gl.load(blocks_ptr + gl.minimum(tile + 3, last))
 
         if HAS_SOFTCAP:
             scores_SM = to_base_2(scores_SM, factor_M[None, :], softcap, HAS_SOFTCAP)
-        first = tile * BLOCK_SIZE
-        is_edge = (first < start) | (first + BLOCK_SIZE > end)
-        if HAS_POSITIONS:
-            is_edge = is_edge | (this_position + BLOCK_SIZE - 1 > least_position)
-            if HAS_WINDOW:
-                is_edge = is_edge | (most_position - this_position >= window)
-        if is_edge:
-            scores_SM = visible(
-                scores_SM, first, start, end, this_position, q_positions_M, window, WEIGHED,
-                HAS_POSITIONS, HAS_WINDOW,
-            )  # fmt: skip
+        scores_SM = without_hidden(
+            scores_SM, tile * BLOCK_SIZE, start, end, this_position, q_positions, window, WEIGHED,
+            HAS_POSITIONS, HAS_WINDOW,
+        )  # fmt: skip
         largest = largest_scale(v_room, slot, V_GROUPS, TOKENS)
         weights_SM, max_M, decay_M = weights_of(
             scores_SM, factor_M, largest, max_M, HEADROOM, HAS_SOFTCAP

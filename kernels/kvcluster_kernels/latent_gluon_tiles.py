@@ -5,7 +5,7 @@ Shape letters: those of `latent_gluon.py`.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from kvcluster_kernels.latent_gluon_layouts import (
@@ -13,10 +13,15 @@ from kvcluster_kernels.latent_gluon_layouts import (
     codes_tile,
     copied,
     latents_first,
+    operand,
     scale_line,
+    sums,
 )
-from kvcluster_kernels.latent_turns import cos_and_sin
+from kvcluster_kernels.latent_turns import cos_and_sin, rotated_keys
+from kvcluster_kernels.packed_gluon_layouts import FLAT
 
+SLOTS = gl.constexpr(3)
+"""Blocks whose scales are there or under way."""
 # Renamed after Triton 3.6.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
@@ -166,7 +171,7 @@ def halves(x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def visible(
+def _visible(
     x_SM, first, start, end, position, q_positions_M, window, LAYOUT: gl.constexpr,
     HAS_POSITIONS: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
@@ -184,8 +189,87 @@ def visible(
 
 
 @gluon.jit
-def wait(nanoseconds):
-    """For about so long, of which other programs may make use."""
+def query_positions(
+    positions_ptr, rows_M, NUM_ROWS: gl.constexpr, GROUP: gl.constexpr,
+    HAS_POSITIONS: gl.constexpr,
+):  # fmt: skip
+    """Of the query rows of a KV head, and the least and the most of them."""
+    found = (rows_M, 0, 0)
+    if HAS_POSITIONS:
+        positions_M = gl.load(positions_ptr + gl.minimum(rows_M, NUM_ROWS - 1) // GROUP)
+        found = (positions_M, gl.min(positions_M, 0), gl.max(positions_M, 0))
+    return found
+
+
+@gluon.jit
+def without_hidden(
+    x_SM, first, start, end, position, q_positions, window, LAYOUT: gl.constexpr,
+    HAS_POSITIONS: gl.constexpr, HAS_WINDOW: gl.constexpr,
+):  # fmt: skip
+    """Scores of the tokens from `first` on, which is at `position`: -inf of those not visible. Most
+    blocks have none. `q_positions`: of `query_positions`."""
+    S: gl.constexpr = x_SM.shape[0]
+    q_positions_M, least, most = q_positions
+    is_edge = (first < start) | (first + S > end)
+    if HAS_POSITIONS:
+        is_edge = is_edge | (position + S - 1 > least)
+        if HAS_WINDOW:
+            is_edge = is_edge | (most - position >= window)
+    if is_edge:
+        x_SM = _visible(
+            x_SM, first, start, end, position, q_positions_M, window, LAYOUT, HAS_POSITIONS,
+            HAS_WINDOW,
+        )  # fmt: skip
+    return x_SM
+
+
+@gluon.jit
+def key_turns(
+    frequencies_ptr, mean_ptr, S: gl.constexpr, PAIRS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Cosines and sines of a block's tokens from its first on, and the mean of both channels of
+    pairs, float16."""
+    offs_e = gl.arange(0, PAIRS, gl.SliceLayout(0, LAYOUT))
+    offs_s = gl.arange(0, S, gl.SliceLayout(1, LAYOUT))
+    frequency_E = gl.load(frequencies_ptr + offs_e)
+    angle_SE = offs_s.to(gl.float32)[:, None] * frequency_E[None, :]
+    cos_SE, sin_SE = cos_and_sin(angle_SE, True)  # noqa: FBT003
+    mean_first_E = gl.load(mean_ptr + offs_e).to(gl.float16)
+    mean_second_E = gl.load(mean_ptr + PAIRS + offs_e).to(gl.float16)
+    return cos_SE.to(gl.float16), sin_SE.to(gl.float16), mean_first_E, mean_second_E
+
+
+@gluon.jit
+def products_of(keys_SN, turns, first_smem, second_smem, M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Dot products [S, M] of expanded keys, turned from their block's position on, with queries,
+    turned back by it. `turns`: of `key_turns`."""
+    cos_SE, sin_SE, mean_first_E, mean_second_E = turns
+    first_SE, second_SE = halves(keys_SN, LAYOUT)
+    first_SE, second_SE = rotated_keys(
+        first_SE, second_SE, mean_first_E, mean_second_E, cos_SE, sin_SE,
+        True,  # noqa: FBT003
+    )  # fmt: skip
+    products_SM = mma_v2(
+        gl.convert_layout(first_SE, operand(0, 2), assert_trivial=True),
+        first_smem.permute([1, 0]).load(operand(1, 2)),
+        gl.zeros([keys_SN.shape[0], M], gl.float32, sums()),
+    )
+    return mma_v2(
+        gl.convert_layout(second_SE, operand(0, 2), assert_trivial=True),
+        second_smem.permute([1, 0]).load(operand(1, 2)),
+        products_SM,
+    )
+
+
+@gluon.jit
+def wait(place, count, NANOSECONDS: gl.constexpr):
+    """For about so long where `place` is of the later half of `count`."""
+    if 2 * place >= count:
+        _sleep(NANOSECONDS)
+
+
+@gluon.jit
+def _sleep(nanoseconds):
     gl.inline_asm_elementwise(
         """
         { nanosleep.u32 $1;
@@ -200,8 +284,12 @@ def wait(nanoseconds):
 
 
 @gluon.jit
-def load_codes(codes_ptr, RANK: gl.constexpr, PIECE: gl.constexpr):
+def load_codes(
+    codes_ptr, stride, block, PAGE_BLOCKS: gl.constexpr, RANK: gl.constexpr, PIECE: gl.constexpr
+):
     """A block's words of codes, [S, W] of each piece."""
+    codes_ptr += (block // PAGE_BLOCKS).to(gl.int64) * stride
+    codes_ptr += block % PAGE_BLOCKS * (64 * RANK // 2)
     W: gl.constexpr = PIECE // 4
     LAYOUT: gl.constexpr = codes_tile(W)
     offs_s = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
@@ -226,7 +314,7 @@ def copy_line(smem, ptr, COUNT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def power_of_2(count):
+def _power_of_2(count):
     power = 1
     while power < count:
         power *= 2
@@ -234,18 +322,30 @@ def power_of_2(count):
 
 
 @gluon.jit
-def start_scale_copies(
-    scale_smem, zero_smem, slot, scale_ptr, zero_ptr, stride_scale, stride_zero, block,
-    PAGE_BLOCKS: gl.constexpr, RANK: gl.constexpr,
-):  # fmt: skip
-    """Copy the scales and zero-points of a block's latents; does not wait. Strides count numbers
-    of 16 bits."""
+def key_room(S: gl.constexpr, M: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr):
+    """Shared memory for queries, the first and the second channels of pairs, for scores, and for
+    the scales and zero-points of some blocks."""
+    QUERIES: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    first = gl.allocate_shared_memory(gl.float16, [M, PAIRS], QUERIES)
+    second = gl.allocate_shared_memory(gl.float16, [M, PAIRS], QUERIES)
+    SCORES: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [0, 1])
+    scores = gl.allocate_shared_memory(gl.float32, [S, M], SCORES)
+    LINE: gl.constexpr = _power_of_2(RANK // 2)
+    scale = gl.allocate_shared_memory(gl.int32, [SLOTS, LINE], FLAT)
+    zero = gl.allocate_shared_memory(gl.int32, [SLOTS, LINE], FLAT)
+    return first, second, scores, scale, zero
+
+
+@gluon.jit
+def start_scale_copies(scales, slot, block, PAGE_BLOCKS: gl.constexpr, RANK: gl.constexpr):
+    """Copy the scales and zero-points of a block's latents, words of two; does not wait. `scales`:
+    their shared memory, pointers and strides, which count numbers of 16 bits."""
     page, place = (block // PAGE_BLOCKS).to(gl.int64), block % PAGE_BLOCKS
     HALF: gl.constexpr = RANK // 2
-    scale_ptr += page * (stride_scale // 2) + place * HALF
-    zero_ptr += page * (stride_zero // 2) + place * HALF
-    copy_line(scale_smem.index(slot), scale_ptr, HALF)
-    copy_line(zero_smem.index(slot), zero_ptr, HALF)
+    for plane in gl.static_range(2):
+        words_ptr = scales[2 + plane].to(gl.pointer_type(gl.int32), bitcast=True)
+        start = words_ptr + page * (scales[4 + plane] // 2) + place * HALF
+        copy_line(scales[plane].index(slot), start, HALF)
     async_copy.commit_group()
 
 

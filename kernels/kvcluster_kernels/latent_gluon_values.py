@@ -50,14 +50,14 @@ def value_room(
 
 @gluon.jit
 def start_value_copies(
-    room, slot, pointers, strides, block, head, num_kv_heads, PAGE_BLOCKS: gl.constexpr,
+    room, slot, planes, block, head, num_kv_heads, PAGE_BLOCKS: gl.constexpr,
     BITS: gl.constexpr, IS_LEVEL: gl.constexpr,
 ):  # fmt: skip
-    """Copy one head of a block's values; does not wait."""
+    """Copy one head of a block's values; does not wait. `planes`: pointers, then strides."""
     page, place = (block // PAGE_BLOCKS).to(gl.int64), block % PAGE_BLOCKS * num_kv_heads + head
     for plane in gl.static_range(4):
         if plane == 0 or plane == 2 or (plane == 1 and BITS == 3) or (plane == 3 and not IS_LEVEL):
-            start = pointers[plane] + page * strides[plane] + place * room[plane].shape[1]
+            start = planes[plane] + page * planes[4 + plane] + place * room[plane].shape[1]
             copy_line(room[plane].index(slot), start, room[plane].shape[1])
     async_copy.commit_group()
 
