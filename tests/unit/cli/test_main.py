@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -22,3 +24,11 @@ def test_every_command_has_json_and_explains_its_exit_codes(command: str) -> Non
 
 def test_an_unknown_command_exits_with_2() -> None:
     assert CliRunner().invoke(app, ["sevre"]).exit_code == 2
+
+
+def test_it_runs_as_a_module_where_no_script_is_installed() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "kvcluster", "--version"], capture_output=True, text=True, check=True
+    )
+
+    assert run.stdout == f"kvcluster {metadata.version('kvcluster')}\n"
