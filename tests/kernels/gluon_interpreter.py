@@ -368,8 +368,8 @@ class Kernel:
         self._language = _Language()
         language = self._language.names()
 
-        def as_it_is(function: Any) -> Any:
-            return function
+        def as_it_is(function: Any = None, **_settings: object) -> Any:
+            return as_it_is if function is None else function
 
         gluon = _module("gluon", jit=as_it_is, constexpr_function=as_it_is, language=language)
         copies = _module(
