@@ -22,7 +22,6 @@ from kvcluster_kernels.combine import combine
 from kvcluster_kernels.decode import ExactPages, decode
 from kvcluster_kernels.latent_pages import LatentPages
 from kvcluster_kernels.paging import (
-    ROW_NUMBERS,
     ROW_POINTERS,
     Attention,
     DecodeSettings,
@@ -186,7 +185,8 @@ def _load_numbers(
     return tl.load(x_ptr + offs_I[:, None] + FIRST + offs_d[None, :], mask=mask_ID, other=0.0)
 
 
-@triton.jit(do_not_specialize=ROW_NUMBERS, do_not_specialize_on_alignment=ROW_POINTERS)
+# Numbers stay specialised: told otherwise, Triton 3.9 spills registers in the loop.
+@triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def _absorbed_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,

@@ -25,8 +25,8 @@ DEFAULT_RECIPES: Final = (
     "latent:r=0.375,bits=4,values=rotated3,ranks=adaptive",
     "latent:bits=4,values=rotated3,ranks=adaptive",
     "latent:bits=4,values=rotated2,ranks=adaptive",
-    "latent:r=0.25,value_r=0.5,bits=4,scale_bits=8,layers=6,ranks=filled",
-    "latent:r=0.1875,value_r=0.375,bits=4,scale_bits=8,layers=6,ranks=filled",
+    "latent:value_r=0.5,bits=4,ranks=filled,layers=6,scale_bits=8",
+    "latent:r=0.1875,value_r=0.375,bits=4,ranks=filled,layers=6,scale_bits=8",
     "pooled:by=learned + exact",
 )
 """From no loss to the smallest cache, and pooled heads, so that what they cost is known. Which of

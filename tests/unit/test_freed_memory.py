@@ -16,10 +16,14 @@ from kvcluster.freed_memory import freed_memory_overwritten
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def left():
+    # Nothing else may be allocated between: it would get the memory that was freed.
+    found = ctypes.create_string_buffer(1024)
     at = libc.malloc(ctypes.c_size_t(4096))
     ctypes.memset(at, 0x42, 4096)
-    libc.free(ctypes.c_void_p(at))
-    return ctypes.string_at(at + 1024, 1024).count(b"\\x42")
+    freed, inside = ctypes.c_void_p(at), ctypes.c_void_p(at + 1024)
+    libc.free(freed)
+    ctypes.memmove(found, inside, 1024)
+    return found.raw.count(b"\\x42")
 before = left()
 with freed_memory_overwritten():
     inside = left()

@@ -272,6 +272,9 @@ class EngineSimulation(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.cluster.clock.now += seconds
         self.cluster.engine.tick()
+        if self.cluster.engine.next_wakeup() <= self.cluster.clock.now:
+            # The next step was to be planned late, and it is late.
+            self.cluster.plan()
         assert self.cluster.engine.next_wakeup() > self.cluster.clock.now
 
     @invariant()
