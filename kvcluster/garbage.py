@@ -5,6 +5,7 @@ search visits all of them now and then, which holds up everything for a quarter 
 and every stream that waits for it.
 """
 
+import atexit
 import gc
 
 
@@ -15,3 +16,5 @@ def exempt_living() -> None:
     memory and does not live as long as the process must not be in one."""
     gc.collect()
     gc.freeze()
+    # Libraries that count what is left of theirs at the end would report all of it as leaked.
+    atexit.register(gc.unfreeze)
