@@ -113,13 +113,6 @@ class RingGroup:
             # A step that was given up may still fail, and nobody would ask for that error.
             answer.cancel()
 
-    async def note_warm(self) -> None:
-        """Steps have run as they will: what the ranks' processes have loaded by now they keep.
-
-        Raises: RankLost.
-        """
-        await self._on_all("note_warm")
-
     async def write_spill(self, order: SpillWrite) -> Sequence[PartReceipt]:
         """See `SpillRanks`."""
         answers = await self._on_disk("write_spill", msgspec.msgpack.encode(order))

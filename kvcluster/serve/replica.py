@@ -162,7 +162,6 @@ class Replica(ReplicaContexts):
         )
         self._service.start()
         await warm_up(self._service, self._config, spec, with_gpus=self._ring.has_gpus)
-        await self._ring.note_warm()
         exempt_living()
         self._service.mark_ready()
         self._supervising = asyncio.create_task(self._supervise(self._service, spec))
@@ -194,7 +193,6 @@ class Replica(ReplicaContexts):
             await self._ring.start()
             service.restart(self._ring.epoch)
             await warm_up(service, self._config, spec, with_gpus=self._ring.has_gpus)
-            await self._ring.note_warm()
         except KvClusterError as error:
             logger.error("ring_restart_failed", error=type(error).__name__)
             return False
