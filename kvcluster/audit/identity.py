@@ -124,10 +124,11 @@ async def revoked_key(scene: Scene) -> Outcome:
         return inconclusive("the key was refused before it was revoked as well")
     name = f"{scene.attacker.name}/apiKeys/audit-revoked"
     await scene.operator.ask(pb.RevokeApiKeyRequest(name=name))
-    revoked_at, num_let_in, last_s = time.perf_counter(), 0, 0.0
-    while (took_s := time.perf_counter() - revoked_at) < 1.2 * REVOKED_WITHIN_S:
+    revoked_at, num_let_in, asked_s, last_s = time.perf_counter(), 0, 0.0, 0.0
+    while asked_s < 1.2 * REVOKED_WITHIN_S:  # however slow an answer is, one is asked for after it
+        asked_s = time.perf_counter() - revoked_at
         if not (await scene.ask(method, _EMPTY, bearer(secret))).is_unauthenticated:
-            num_let_in, last_s = num_let_in + 1, took_s
+            num_let_in, last_s = num_let_in + 1, asked_s
     if last_s > REVOKED_WITHIN_S:
         return breached(f"a revoked key is let in {last_s:.2f} s later", last_s=last_s)
     return held("a revoked key is refused", let_in_after=num_let_in, last_s=last_s)
