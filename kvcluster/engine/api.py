@@ -264,8 +264,8 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
     ranks: tuple[ShardSize, ...]
-    gpu_bytes: int = 0
-    """Cache memory of all ranks."""
+    tier_bytes: dict[str, int] = {}
+    """Cache memory of each tier that there is, over all ranks, by the tier's name."""
 
 
 class TierLoad(msgspec.Struct, frozen=True, kw_only=True):

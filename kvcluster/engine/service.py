@@ -268,7 +268,7 @@ class EngineService(ContextService):
             default_policy=self._engine.default_policy,
             epoch=statistics.epoch,
             num_ranks=len(statistics.partition.ranks),
-            gpu_bytes=self._tiers.gpu_bytes,
+            tier_bytes=self._tiers.total_bytes,
             num_running=statistics.num_running,
             num_waiting=statistics.num_waiting,
             ranks=tuple(

@@ -28,9 +28,9 @@ class TenantTiers:
         self._is_held_back = True
 
     @property
-    def gpu_bytes(self) -> int:
-        """Memory of the GPU tier, over all ranks."""
-        return self._partitions.ledger.total_bytes
+    def total_bytes(self) -> dict[str, int]:
+        """Memory of each tier, over all ranks, by the tier's name."""
+        return {tier.value: ledger.total_bytes for tier, ledger in self._ledgers.items()}
 
     def apply(self, shares: TenantShares) -> None:
         """These hold from now on, unless newer ones do. Again changes nothing."""

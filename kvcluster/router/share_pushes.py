@@ -9,7 +9,7 @@ from contextlib import suppress
 from kvcluster.engine.api import Backend, BackendStatus
 from kvcluster.errors import StoreUnavailable
 from kvcluster.tenancy.directory import TenantDirectory
-from kvcluster.tenancy.shares import TenantShares, check_floor, shares_of
+from kvcluster.tenancy.shares import TenantShares, check_floor, raised_floors, shares_of
 from kvcluster.tenancy.store import TenantStore
 from kvcluster.tenancy.tenant import Tenant
 from kvcluster.types import TenantId
@@ -58,13 +58,20 @@ class SharePushes:
             if answer is None:
                 self._revisions[index] = revision
 
-    async def check_floor(self, tenant: Tenant, before: Tenant | None) -> None:
-        """Raises: InvalidField. See `shares.check_floor`."""
-        if not tenant.partitions.gpu.floor_bytes:
+    async def check_floors(self, tenant: Tenant, before: Tenant | None) -> None:
+        """Raises: InvalidField, where floors are raised that the engines that answer could not keep
+        together with those of others (`shares.check_floor`). Without an answer nothing is checked.
+        `before`: the tenant as it was."""
+        raised = raised_floors(tenant, before)
+        if not raised:
             return
         answers = await asyncio.gather(*map(_status, self._backends), return_exceptions=True)
-        total = sum(answer.gpu_bytes for answer in answers if isinstance(answer, BackendStatus))
-        check_floor(tenant, before, self._directory.tenants_since(-1), total)
+        tiers = [answer.tier_bytes for answer in answers if isinstance(answer, BackendStatus)]
+        if not any(tiers):
+            return
+        others = self._directory.tenants_since(-1)
+        for tier in raised:
+            check_floor(tenant, tier, others, sum(found.get(tier.value, 0) for found in tiers))
 
     def _data_keys(self, tenants: Sequence[Tenant]) -> dict[TenantId, dict[int, bytes]]:
         """Of those whose keys can be read now."""

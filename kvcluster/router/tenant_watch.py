@@ -79,10 +79,10 @@ class TenantWatch:
         for tenant in due:
             await self.cancel_all(tenant)
 
-    async def check_floor(self, tenant: Tenant, before: Tenant | None = None) -> None:
+    async def check_floors(self, tenant: Tenant, before: Tenant | None = None) -> None:
         """Raises: InvalidField, where the floors of all tenants would not fit in the engines that
         answer. `before`: the tenant as it was."""
-        await self._pushes.check_floor(tenant, before)
+        await self._pushes.check_floors(tenant, before)
 
     async def cancel_all(self, tenant: TenantId) -> None:
         """Cancel the tenant's unfinished generations in every engine that answers."""

@@ -94,7 +94,7 @@ class TenantService:
             Tenant(tenant=TenantId(message.tenant_id), uid=str(uuid.uuid4())), message.tenant
         )
         await self._policies.check(tenant.limits)
-        await self._watch.check_floor(tenant)
+        await self._watch.check_floors(tenant)
         act = _act(call, "CreateTenant", validates_only=message.validate_only)
         made = await _in_thread(lambda: self._store.create(tenant, act))
         await self._watch.look()
@@ -127,7 +127,7 @@ class TenantService:
         # Also outside the transaction, because the checks of policies and floors ask the engines.
         before = await self._get(tenant)
         await self._policies.check(update(before).limits)
-        await self._watch.check_floor(update(before), before)
+        await self._watch.check_floors(update(before), before)
         act = _act(call, "UpdateTenant", validates_only=message.validate_only)
         etag = message.tenant.etag
         changed = await _in_thread(lambda: self._store.change(tenant, act, update, etag=etag))
@@ -160,6 +160,10 @@ class TenantService:
     async def undelete_tenant(self, message: pb.UndeleteTenantRequest, call: Call) -> pb.Tenant:
         _check_operator(call)
         tenant, act = names.tenant_of(message.name), _act(call, "UndeleteTenant")
+        found = await self._get(tenant)
+        if found.state is TenantState.DELETED:
+            # Others may have been given its floors meanwhile.
+            await self._watch.check_floors(found)
         return self._done(act, await _in_thread(lambda: self._store.undelete(tenant, act)))
 
     async def suspend_tenant(self, message: pb.SuspendTenantRequest, call: Call) -> pb.Tenant:

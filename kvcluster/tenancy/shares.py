@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 import msgspec
 
 from kvcluster.errors import InvalidField
-from kvcluster.tenancy.limits import UNLIMITED, Partitions, TierPartition
+from kvcluster.tenancy.limits import UNLIMITED, Partitions, Tier, TierPartition
 from kvcluster.tenancy.tenant import OPERATORS, Tenant, TenantState
 from kvcluster.types import TenantId
 
@@ -66,28 +66,35 @@ def shares_of(
     )
 
 
-def check_floor(
-    tenant: Tenant, before: Tenant | None, others: Iterable[Tenant], total: int
-) -> None:
-    """Whether floors of the GPU tier can be kept together with this tenant's. `before`: as it was.
-    `total`: bytes of the tier in all engines; 0: not known now, and nothing is checked.
+def raised_floors(tenant: Tenant, before: Tenant | None) -> tuple[Tier, ...]:
+    """The tiers in which a tenant would have more of its own than it has. `before`: as it was."""
+    return tuple(
+        tier for tier in Tier if _floor(tenant, tier) > (_floor(before, tier) if before else 0)
+    )
+
+
+def check_floor(tenant: Tenant, tier: Tier, others: Iterable[Tenant], total: int) -> None:
+    """Whether the floors of a tier can be kept together with this tenant's. `total`: bytes of the
+    tier in all engines.
 
     Raises: InvalidField, with what is left.
     """
-    floor = tenant.partitions.gpu.floor_bytes
-    if not total or (before is not None and floor <= before.partitions.gpu.floor_bytes):
-        return
     taken = sum(
-        other.partitions.gpu.floor_bytes
+        _floor(other, tier)
         for other in others
         if other.tenant != tenant.tenant and other.state is not TenantState.DELETED
     )
-    if floor + taken > total:
+    if _floor(tenant, tier) + taken > total:
         raise InvalidField(
-            "partitions.gpu.floor_bytes",
-            f"want at most {max(0, total - taken)}: the cache has {total} bytes, and floors of "
+            f"partitions.{tier}.floor_bytes",
+            f"want at most {max(0, total - taken)}: the tier has {total} bytes, and floors of "
             f"other tenants take {taken} of them",
         )
+
+
+def _floor(tenant: Tenant, tier: Tier) -> int:
+    share: TierPartition = getattr(tenant.partitions, tier.value)
+    return share.floor_bytes
 
 
 def _divided(share: TierPartition, count: int) -> TierPartition:

@@ -294,7 +294,7 @@ async def test_usage_tells_what_is_used_and_what_of_it_is_borrowed(served: Serve
     gpu = load.tiers["gpu"]
     assert gpu.used_bytes == served.fake.partitions.of(BLUE).num_used * BLOCK_BYTES > 0
     assert gpu.borrowed_bytes == max(0, gpu.used_bytes - gpu.floor_bytes)
-    assert (await served.service.status()).gpu_bytes == 64 * BLOCK_BYTES
+    assert (await served.service.status()).tier_bytes == {"gpu": 64 * BLOCK_BYTES}
 
 
 def plan_of(fake: FakeCluster) -> StepPlan:

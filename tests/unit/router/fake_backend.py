@@ -128,7 +128,7 @@ class FakeBackend:
         self.failure: Exception | None = None  # raised by `open` and `append_prompt`
         self.status_failure: Exception | None = None
         self.shares = TenantShares()
-        self.gpu_bytes = 0
+        self.tier_bytes: dict[str, int] = {}
         self.tiers: dict[str, TierLoad] = {}
         self.output_text: str | None = None  # of one output token; None: its character
         self.generations: dict[GenerationId, FakeGeneration] = {}
@@ -317,7 +317,7 @@ class FakeBackend:
             menu=MENU,
             epoch=1,
             num_ranks=1,
-            gpu_bytes=self.gpu_bytes,
+            tier_bytes=self.tier_bytes,
             num_running=sum(g.finished is None for g in self.generations.values()),
             num_waiting=0,
             ranks=(ShardSize(rank=0, node="here", num_blocks=8, num_free_blocks=8),),

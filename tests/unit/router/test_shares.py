@@ -29,9 +29,18 @@ async def admin(tmp_path: Path, backend: FakeBackend) -> AsyncIterator[Administe
         yield served
 
 
+TIERS = pytest.mark.parametrize("tier", ["gpu", "host", "disk"])
+
+
 async def set_gpu(admin: Administered, tenant: str, *, floor: int, limit: int) -> pb.Tenant:
-    share = pb.TierPartition(floor_bytes=floor, limit_bytes=limit)
-    changed = pb.Tenant(name=f"tenants/{tenant}", partitions=pb.Partitions(gpu=share))
+    return await set_share(admin, tenant, "gpu", floor=floor, limit=limit)
+
+
+async def set_share(
+    admin: Administered, tenant: str, tier: str, *, floor: int, limit: int
+) -> pb.Tenant:
+    partitions = pb.Partitions(**{tier: pb.TierPartition(floor_bytes=floor, limit_bytes=limit)})
+    changed = pb.Tenant(name=f"tenants/{tenant}", partitions=partitions)
     request = pb.UpdateTenantRequest(tenant=changed)
     return await admin.stub.UpdateTenant(request, metadata=admin.operator)
 
@@ -85,20 +94,55 @@ async def test_a_deleted_tenant_has_no_share(admin: Administered, backend: FakeB
     assert backend.shares.shares == ()
 
 
+@TIERS
 async def test_floors_that_do_not_fit_together_are_refused_with_what_is_left(
-    admin: Administered, backend: FakeBackend
+    tier: str, admin: Administered, backend: FakeBackend
 ) -> None:
-    backend.gpu_bytes = 1000
+    backend.tier_bytes = {"gpu": 5, "host": 5, "disk": 5, tier: 1000}
     await admin.create("red")
     await admin.create("blue")
-    await set_gpu(admin, "red", floor=700, limit=1000)
+    await set_share(admin, "red", tier, floor=700, limit=1000)
 
     with pytest.raises(aio.AioRpcError) as refused:
-        await set_gpu(admin, "blue", floor=301, limit=1000)
+        await set_share(admin, "blue", tier, floor=301, limit=1000)
 
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "at most 300" in (refused.value.details() or "")
-    assert (await set_gpu(admin, "blue", floor=300, limit=1000)).partitions.gpu.floor_bytes == 300
+    assert f"partitions.{tier}.floor_bytes: want at most 300" in (refused.value.details() or "")
+    kept = await set_share(admin, "blue", tier, floor=300, limit=1000)
+    assert getattr(kept.partitions, tier).floor_bytes == 300
+
+
+@TIERS
+async def test_a_tenant_is_not_created_or_undeleted_with_a_floor_that_does_not_fit(
+    tier: str, admin: Administered, backend: FakeBackend
+) -> None:
+    backend.tier_bytes = {tier: 1000}
+    partitions = pb.Partitions(**{tier: pb.TierPartition(floor_bytes=600)})
+    create = [
+        pb.CreateTenantRequest(tenant_id=name, tenant=pb.Tenant(partitions=partitions))
+        for name in ("red", "blue")
+    ]
+    red = {"name": "tenants/red"}
+    await admin.stub.CreateTenant(create[0], metadata=admin.operator)
+    with pytest.raises(aio.AioRpcError, match="want at most 400"):
+        await admin.stub.CreateTenant(create[1], metadata=admin.operator)
+    await admin.stub.DeleteTenant(pb.DeleteTenantRequest(**red), metadata=admin.operator)
+    await admin.stub.CreateTenant(create[1], metadata=admin.operator)
+
+    with pytest.raises(aio.AioRpcError, match="want at most 400"):
+        await admin.stub.UndeleteTenant(pb.UndeleteTenantRequest(**red), metadata=admin.operator)
+
+    assert (await admin.get("red")).state == pb.Tenant.STATE_DELETED
+
+
+async def test_a_tier_that_the_engines_do_not_have_keeps_no_floor(
+    admin: Administered, backend: FakeBackend
+) -> None:
+    backend.tier_bytes = {"gpu": 1000}
+    await admin.create("red")
+
+    with pytest.raises(aio.AioRpcError, match="the tier has 0 bytes"):
+        await set_share(admin, "red", "host", floor=1, limit=1000)
 
 
 async def test_a_floor_is_lowered_though_the_floors_do_not_fit_any_more(
@@ -106,7 +150,7 @@ async def test_a_floor_is_lowered_though_the_floors_do_not_fit_any_more(
 ) -> None:
     await admin.create("red")
     await set_gpu(admin, "red", floor=700, limit=1000)
-    backend.gpu_bytes = 500
+    backend.tier_bytes = {"gpu": 500}
 
     lowered = await set_gpu(admin, "red", floor=600, limit=1000)
 
