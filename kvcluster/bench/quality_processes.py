@@ -10,7 +10,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
 
 from kvcluster.bench.quality import Prepared, prepare
 from kvcluster.bench.quality_settings import Progress, QualitySettings, kept_report
@@ -57,7 +60,7 @@ def measure_in_processes(settings: QualitySettings, progress: Progress) -> Sweep
     """As `quality.measure_quality` without a cluster; `seconds` of a score are those of all
     processes.
 
-    Raises: as that, and ConfigError where a process ends, for instance for want of memory.
+    Raises: as that, and ConfigError where a process runs out of the device's memory, or ends.
     """
     pool = ProcessPoolExecutor(
         settings.num_processes,
@@ -70,7 +73,8 @@ def measure_in_processes(settings: QualitySettings, progress: Progress) -> Sweep
             return _measure(pool, settings, progress)
     except BrokenProcessPool as error:
         raise ConfigError(
-            f"quality: one of {settings.num_processes} processes ended: try fewer"
+            f"quality: one of {settings.num_processes} processes ended, maybe for want of memory: "
+            "take fewer --processes"
         ) from error
 
 
@@ -146,9 +150,22 @@ _readers: list[_Reader | KvClusterError] = []
 def _start(settings: QualitySettings) -> None:
     # An error here would end the pool without a word of what it was.
     try:
-        _readers.append(_Reader(settings))
+        with _memory_of(settings):
+            _readers.append(_Reader(settings))
     except KvClusterError as error:
         _readers.append(error)
+
+
+@contextmanager
+def _memory_of(settings: QualitySettings) -> Iterator[None]:
+    """Raises: ConfigError where what runs inside is left without memory of the device."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"quality: {settings.device} has too little memory for {settings.num_processes} "
+            "processes beside each other: take fewer --processes"
+        ) from error
 
 
 def _reader() -> _Reader:
@@ -182,5 +199,7 @@ def _plan() -> _Plan:
 
 def _score(policy: int, item: _Item) -> _Scored:
     started = time.monotonic()
-    score = _reader().score(policy, item)
+    reader = _reader()
+    with _memory_of(reader.settings):
+        score = reader.score(policy, item)
     return _Scored(score, time.monotonic() - started)
