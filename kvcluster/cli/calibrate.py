@@ -102,8 +102,8 @@ def _run(
     dtype: str,
 ) -> "CalibrationReport":
     from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
 
+    from kvcluster.cli.calibration_bar import CalibrationBar
     from kvcluster.model.loader import load_model
     from kvcluster.model.tokenizer import load_tokenizer
     from kvcluster.quality.calibration_run import calibrate as run
@@ -114,18 +114,11 @@ def _run(
     if tokenizer is None:
         raise ConfigError(f"model {source} has no tokenizer to read texts with")
     texts = load_texts()
-    with Progress(
-        *Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)
-    ) as bar:
-        asked = {"directions": settings.num_fisher > 0, "refinement": bool(settings.refine)}
-        names = ("texts", *(stage for stage, is_asked in asked.items() if is_asked), "recipes")
-        stages = {stage: bar.add_task(stage, total=None) for stage in names}
-
-        def show(stage: str, done: int, total: int) -> None:
-            bar.update(stages[stage], completed=done, total=total)
-
+    asked = {"directions": settings.num_fisher > 0, "refinement": bool(settings.refine)}
+    stages = ("texts", *(stage for stage, is_asked in asked.items() if is_asked), "recipes")
+    with CalibrationBar(Console(stderr=True), stages) as bar:
         try:
-            return run(model, tokenizer, texts, settings, show, contents=contents)
+            return run(model, tokenizer, texts, settings, bar.show, contents=contents)
         except OSError as error:
             raise ConfigError(f"--out: {settings.out} cannot be written: {error}") from error
 

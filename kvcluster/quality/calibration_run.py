@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 from torch import Tensor
 
-from kvcluster.codec.calibration import Calibration, write_calibration
+from kvcluster.codec.calibration import Calibration, bases_digest, write_calibration
 from kvcluster.codec.latent_method import MAX_JOINED_LAYERS
 from kvcluster.codec.registry import CODEC_METHODS
 from kvcluster.config import CacheConfig
@@ -38,6 +38,7 @@ from kvcluster.quality.held_out import CHOICE_SEED, choice_texts, evaluation_doc
 from kvcluster.quality.measure import FIRST_SCORED, text_tokens
 from kvcluster.quality.needles import NeedleDocument
 from kvcluster.quality.partial_moments import PartialMoments
+from kvcluster.quality.partial_scores import PartialScores
 from kvcluster.quality.recipe_table import DEFAULT_RECIPES, measured_recipe
 from kvcluster.quality.refining import (
     TEXT_TOKENS,
@@ -50,7 +51,7 @@ from kvcluster.quality.refining import (
 from kvcluster.quality.served import MENU, ServedPolicy, codecs_of, recent_exact, served_policies
 from kvcluster.quality.strict import ExactTokens
 from kvcluster.quality.sweep import read_once, sweep
-from kvcluster.quality.sweep_records import SweepReport
+from kvcluster.quality.sweep_records import RecipeScore
 from kvcluster.quality.texts import Text
 
 MIN_TOKENS: Final = 512
@@ -114,7 +115,10 @@ def calibrate(
     contents: Sequence[str] = (),
 ) -> CalibrationReport:
     """Write the calibration file. Takes minutes to hours; blocks. A run that is broken off goes on
-    from the texts that it finished: see `PartialMoments`.
+    from the texts and the recipes that it finished: see `PartialMoments` and `PartialScores`.
+
+    `progress` hears first how many passes `recipes` will take: over texts as long as those of
+    `texts`.
 
     `contents`: texts to fit to instead of those of `texts` for calibration and of documents with
     needles; recipes are measured on `texts` in any case.
@@ -129,6 +133,7 @@ def calibrate(
         pieces = _pieces(tokenizer, texts, contents, settings, num_tokens)
     except ValueError as error:
         raise ConfigError(f"calibrate: {error}") from error
+    progress("recipes", 0, held_out.num_passes(_num_recipes(settings, joined)))
     partial = PartialMoments(settings.out, model.spec.weights_digest)
     calibration = _fit(model, passes, partial, joined, progress)
     unfinished = PartialRefinements(settings.out)
@@ -145,19 +150,21 @@ def calibrate(
         progress,
     )
     policies = _policies(settings, model, calibration, exact)
-    measured = _measured(model, held_out, policies, settings, progress)
-    recipes = tuple(filter(None, map(measured_recipe, measured.scores)))
+    scores = PartialScores(settings.out, bases_digest(calibration))
+    measured = _measured(model, held_out, policies, settings, scores, progress)
+    recipes = tuple(filter(None, map(measured_recipe, measured)))
     table = msgspec.json.encode(recipes).decode()
     write_calibration(settings.out, replace(calibration, recipes_json=table))
     partial.remove()
     unfinished.remove()
+    scores.remove()
     return CalibrationReport(
         model=model.spec.name,
         weights_digest=model.spec.weights_digest,
         num_calibration_tokens=calibration.num_tokens,
         measured_on=tuple(text.name for text, _ in held_out.texts),
         num_tokens=num_tokens,
-        num_needles=max((score.num_found_by_exact for score in measured.scores), default=0),
+        num_needles=max((score.num_found_by_exact for score in measured), default=0),
         refinements=refinements,
         recipes=recipes,
     )
@@ -183,6 +190,10 @@ class _HeldOut:
 
     texts: Sequence[tuple[Text, Tensor]]
     documents: Sequence[NeedleDocument]
+
+    def num_passes(self, num_recipes: int) -> int:
+        """Over all, with the exact cache and with each recipe."""
+        return (1 + num_recipes) * (len(self.texts) + len(self.documents))
 
 
 def _length(model: LoadedModel, settings: CalibrationSettings) -> int:
@@ -277,13 +288,14 @@ def _fit(
     moments = ModelMoments(model.spec, joined)
     partial.load_into(moments, {text.digest for text in passes})
     finished = set(moments.text_digests)
-    for place, text in enumerate(passes):
-        progress("texts", place, len(passes))
+    num_passes = len({text.digest for text in passes})
+    progress("texts", len(finished), num_passes)
+    for text in passes:
         if text.digest not in finished:
             add_text(model, rotaries, moments, text)
             partial.save(moments)
             finished.add(text.digest)
-    progress("texts", len(passes), len(passes))
+            progress("texts", len(finished), num_passes)
     return fitted(model, rotaries, moments)
 
 
@@ -318,14 +330,33 @@ def _policies(
     return possible
 
 
+def _num_recipes(settings: CalibrationSettings, joined: Collection[int]) -> int:
+    """That will be measured, where the model can have them all."""
+    if settings.policies:
+        return len({*settings.policies, *settings.refine})
+    asked = [
+        parse_choice(parse_policy(text, MENU).codec, CODEC_METHODS) for text in DEFAULT_RECIPES
+    ]
+    layers = [int(codec.arguments.get("layers", 1)) for codec in asked]
+    return len(settings.refine) + sum(number in {1, *joined} for number in layers)
+
+
 def _measured(
     model: LoadedModel,
     held_out: _HeldOut,
     policies: Sequence[ServedPolicy],
     settings: CalibrationSettings,
+    scores: PartialScores,
     progress: Progress,
-) -> SweepReport:
-    progress("recipes", 0, len(policies))
+) -> list[RecipeScore]:
+    num_passes, num_done = held_out.num_passes(len(policies)), 0
+
+    def after_pass() -> None:
+        nonlocal num_done
+        num_done += 1
+        progress("recipes", num_done, num_passes)
+
+    progress("recipes", 0, num_passes)
     num_tokens = len(held_out.texts[0][1])
     exact = read_once(
         model,
@@ -334,11 +365,13 @@ def _measured(
         block_size=settings.block_size,
         exact_recent_tokens=settings.exact_recent_tokens,
         first_scored=min(FIRST_SCORED, num_tokens // 4),
+        after_pass=after_pass,
     )
-    return sweep(
-        model,
-        exact,
-        policies,
-        SweepReport(subject=exact.subject),
-        keep=lambda report: progress("recipes", len(report.scores), len(policies)),
-    )
+    earlier = scores.load(exact.subject)
+    num_kept = sum(earlier.has(policy.name) for policy in policies)
+    if num_kept:
+        num_done += held_out.num_passes(num_kept) - held_out.num_passes(0)
+        progress("recipes", num_done, num_passes)
+    report = sweep(model, exact, policies, earlier, keep=scores.save, after_pass=after_pass)
+    found = {score.policy: score for score in report.scores}
+    return [found[policy.name] for policy in policies]

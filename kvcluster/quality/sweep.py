@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -37,6 +38,16 @@ from kvcluster.quality.sweep_records import (
 from kvcluster.quality.texts import Text
 from kvcluster.types import ModelSpec
 
+_Score = TypeVar("_Score")
+
+
+def _nothing() -> None: ...
+
+
+def _then(after_pass: Callable[[], None], score: _Score) -> _Score:
+    after_pass()
+    return score
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ReadOnce:
@@ -55,6 +66,7 @@ def read_once(
     block_size: int,
     exact_recent_tokens: int,
     first_scored: int = FIRST_SCORED,
+    after_pass: Callable[[], None] = _nothing,
 ) -> ReadOnce:
     """Run the exact cache over everything. `texts` come with their token ids, all of one length.
 
@@ -70,10 +82,12 @@ def read_once(
             first_scored=first_scored,
         ),
         texts=tuple(
-            exact_text(model, text, token_ids_T, first_scored=first_scored)
+            _then(after_pass, exact_text(model, text, token_ids_T, first_scored=first_scored))
             for text, token_ids_T in texts
         ),
-        documents=tuple(exact_document(model, document) for document in documents),
+        documents=tuple(
+            _then(after_pass, exact_document(model, document)) for document in documents
+        ),
     )
 
 
@@ -128,12 +142,14 @@ def sweep(
     *,
     keep: Callable[[SweepReport], None],
     calibrated_on: CalibratedOn | None = None,
+    after_pass: Callable[[], None] = _nothing,
 ) -> SweepReport:
-    """Score the policies that `report` does not have yet, and call `keep` after each."""
+    """Score the policies that `report` does not have yet, and call `keep` after each, and
+    `after_pass` after each text and document."""
     for policy in policies:
         if not report.has(policy.name):
             made_with = calibrated_on if policy.needs_calibration else None
-            report = report.with_score(_score(model, exact, policy, made_with))
+            report = report.with_score(_score(model, exact, policy, made_with, after_pass))
             keep(report)
     return report
 
@@ -148,10 +164,14 @@ def _score(
     exact: ReadOnce,
     policy: ServedPolicy,
     calibrated_on: CalibratedOn | None,
+    after_pass: Callable[[], None],
 ) -> RecipeScore:
     started = time.monotonic()
-    texts = tuple(text_score(model, policy.measured, text) for text in exact.texts)
-    recall = tuple(recall_score(model, policy.measured, document) for document in exact.documents)
+    measured = policy.measured
+    texts = tuple(_then(after_pass, text_score(model, measured, text)) for text in exact.texts)
+    recall = tuple(
+        _then(after_pass, recall_score(model, measured, document)) for document in exact.documents
+    )
     return RecipeScore(
         policy=policy.name,
         device=device_name(model.device),

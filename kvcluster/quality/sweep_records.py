@@ -158,10 +158,14 @@ def scored_document(document: NeedleDocument) -> ScoredText:
 
 def write_report(path: Path, report: SweepReport) -> None:
     """Replace the file once the new one is whole. Raises: OSError."""
-    encoded = msgspec.json.format(msgspec.json.encode(report), indent=1)
+    replace_file(path, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """So that whoever reads it finds the old content or the new one, whole. Raises: OSError."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(encoded + b"\n")
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

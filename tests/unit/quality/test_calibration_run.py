@@ -128,9 +128,9 @@ def test_own_texts_replace_those_that_bases_are_fitted_to(
     assert report.measured_on == CHOICE_TEXTS
 
 
-def interrupt_after(num_texts: int) -> Progress:
-    def progress(_stage: str, done: int, _total: int) -> None:
-        if done == num_texts:
+def interrupt_after(num_passes: int, stage: str = "texts") -> Progress:
+    def progress(current: str, done: int, _total: int) -> None:
+        if current == stage and done == num_passes:
             raise Interrupted
 
     return progress
@@ -174,6 +174,59 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(
     ]
 
 
+def test_recipes_that_were_measured_are_not_measured_again(
+    model: LoadedModel, settings: CalibrationSettings
+) -> None:
+    whole = replace(settings, out=settings.out.with_name("whole.safetensors"))
+    expected = calibrated(model, whole)
+    with pytest.raises(Interrupted):
+        # Two texts: exact, the first two recipes, and one text of the third.
+        calibrate(model, character_tokenizer(), TEXTS, settings, interrupt_after(7, "recipes"))
+    heard: list[tuple[str, int, int]] = []
+
+    with counted_passes(model) as passes:
+        report = calibrate(
+            model, character_tokenizer(), TEXTS, settings, lambda *stage: heard.append(stage)
+        )
+
+    # With the exact cache, and with the third recipe, which has to begin again.
+    assert passes.count(512) == 2 + 2
+    assert [done for stage, done, _ in heard if stage == "recipes"] == [0, 0, 1, 2, 6, 7, 8]
+    assert report == expected
+    assert sorted(path.name for path in settings.out.parent.iterdir()) == [
+        "tiny.safetensors",
+        "whole.safetensors",
+    ]
+
+
+def test_recipes_of_other_texts_or_unreadable_ones_are_measured_again(
+    model: LoadedModel, settings: CalibrationSettings
+) -> None:
+    expected = calibrated(model, settings)
+    with pytest.raises(Interrupted):
+        calibrate(model, character_tokenizer(), TEXTS, settings, interrupt_after(7, "recipes"))
+    changed = [replace(text, content=text.content.replace("s", "S")) for text in TEXTS[1:]]
+    other = calibrate(model, character_tokenizer(), [TEXTS[0], *changed], settings, ignore)
+    kept = settings.out.with_name(f"{settings.out.name}.recipes.json")
+    assert not kept.exists()
+
+    kept.write_bytes(b"{")
+
+    assert other.recipes != expected.recipes
+    assert calibrated(model, settings) == expected
+
+
+def test_only_recipes_that_are_asked_for_are_reported(
+    model: LoadedModel, settings: CalibrationSettings
+) -> None:
+    with pytest.raises(Interrupted):
+        calibrate(model, character_tokenizer(), TEXTS, settings, interrupt_after(7, "recipes"))
+
+    report = calibrated(model, replace(settings, policies=("int8", "latent:r=0.5,bits=8")))
+
+    assert [recipe.policy for recipe in report.recipes] == ["int8", "latent:r=0.5,bits=8"]
+
+
 def test_what_a_run_of_other_texts_left_is_refused(
     model: LoadedModel, settings: CalibrationSettings
 ) -> None:
@@ -184,15 +237,19 @@ def test_what_a_run_of_other_texts_left_is_refused(
         calibrated(model, settings, PROSE.upper() * 30)
 
 
-def test_progress_tells_both_stages_to_their_ends(
+def test_progress_tells_how_much_there_is_and_both_stages_to_their_ends(
     model: LoadedModel, settings: CalibrationSettings
 ) -> None:
     heard: list[tuple[str, int, int]] = []
 
     calibrate(model, character_tokenizer(), TEXTS, settings, lambda *stage: heard.append(stage))
 
-    assert [each for each in heard if each[1] == each[2]] == [("texts", 4, 4), ("recipes", 3, 3)]
-    assert heard == sorted(heard, key=lambda each: (each[0] != "texts", each[1]))
+    # Two texts, with the exact cache and with three recipes.
+    assert heard == [
+        ("recipes", 0, 8),
+        *(("texts", done, 4) for done in range(5)),
+        *(("recipes", done, 8) for done in range(9)),
+    ]
 
 
 def test_too_little_text_is_refused_with_what_is_needed_and_what_was_given(
@@ -259,7 +316,7 @@ def test_documents_with_needles_are_fitted_to_and_measured_on(
         lambda stage, _done, _total: heard.append(stage),
     )
 
-    # Two passes over the text, and a document of each of three styles.
-    assert heard.count("texts") == 2 + 3 + 1
+    # Before the first, and after two passes over the text and a document of each of three styles.
+    assert heard.count("texts") == 1 + 2 + 3
     assert report.num_calibration_tokens > 4 * 4000
     assert [recipe.policy for recipe in report.recipes] == ["int8"]
