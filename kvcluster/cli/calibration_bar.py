@@ -75,12 +75,11 @@ class CalibrationBar:
             self._num_made += 1
         stage.done, stage.total = done, total
         self._progress.update(
-            stage.task,
-            completed=done,
-            total=total,
-            detail=f"{done:,} of {total:,}",
-            left=self._left() if name in _PASSES else "",
+            stage.task, completed=done, total=total, detail=f"{done:,} of {total:,}"
         )
+        if name in _PASSES:
+            for other in self._stages.values():
+                self._progress.update(other.task, left="" if other is not stage else self._left())
 
     def _left(self) -> str:
         """Empty where it is not known, and at the end."""

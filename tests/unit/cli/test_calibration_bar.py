@@ -46,6 +46,21 @@ def test_stages_are_counted_and_what_is_left_is_told_of_both() -> None:
     assert recipes == "recipes 0 of 20 -:--:--"
 
 
+def test_what_is_left_stands_beside_the_stage_that_runs() -> None:
+    clock = Clock()
+    with bar(clock) as (calibration, screen):
+        calibration.show("recipes", 0, 20)
+        for done in range(5):
+            calibration.show("texts", done, 4)
+            clock.now_s += 60
+        calibration.show("recipes", 1, 20)
+
+        texts, recipes = shown(calibration, screen)
+
+    assert texts == "texts 4 of 4 0:00:00"
+    assert recipes == "recipes 1 of 20 0:00:00 about 19 min left in all"
+
+
 def test_passes_of_an_earlier_run_are_no_measure() -> None:
     clock = Clock()
     with bar(clock) as (calibration, screen):
