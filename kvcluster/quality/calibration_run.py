@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 import msgspec
 from torch import Tensor
@@ -50,7 +50,7 @@ from kvcluster.quality.refining import (
 )
 from kvcluster.quality.served import MENU, ServedPolicy, codecs_of, recent_exact, served_policies
 from kvcluster.quality.strict import ExactTokens
-from kvcluster.quality.sweep import read_once, sweep
+from kvcluster.quality.sweep import read_once, sweep, sweep_subject
 from kvcluster.quality.sweep_records import RecipeScore
 from kvcluster.quality.texts import Text
 
@@ -341,6 +341,12 @@ def _num_recipes(settings: CalibrationSettings, joined: Collection[int]) -> int:
     return len(settings.refine) + sum(number in {1, *joined} for number in layers)
 
 
+class _AsServed(TypedDict):
+    block_size: int
+    exact_recent_tokens: int
+    first_scored: int
+
+
 def _measured(
     model: LoadedModel,
     held_out: _HeldOut,
@@ -349,29 +355,29 @@ def _measured(
     scores: PartialScores,
     progress: Progress,
 ) -> list[RecipeScore]:
-    num_passes, num_done = held_out.num_passes(len(policies)), 0
+    num_tokens = len(held_out.texts[0][1])
+    as_served = _AsServed(
+        block_size=settings.block_size,
+        exact_recent_tokens=settings.exact_recent_tokens,
+        first_scored=min(FIRST_SCORED, num_tokens // 4),
+    )
+    subject = sweep_subject(model.spec, held_out.texts, held_out.documents, **as_served)
+    report = scores.load(subject)
+    missing = [policy for policy in policies if not report.has(policy.name)]
+    num_passes = held_out.num_passes(len(policies))
+    num_done = num_passes - held_out.num_passes(len(missing))
 
     def after_pass() -> None:
         nonlocal num_done
         num_done += 1
         progress("recipes", num_done, num_passes)
 
-    progress("recipes", 0, num_passes)
-    num_tokens = len(held_out.texts[0][1])
-    exact = read_once(
-        model,
-        held_out.texts,
-        held_out.documents,
-        block_size=settings.block_size,
-        exact_recent_tokens=settings.exact_recent_tokens,
-        first_scored=min(FIRST_SCORED, num_tokens // 4),
-        after_pass=after_pass,
-    )
-    earlier = scores.load(exact.subject)
-    num_kept = sum(earlier.has(policy.name) for policy in policies)
-    if num_kept:
-        num_done += held_out.num_passes(num_kept) - held_out.num_passes(0)
-        progress("recipes", num_done, num_passes)
-    report = sweep(model, exact, policies, earlier, keep=scores.save, after_pass=after_pass)
+    progress("recipes", num_done, num_passes)
+    if missing:
+        exact = read_once(
+            model, held_out.texts, held_out.documents, after_pass=after_pass, **as_served
+        )
+        report = sweep(model, exact, missing, report, keep=scores.save, after_pass=after_pass)
+    progress("recipes", num_passes, num_passes)
     found = {score.policy: score for score in report.scores}
     return [found[policy.name] for policy in policies]

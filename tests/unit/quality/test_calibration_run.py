@@ -191,12 +191,32 @@ def test_recipes_that_were_measured_are_not_measured_again(
 
     # With the exact cache, and with the third recipe, which has to begin again.
     assert passes.count(512) == 2 + 2
-    assert [done for stage, done, _ in heard if stage == "recipes"] == [0, 0, 1, 2, 6, 7, 8]
+    assert [done for stage, done, _ in heard if stage == "recipes"] == [0, *range(4, 9), 8]
     assert report == expected
     assert sorted(path.name for path in settings.out.parent.iterdir()) == [
         "tiny.safetensors",
         "whole.safetensors",
     ]
+
+
+def test_nothing_is_run_again_where_only_the_file_was_missing(
+    model: LoadedModel, settings: CalibrationSettings
+) -> None:
+    heard: list[tuple[str, int, int]] = []
+
+    def interrupt_at_the_end(stage: str, done: int, total: int) -> None:
+        if ("recipes", 8, 8) in heard:
+            raise Interrupted
+        heard.append((stage, done, total))
+
+    with pytest.raises(Interrupted):
+        calibrate(model, character_tokenizer(), TEXTS, settings, interrupt_at_the_end)
+
+    with counted_passes(model) as passes:
+        report = calibrated(model, settings)
+
+    assert passes.count(512) == 0
+    assert [recipe.policy for recipe in report.recipes] == [*settings.policies]
 
 
 def test_recipes_of_other_texts_or_unreadable_ones_are_measured_again(
@@ -249,6 +269,7 @@ def test_progress_tells_how_much_there_is_and_both_stages_to_their_ends(
         ("recipes", 0, 8),
         *(("texts", done, 4) for done in range(5)),
         *(("recipes", done, 8) for done in range(9)),
+        ("recipes", 8, 8),
     ]
 
 
