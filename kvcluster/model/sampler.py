@@ -28,6 +28,9 @@ _MIX_1: Final = 0xBF58476D1CE4E5B9
 _MIX_2: Final = 0x94D049BB133111EB
 _LIKELY_TOKENS: Final = 1024
 """Tokens to sort at first for top-p; seldom are more needed."""
+_COLDEST: Final = 1e-30
+"""At lower temperatures a float32 does not hold the quotients of logits, and no noise outweighs the
+smallest difference of two of them: the likeliest token is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,10 +136,13 @@ def sample(
 def _choose(logits_V: Tensor, state: SequenceSampling, position: int) -> TokenChoice:
     params = state.params
     adjusted_V = _adjusted(logits_V, state, position)
-    if params.temperature == 0.0:
+    if params.temperature < _COLDEST:
         token_id = int(adjusted_V.argmax())
     else:
-        token_ids_C, logits_C = kept_tokens(adjusted_V / params.temperature, params)
+        # A model that overflows gives logits that are no numbers, and no comparison keeps those:
+        # there must be a token all the same, or the step fails for every sequence in it.
+        scaled_V = (adjusted_V / params.temperature).nan_to_num(-math.inf, math.inf, -math.inf)
+        token_ids_C, logits_C = kept_tokens(scaled_V, params)
         noisy_C = logits_C.double() + gumbel_noise(params.seed, position, token_ids_C)
         token_id = int(token_ids_C[noisy_C.argmax()])
     if params.logprobs is None:
@@ -176,7 +182,8 @@ def _penalize(logits_V: Tensor, state: SequenceSampling) -> None:
 
 def kept_tokens(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """(token ids, logits) that top-k, top-p and min-p leave, applied in this order to logits that
-    are already divided by the temperature. Never empty; in no particular order."""
+    are already divided by the temperature, each a number or infinite. Never empty; in no particular
+    order."""
     vocab_size = len(logits_V)
     if 0 < params.top_k < vocab_size:
         # Ties with the last one stay.

@@ -255,5 +255,49 @@ def test_a_filtered_token_does_not_change_which_other_is_drawn() -> None:
     assert barred.token_id == free
 
 
+@pytest.mark.parametrize("unknown", [slice(None), slice(7, 8)])
+@pytest.mark.parametrize("infinite", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_k=5),
+        SamplingParams(temperature=0.7, top_p=0.9),
+        SamplingParams(temperature=0.7, min_p=0.1),
+        SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2),
+    ],
+)
+def test_logits_that_are_no_numbers_do_not_end_the_step_for_others(
+    params: SamplingParams, infinite: float, unknown: slice
+) -> None:
+    logits_V = logits(0)
+    logits_V[unknown] = infinite
+
+    assert 0 <= choose(logits_V, params).token_id < VOCAB_SIZE
+
+
+@pytest.mark.parametrize("temperature", [1e-31, 1e-45, 1e-300])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"min_p": 0.5}, {"top_p": 0.5}])
+def test_the_coldest_temperatures_draw_the_likeliest_token(
+    filters: dict[str, float], temperature: float
+) -> None:
+    """Their float32 is zero, by which no logit can be divided."""
+    logits_V = logits(0) + 20
+    params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+
+    assert choose(logits_V, params).token_id == int(logits_V.argmax())
+
+
+def test_the_strongest_penalty_at_the_coldest_temperature_still_gives_a_token() -> None:
+    """Logits over an infinite float32 are zero, and zero over zero is no number."""
+    params = SamplingParams(temperature=1e-300, repetition_penalty=1e300, top_k=1)
+    state = SequenceSampling(params)
+    state.append(range(VOCAB_SIZE))
+
+    (choice,) = sample(logits(0).abs()[None], [state], [VOCAB_SIZE])
+
+    assert 0 <= choice.token_id < VOCAB_SIZE
+
+
 def test_no_rows_give_no_choices() -> None:
     assert sample(torch.empty(0, VOCAB_SIZE), [], []) == []
