@@ -37,6 +37,8 @@ class _Upload:
     )
     """Encodes text, and holds back what the next chunk may change."""
     is_text: bool | None = None
+    pending: bytes = b""
+    """Tokens of text that came, and that the context could not take yet: they are next."""
 
 
 class ContextService:
@@ -94,7 +96,8 @@ class ContextService:
         feeding = self._feeding(context, upload)
         async with feeding.text.lock:
             self._feeding(context, upload)
-            self._contexts.append(context, await feeding.text.finish())
+            feeding.pending += await feeding.text.finish()
+            self._add_pending(context, feeding)
             self._contexts.complete(context)
         del self._uploads[context.uid]
         self._wake()
@@ -171,10 +174,19 @@ class ContextService:
         chunk = new.prompt_chunk()
         if not isinstance(chunk, TextChunk):
             check_vocabulary(chunk.packed_ids, self._engine.parts.spec.vocab_size)
-        packed_ids = await feeding.text.encode(chunk, self._engine.parts.tokenizer)
-        self._contexts.append(context, packed_ids)
-        if raw.is_text:
-            context.received_bytes += new.end - new.start
+            self._contexts.append(context, chunk.packed_ids)
+            return
+        self._add_pending(context, feeding)
+        # What an encoder was given it cannot give back: the text has come, whatever is said of its
+        # tokens.
+        feeding.pending = await feeding.text.encode(chunk, self._engine.parts.tokenizer)
+        context.received_bytes += new.end - new.start
+        self._add_pending(context, feeding)
+
+    def _add_pending(self, context: Context, feeding: _Upload) -> None:
+        """Raises: as `Contexts.append`; then they stay pending."""
+        self._contexts.append(context, feeding.pending)
+        feeding.pending = b""
 
     async def _wait_known(self) -> None:
         """Return when the contexts that are on disk can be found."""
