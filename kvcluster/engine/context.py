@@ -65,13 +65,16 @@ class Context:
         """Computes more of it; its tokens begin with the context's."""
         self.expire_time_s: float | None = None
         self.expires_at = math.inf
-        """The same on the monotonic clock, or when an upload is given up."""
+        """The same on the monotonic clock."""
+        self.stalls_at = math.inf
+        """On the monotonic clock: when an upload that nobody goes on with is given up."""
         self.create_time_s = self.update_time_s = self.last_access_time_s = unix_s
         self.version = 1
         self.squared_error = self.squared_size = 0.0
         """Sums of `EncodingError` over its own builds."""
-        self.received_bytes = 0
-        """Of text, over all uploads."""
+        self.received_bytes = self.kept_bytes = 0
+        """Of text, over all uploads; the second without those of an upload under way."""
+        self.num_uploads = 0
         self.content_version = 0
         """Of its tokens: another number after every upload."""
         self.host = SealedCopy()
@@ -114,6 +117,22 @@ class Context:
         return self.tokens if self.build is None else self.build.tokens
 
     @property
+    def is_open(self) -> bool:
+        """An upload is under way, and more may come."""
+        return self.build is not None and not self.build.is_prompt_complete
+
+    @property
+    def is_appended_to(self) -> bool:
+        """An upload is under way to what generations begin with already. Nobody can go on with it
+        but who began it: another appends to what there was before."""
+        return self.is_open and self.state is ContextState.ACTIVE
+
+    @property
+    def due_at(self) -> float:
+        """When something ends by itself, on the monotonic clock."""
+        return min(self.expires_at, self.stalls_at)
+
+    @property
     def attention_error(self) -> float:
         """As `Usage.attention_error`."""
         if not self.squared_size:
@@ -128,13 +147,12 @@ class Context:
         return build.num_computed >= len(build.tokens) // block_size * block_size
 
     def schedule_expiry(self, now: float, unix_s: float, *, upload_grace_s: float) -> None:
-        """Set `expires_at` from the time of now on both clocks. `upload_grace_s`: how long an
-        upload may stand still."""
+        """Set `expires_at` and `stalls_at` from the time of now on both clocks. `upload_grace_s`:
+        how long an upload may stand still."""
         self.expires_at = math.inf
         if self.expire_time_s is not None:
             self.expires_at = now + self.expire_time_s - unix_s
-        if self.state is ContextState.CREATING:
-            self.expires_at = min(self.expires_at, now + upload_grace_s)
+        self.stalls_at = now + upload_grace_s if self.is_open else math.inf
 
     def note_change(self, unix_s: float) -> None:
         """Something that a record shows is different now."""

@@ -8,9 +8,13 @@ from kvcluster.errors import (
     EtagMismatch,
     InvalidField,
     KvClusterError,
+    ModelNotFound,
+    PolicyUnsupported,
     QuotaExceeded,
     SealedCacheDamaged,
+    UploadStalled,
 )
+from kvcluster.types import Policy
 
 MAX_NAME_CHARS = 200
 MAX_TTL_S = 10 * 365 * 24 * 3600
@@ -29,6 +33,18 @@ def not_ready(context: Context) -> ContextNotReady:
         f"context {context.id} is {context.state}{': ' if context.message else ''}"
         f"{context.message}; wait until its upload is complete, or upload it again"
     )
+
+
+def being_computed(context: Context) -> ContextNotReady:
+    """Why a context takes no more now, though an upload is not done."""
+    return ContextNotReady(f"context {context.id} is being computed: add more after that")
+
+
+def upload_over(context: Context) -> KvClusterError:
+    """Why no more of an upload is taken."""
+    if context.state is ContextState.ACTIVE:
+        return UploadStalled("the upload was given up: send again what it was to add")
+    return not_ready(context)
 
 
 def unreadable(context: Context) -> KvClusterError:
@@ -53,6 +69,16 @@ def check_continued(context: Context) -> None:
         raise unreadable(context)
 
 
+def check_begun_with(context: Context, policy: Policy, *, wants_scores: bool) -> None:
+    """What a generation on a context cannot ask for. Raises: InvalidField."""
+    if policy != context.policy:
+        raise InvalidField("policy", f"the context was stored with {context.policy}: leave it out")
+    if wants_scores:
+        raise InvalidField(
+            "sampling.prompt_logprobs", "a context's tokens are not computed again: no scores"
+        )
+
+
 def check_etag(context: Context, etag: str) -> None:
     """Empty: any. Raises: EtagMismatch."""
     if etag and etag != context.etag:
@@ -60,6 +86,30 @@ def check_etag(context: Context, etag: str) -> None:
             f"context {context.id} was changed since {etag}: get it again, then decide again",
             metadata={"etag": context.etag},
         )
+
+
+def check_model(model: str, served: str) -> None:
+    """Empty: whatever is served. Raises: ModelNotFound."""
+    if model not in ("", served):
+        raise ModelNotFound(f"model {model!r} is not served here; {served!r} is")
+
+
+def check_count(num_contexts: int, limit: int) -> None:
+    """Whether a tenant may have one more. Raises: QuotaExceeded."""
+    if num_contexts >= limit:
+        raise QuotaExceeded(
+            f"contexts: {num_contexts} of the tenant's {limit}; delete one",
+            metadata={"quota": "contexts", "used": str(num_contexts), "limit": str(limit)},
+        )
+
+
+def not_storable(policy: Policy) -> PolicyUnsupported:
+    """Why a context cannot have a policy."""
+    return PolicyUnsupported(
+        f"policy: {policy} cannot store a context: with it later rows read more of a sequence than "
+        "its blocks; leave out its selection, and tokens kept by score",
+        metadata={"policy": str(policy)},
+    )
 
 
 def check_name(display_name: str) -> None:

@@ -57,7 +57,7 @@ def note_of(context: Context, spec: ModelSpec, block_size: int) -> bytes:
             last_access_time_s=context.last_access_time_s,
             squared_error=context.squared_error,
             squared_size=context.squared_size,
-            received_bytes=context.received_bytes,
+            received_bytes=context.kept_bytes,
         )
     )
 
@@ -94,7 +94,7 @@ def context_of(note: ContextNote, owner: SpillOwner, keys: BlockKeys) -> Context
     context.update_time_s = note.update_time_s
     context.last_access_time_s = note.last_access_time_s
     context.squared_error, context.squared_size = note.squared_error, note.squared_size
-    context.received_bytes = note.received_bytes
+    context.received_bytes = context.kept_bytes = note.received_bytes
     context.state = ContextState.ACTIVE
     return context
 

@@ -7,6 +7,7 @@ tokens, and acts that end on the ranks.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from kvcluster.engine.api import GenerationRequest, PromptChunk, TextChunk
 from kvcluster.engine.context import Context
@@ -17,10 +18,10 @@ from kvcluster.engine.context_api import (
     ContextState,
     OpenedContext,
 )
-from kvcluster.engine.context_checks import context_not_found, not_ready
+from kvcluster.engine.context_checks import context_not_found, not_ready, upload_over
 from kvcluster.engine.context_stores import ContextStores
 from kvcluster.engine.engine import Engine
-from kvcluster.engine.request import TOKEN_BYTES
+from kvcluster.engine.request import TOKEN_BYTES, Request
 from kvcluster.engine.upload import PromptUpload, RawChunk, check_vocabulary, raw_chunk
 from kvcluster.errors import ContextNotFound, InvalidField, PromptCorrupt, UploadStalled
 from kvcluster.tenancy.limits import TenantLimits
@@ -31,7 +32,10 @@ from kvcluster.types import TenantId
 class _Upload:
     """The upload that feeds a context."""
 
-    number: int
+    build: Request | None
+    """What it adds to."""
+    number: int = 0
+    is_durable: bool = False
     text: PromptUpload = field(
         default_factory=lambda: PromptUpload(GenerationRequest(model="", max_output_tokens=1))
     )
@@ -39,6 +43,10 @@ class _Upload:
     is_text: bool | None = None
     pending: bytes = b""
     """Tokens of text that came, and that the context could not take yet: they are next."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.build is not None and self.build.is_prompt_complete
 
 
 class ContextService:
@@ -53,8 +61,8 @@ class ContextService:
         self._contexts = engine.contexts
         self._stores = stores
         self._wake = wake
-        self._uploads: dict[str, _Upload] = {}
-        """By uid of the context."""
+        self._uploads: WeakKeyDictionary[Context, _Upload] = WeakKeyDictionary()
+        """The last one of each context."""
 
     async def open_context(self, request: ContextRequest) -> OpenedContext:
         if self._engine.refusal is not None:
@@ -68,13 +76,14 @@ class ContextService:
         with suppress(ContextNotFound):
             await self._bring(self._contexts.find(request.tenant, request.context_id))
         context = self._contexts.open(request)
-        context.disk.is_awaited = request.durable
-        before = self._uploads.get(context.uid)
-        upload = _Upload(1) if before is None else before
-        if before is not None:
-            # The encoder goes on where the one before has stopped; nobody else may feed it.
-            upload.number += 1
-        self._uploads[context.uid] = upload
+        if request.durable:
+            context.disk.is_awaited = True
+        upload = self._uploads.get(context)
+        if upload is None or upload.build is not context.build:
+            upload = self._uploads[context] = _Upload(context.build)
+        # An encoder goes on where it has stopped; whoever fed it before may do so no more.
+        context.num_uploads += 1
+        upload.number, upload.is_durable = context.num_uploads, request.durable
         context.changed.notify()
         return OpenedContext(upload=upload.number, record=self._contexts.record(context))
 
@@ -96,13 +105,16 @@ class ContextService:
         feeding = self._feeding(context, upload)
         async with feeding.text.lock:
             self._feeding(context, upload)
-            feeding.pending += await feeding.text.finish()
-            self._add_pending(context, feeding)
-            self._contexts.complete(context)
-        del self._uploads[context.uid]
+            # The one before it may have been complete, and have lost its caller.
+            if not feeding.is_complete:
+                feeding.pending += await feeding.text.finish()
+                self._add_pending(context, feeding)
+                self._contexts.complete(context)
         self._wake()
         await self._built(context)
-        return await self._saved(context)
+        if feeding.is_durable:
+            await self._save(context)
+        return self._contexts.record(context)
 
     async def get_context(self, tenant: TenantId, context_id: str) -> ContextRecord:
         await self._wait_known()
@@ -146,7 +158,7 @@ class ContextService:
         await self._wait_known()
         context = self._contexts.find(tenant, context_id)
         self._contexts.delete(context, etag=etag)
-        self._uploads.pop(context.uid, None)
+        self._uploads.pop(context, None)
         self._wake()
         while self._contexts.knows(context):
             await context.changed.wait()
@@ -161,9 +173,11 @@ class ContextService:
         return context
 
     def _feeding(self, context: Context, upload: int) -> _Upload:
-        found = self._uploads.get(context.uid)
+        found = self._uploads.get(context)
         if found is None or found.number != upload:
-            raise UploadStalled("another upload took over: ask how far it is, and go on there")
+            raise _taken_over()
+        if context.build is None and not found.is_complete:
+            raise upload_over(context)
         return found
 
     async def _take(self, context: Context, feeding: _Upload, raw: RawChunk) -> None:
@@ -185,6 +199,8 @@ class ContextService:
 
     def _add_pending(self, context: Context, feeding: _Upload) -> None:
         """Raises: as `Contexts.append`; then they stay pending."""
+        if self._uploads.get(context) is not feeding:
+            raise _taken_over()
         self._contexts.append(context, feeding.pending)
         feeding.pending = b""
 
@@ -207,14 +223,16 @@ class ContextService:
         if context.message:
             raise not_ready(context)
 
-    async def _saved(self, context: Context) -> ContextRecord:
-        """The record, once it is on disk where that was asked for. Raises: what kept it from
-        there."""
-        if context.disk.is_awaited and self._stores is not None:
+    async def _save(self, context: Context) -> None:
+        """Return when it is on disk. Raises: what kept it from there."""
+        if self._stores is not None:
             await self._stores.wait_saved(context)
             if not context.is_on_disk and context.disk.error is not None:
                 raise context.disk.error
-        return self._contexts.record(context)
+
+
+def _taken_over() -> UploadStalled:
+    return UploadStalled("another upload took over: ask how far it is, and go on there")
 
 
 def _beyond(context: Context, raw: RawChunk) -> RawChunk:

@@ -21,13 +21,18 @@ from kvcluster.engine.context_api import (
 )
 from kvcluster.engine.context_build import build_request, generation_for, generation_of
 from kvcluster.engine.context_checks import (
+    being_computed,
+    check_begun_with,
     check_continued,
+    check_count,
     check_etag,
+    check_model,
     check_name,
     context_not_found,
     expiry,
-    not_ready,
+    not_storable,
     unreadable,
+    upload_over,
 )
 from kvcluster.engine.context_keeper import ContextKeeper, NoDisk
 from kvcluster.engine.context_pins import Pins
@@ -38,14 +43,7 @@ from kvcluster.engine.prefix_keys import PrefixKeys
 from kvcluster.engine.prompts import Prompts
 from kvcluster.engine.request import Request
 from kvcluster.engine.scheduler import Scheduler
-from kvcluster.errors import (
-    InvalidField,
-    KvClusterError,
-    ModelNotFound,
-    PolicyUnsupported,
-    QuotaExceeded,
-    ResourceExists,
-)
+from kvcluster.errors import InvalidField, KvClusterError, ResourceExists
 from kvcluster.types import PUBLISHED, GenerationId, Policy, TenantId
 
 MAX_CONTEXTS = 1000
@@ -76,7 +74,7 @@ class Contexts:
 
     @property
     def next_expiry(self) -> float:
-        return min((context.expires_at for context in self._contexts.values()), default=math.inf)
+        return min((context.due_at for context in self._contexts.values()), default=math.inf)
 
     def find(self, tenant: TenantId, context_id: str) -> Context:
         """Raises: ContextNotFound."""
@@ -99,7 +97,8 @@ class Contexts:
         return list(self._contexts.values())
 
     def open(self, request: ContextRequest) -> Context:
-        """A context to upload to: a new one, or the one that is there.
+        """A context to upload to: a new one, or the one that is there. What an upload that is not
+        complete was about to append to it is given up.
 
         Raises: ModelNotFound, InvalidField, PolicyUnsupported, PermissionDenied, ContextTooLong,
         QuotaExceeded, ContextNotReady. Nothing is kept of one that is refused.
@@ -109,8 +108,10 @@ class Contexts:
             context = self._created(request)
         check_continued(context)
         context.limits = request.limits
-        num_tokens = max(len(context.received), request.total_tokens or 1)
-        self._check(context, num_tokens)
+        there = context.tokens if context.is_appended_to else context.received
+        self._check(context, max(len(there), request.total_tokens or 1))
+        if context.is_appended_to:
+            self._end_build(context, self._build_of(context))
         self._contexts[context.key] = context
         if context.build is None:
             self._build(context, context.tokens)
@@ -118,8 +119,13 @@ class Contexts:
         return context
 
     def append(self, context: Context, packed_ids: bytes) -> None:
-        """Add tokens to the build. Raises: ContextTooLong, QuotaExceeded, and adds none."""
+        """Add tokens to the build. Raises: ContextTooLong, QuotaExceeded, ContextNotReady,
+        UploadStalled, and adds none."""
         build = self._build_of(context)
+        if build.is_prompt_complete:
+            if packed_ids:
+                raise being_computed(context)
+            return
         num_tokens = len(build.tokens) + len(packed_ids) // build.tokens.itemsize
         self._check(context, num_tokens)
         self._prompts.append(build, packed_ids)
@@ -135,6 +141,7 @@ class Contexts:
         if not build.tokens:
             raise InvalidField("prompt", "is empty: send at least one token")
         build.is_prompt_complete = True
+        self._put_off_expiry(context)
         assert build.prefix is not None
         build.prefix.extend(build.tokens)
         is_there = self._prefixes.held_at(
@@ -145,7 +152,10 @@ class Contexts:
 
     def planned(self, build: Request) -> None:
         """A step with a part of the build was planned."""
-        self._building[build.generation].changed.notify()
+        context = self._building[build.generation]
+        # It may have held the client back until now.
+        self._put_off_expiry(context)
+        context.changed.notify()
 
     def computed(self, request: Request) -> None:
         """More of a request is computed."""
@@ -178,14 +188,8 @@ class Contexts:
         if not spec.context:
             return None
         context = self._readable(spec)
-        if spec.policy and choose_policy(spec, self._parts).policy != context.policy:
-            raise InvalidField(
-                "policy", f"the context was stored with {context.policy}: leave it out"
-            )
-        if spec.sampling.prompt_logprobs is not None:
-            raise InvalidField(
-                "sampling.prompt_logprobs", "a context's tokens are not computed again: no scores"
-            )
+        named = choose_policy(spec, self._parts).policy if spec.policy else context.policy
+        check_begun_with(context, named, wants_scores=spec.sampling.prompt_logprobs is not None)
         return ChosenPolicy(policy=context.policy, source=PolicySource.REQUEST)
 
     def num_tokens_before(self, spec: GenerationRequest) -> int:
@@ -272,11 +276,18 @@ class Contexts:
         context.note_change(self._parts.clock.unix())
 
     def expire(self, now: float) -> None:
-        """Delete the contexts whose time is over, and uploads that nobody goes on with."""
+        """Delete the contexts whose time is over, and give up uploads that nobody goes on with: a
+        context that they only append to stays what it was."""
         if now < self.next_expiry:
             return
         for context in tuple(self._contexts.values()):
-            if context.expires_at <= now:
+            if context.stalls_at <= now and not self.room(context):
+                # It waits for us.
+                self._put_off_expiry(context)
+            if context.stalls_at <= now and context.is_appended_to:
+                self._end_build(context, self._build_of(context))
+                context.changed.notify()
+            elif context.due_at <= now:
                 self.delete(context)
 
     def lose_ring(self) -> None:
@@ -290,23 +301,12 @@ class Contexts:
         return record_of(context, self._prefixes, self._parts.spec, self._block_size)
 
     def _created(self, request: ContextRequest) -> Context:
-        if request.model not in ("", self._parts.spec.name):
-            raise ModelNotFound(
-                f"model {request.model!r} is not served here; {self._parts.spec.name!r} is"
-            )
+        check_model(request.model, self._parts.spec.name)
         check_name(request.display_name)
-        if len(self.of(request.tenant)) >= MAX_CONTEXTS:
-            raise QuotaExceeded(
-                f"contexts: {MAX_CONTEXTS} of the tenant's {MAX_CONTEXTS}; delete one",
-                metadata={"quota": "contexts", "used": str(MAX_CONTEXTS)},
-            )
+        check_count(len(self.of(request.tenant)), MAX_CONTEXTS)
         policy = choose_policy(generation_for(request), self._parts).policy
         if not self._prefixes.is_shareable(policy):
-            raise PolicyUnsupported(
-                f"policy: {policy} cannot store a context: with it later rows read more of a "
-                "sequence than its blocks; leave out its selection, and tokens kept by score",
-                metadata={"policy": str(policy)},
-            )
+            raise not_storable(policy)
         now = self._parts.clock.unix()
         keys = self._keys(policy, request.tenant)
         uid = self._parts.new_id()
@@ -335,6 +335,7 @@ class Contexts:
         context.keys = build.prefix.blocks
         context.squared_error += build.squared_error
         context.squared_size += build.squared_size
+        context.kept_bytes = context.received_bytes
         self._end_build(context, build)
         context.state, context.message = ContextState.ACTIVE, ""
         context.content_version += 1
@@ -344,14 +345,15 @@ class Contexts:
         self.keeper.note_built(context)
 
     def _end_build(self, context: Context, build: Request) -> None:
-        context.build = None
+        context.build, context.stalls_at = None, math.inf
+        context.received_bytes = context.kept_bytes
         del self._building[build.generation]
         self._scheduler.end(build)
         self._prompts.end(build)
 
     def _build_of(self, context: Context) -> Request:
         if context.build is None:
-            raise not_ready(context)
+            raise upload_over(context)
         return context.build
 
     def hold(self, context: Context) -> None:

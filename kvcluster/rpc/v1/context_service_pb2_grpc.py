@@ -79,8 +79,9 @@ class ContextServiceServicer:
     def UploadContext(self, request_iterator, context):
         """Uploads a context: one `setup`, then `chunk`s, then half-close; returns when all of it is
         computed. To a context that is there already, it goes on with a broken upload (GetContext tells
-        how far that came) or appends to what is complete. A later upload takes over from an earlier
-        one. Generations read the context at its old length until the upload is complete.
+        how far that came) or appends to what is complete: all of it, or nothing where it breaks. A
+        later upload takes over from an earlier one. Generations read the context at its old length
+        until the upload is complete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

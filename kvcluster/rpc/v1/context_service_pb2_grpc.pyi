@@ -40,8 +40,9 @@ class ContextServiceStub:
     UploadContext: _grpc.StreamUnaryMultiCallable[_context_service_pb2.UploadContextRequest, _context_service_pb2.Context]
     """Uploads a context: one `setup`, then `chunk`s, then half-close; returns when all of it is
     computed. To a context that is there already, it goes on with a broken upload (GetContext tells
-    how far that came) or appends to what is complete. A later upload takes over from an earlier
-    one. Generations read the context at its old length until the upload is complete.
+    how far that came) or appends to what is complete: all of it, or nothing where it breaks. A
+    later upload takes over from an earlier one. Generations read the context at its old length
+    until the upload is complete.
     """
     GetContext: _grpc.UnaryUnaryMultiCallable[_context_service_pb2.GetContextRequest, _context_service_pb2.Context]
     """Returns one context."""
@@ -69,8 +70,9 @@ class ContextServiceAsyncStub(ContextServiceStub):
     UploadContext: _aio.StreamUnaryMultiCallable[_context_service_pb2.UploadContextRequest, _context_service_pb2.Context]  # type: ignore[assignment]
     """Uploads a context: one `setup`, then `chunk`s, then half-close; returns when all of it is
     computed. To a context that is there already, it goes on with a broken upload (GetContext tells
-    how far that came) or appends to what is complete. A later upload takes over from an earlier
-    one. Generations read the context at its old length until the upload is complete.
+    how far that came) or appends to what is complete: all of it, or nothing where it breaks. A
+    later upload takes over from an earlier one. Generations read the context at its old length
+    until the upload is complete.
     """
     GetContext: _aio.UnaryUnaryMultiCallable[_context_service_pb2.GetContextRequest, _context_service_pb2.Context]  # type: ignore[assignment]
     """Returns one context."""
@@ -101,8 +103,9 @@ class ContextServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_context_service_pb2.Context, _abc.Awaitable[_context_service_pb2.Context]]:
         """Uploads a context: one `setup`, then `chunk`s, then half-close; returns when all of it is
         computed. To a context that is there already, it goes on with a broken upload (GetContext tells
-        how far that came) or appends to what is complete. A later upload takes over from an earlier
-        one. Generations read the context at its old length until the upload is complete.
+        how far that came) or appends to what is complete: all of it, or nothing where it breaks. A
+        later upload takes over from an earlier one. Generations read the context at its old length
+        until the upload is complete.
         """
 
     @_abc_1.abstractmethod
