@@ -21,6 +21,7 @@ from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import StepPlan, StepResult
 from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.errors import ConfigError, KvClusterError, RankLost
+from kvcluster.freed_memory import overwrite_freed_memory
 from kvcluster.garbage import exempt_living
 from kvcluster.log import get_logger
 from kvcluster.types import ModelSpec
@@ -39,6 +40,11 @@ def worker_actor(worker_class: type[Worker]) -> Any:
     beside them."""
 
     class WorkerActor(worker_class):  # type: ignore[valid-type, misc]
+        def __init__(self, rank: int, config: ClusterConfig) -> None:
+            # Copies of a tenant's blocks: of a step, and on their way off the GPU and back.
+            overwrite_freed_memory()
+            super().__init__(rank, config)
+
         def node_id(self) -> str:
             return str(ray.get_runtime_context().get_node_id())
 

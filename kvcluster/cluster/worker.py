@@ -32,7 +32,6 @@ from kvcluster.config import ClusterConfig, TransportKind
 from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, result_of
 from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.errors import RankLost
-from kvcluster.freed_memory import freed_memory_overwritten
 from kvcluster.model.codecs import load_codecs
 from kvcluster.model.loader import LoadedModel, load_model
 from kvcluster.types import ModelSpec
@@ -224,9 +223,7 @@ class Worker:
         Raises: SpillDiskFull, SpillUnavailable, RankLost.
         """
         order = msgspec.msgpack.decode(encoded_order, type=SpillWrite)
-        # Copies of blocks on their way are plain.
-        with freed_memory_overwritten():
-            return msgspec.msgpack.encode(self._joined().write(order))
+        return msgspec.msgpack.encode(self._joined().write(order))
 
     def read_spill(self, encoded_order: bytes) -> None:
         """Read this rank's share of a context into its blocks. Takes a SpillRead as msgpack.
@@ -234,8 +231,7 @@ class Worker:
         Raises: SealedCacheDamaged, SavedCacheMismatch, SpillUnavailable, RankLost.
         """
         order = msgspec.msgpack.decode(encoded_order, type=SpillRead)
-        with freed_memory_overwritten():
-            self._joined().read(order)
+        self._joined().read(order)
 
     def _joined(self) -> SpillShare:
         if self._spilling is None:
