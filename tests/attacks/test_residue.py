@@ -1,30 +1,22 @@
 """Nothing holds a prompt's tokens or its cache after its end: not the memory of the processes, no
 file, no shared memory. Each search finds them while they are in use."""
 
-import random
 import secrets
 import subprocess
 import sys
-from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from kvcluster.admin_client import AdminClient
 from kvcluster.client import Client
-from kvcluster.engine.api import TokenChunk
-from kvcluster.engine.context_api import ContextRequest
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
-from kvcluster.types import DEFAULT_TENANT, TenantId
-from tests.architectures import VOCAB_SIZE
+from kvcluster.types import TenantId
 from tests.attacks import residue_server
-from tests.attacks.residue import found_in_files, found_in_process
-from tests.served_model import served_model
-from tests.thread_executor import running_engine
+from tests.attacks.residue import canaries_of, found_in_files, found_in_process, random_ids
 from tests.unit.router.administering import INFERENCE, bootstrap
 
 pytestmark = [
@@ -32,39 +24,6 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="searches /proc"),
 ]
-NUM_TOKENS = 240
-CANARY_BYTES = 32
-
-
-def random_ids(seed: int) -> list[int]:
-    chance = random.Random(seed)
-    return [chance.randrange(3, VOCAB_SIZE) for _ in range(NUM_TOKENS)]
-
-
-async def canaries_of(ids: list[int], policy: str) -> dict[str, bytes]:
-    """Token ids in both widths, and cache bytes of both ranks, stored here by the same model."""
-    found = {
-        "u32 ids": array("I", ids[100:116]).tobytes(),
-        "i64 ids": array("q", ids[100:116]).tobytes(),
-    }
-    torch.set_num_threads(1)
-    model = served_model("llama")
-    async with running_engine(model, residue_server.CONFIG) as (service, executor):
-        request = ContextRequest(context_id="book", policy=policy)
-        opened = await service.open_context(request)
-        chunk = TokenChunk(0, array("I", ids).tobytes())
-        await service.append_context(DEFAULT_TENANT, "book", opened.upload, chunk)
-        await service.finish_context(DEFAULT_TENANT, "book", opened.upload)
-        for rank, runner in enumerate(executor.runners):
-            for layer, arena in enumerate(runner._store._arenas):
-                held = arena._bytes.flatten().view(torch.uint8).numpy().tobytes()
-                pieces = (held[at : at + CANARY_BYTES] for at in range(0, len(held), CANARY_BYTES))
-                telling = [piece for piece in pieces if len(set(piece)) > 20]
-                found |= {
-                    f"cache of rank {rank}, arena {layer}, {place}": telling[place]
-                    for place in range(3, len(telling), max(8, len(telling) // 3))
-                }
-    return found
 
 
 @dataclass
@@ -81,7 +40,7 @@ class Victim:
 
     async def learn(self, ids: list[int], policy: str) -> None:
         """What to look for. Bytes that are there before the prompt is sent tell nothing."""
-        made = await canaries_of(ids, policy)
+        made = await canaries_of(ids, residue_server.CONFIG, policy)
         before = found_in_process(self.process.pid, made)
         self.canaries = {name: made[name] for name, count in before.items() if not count}
         assert len(self.canaries) >= 6
