@@ -8,7 +8,9 @@ error of a sequence is
 
 summed over all layers, ranks and blocks that were encoded. The query sees all of the blocks, those
 beyond a layer's window too: what counts is the blocks. A rank without a row in a step measures
-nothing there; of a cache that is never encoded the error is 0.
+nothing there; of a cache that is never encoded the error is 0. Where tokens are kept by score,
+blocks of survivors are encoded when an epoch ends, those that moved once more: each time counts,
+beside what was read until then. What the tokens meant that were dropped is not measured.
 
 The cost is one row of attention and one reading of the new blocks: nothing beside the rows that
 filled them. Kernels round weights to 16 bits, so that what they measure is not less than a
@@ -48,14 +50,22 @@ class EncodingErrors:
         exact: Piece,
         encoded: EncodedKeys,
         geometry: LayerGeometry,
+        *,
+        are_survivors: bool = False,
     ) -> None:
         """Add one query over blocks that were just encoded. `exact` has k_KSD and v_KSD of the same
-        blocks' tokens."""
+        blocks' tokens. `are_survivors`: they are no blocks of the part's own table."""
+        if not len(encoded.ids_B):
+            self._add(part, q_1HD.new_zeros(2, dtype=torch.float32))
+            return
         before_1HD = self._local.attend(q_1HD, *exact, geometry).out_THD
-        rows = self._local.rows
+        rows = None if are_survivors else self._local.rows
         after = None if rows is None else rows.attend_full(layer, part, q_1HD)
         if after is None:
             after = attend_encoded(q_1HD, self._store, layer, encoded, geometry)
         after_1HD = after.out_THD
-        sums = torch.stack([(after_1HD - before_1HD).square().sum(), before_1HD.square().sum()])
+        error, size = (after_1HD - before_1HD).square().sum(), before_1HD.square().sum()
+        self._add(part, torch.stack([error, size]))
+
+    def _add(self, part: SequencePart, sums: Tensor) -> None:
         self._sums[part] = self._sums[part] + sums if part in self._sums else sums

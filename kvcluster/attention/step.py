@@ -135,7 +135,12 @@ class StepAttention:
 
     def encoding_errors(self) -> dict[SequencePart, tuple[float, float]]:
         """What encoding did to attention in all layers so far: see `EncodingErrors.sums`."""
-        return self._encoding.errors()
+        found = self._encoding.errors()
+        of_survivors = {} if self._choice is None else self._choice.errors.sums()
+        for part, (error, size) in of_survivors.items():
+            other_error, other_size = found.get(part, (0.0, 0.0))
+            found[part] = (error + other_error, size + other_size)
+        return found
 
     def _unselected(self, layer: int) -> Sequence[SequencePart]:
         """The parts whose rows read all that they may in the layer."""

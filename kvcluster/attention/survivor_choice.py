@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcluster.attention.encoded import EncodedKeys
+from kvcluster.attention.encoding_error import EncodingErrors
 from kvcluster.attention.implementation import Implementation
 from kvcluster.attention.ring import Message, Ring
 from kvcluster.attention.ring_ranks import RingRanks
@@ -30,7 +32,7 @@ from kvcluster.retention.base import Heads
 from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.ranks import ALONE, Ranks
 from kvcluster.retention.scored import choose, observe
-from kvcluster.types import EXACT, ModelSpec
+from kvcluster.types import ModelSpec
 
 
 class _Held(NamedTuple):
@@ -68,6 +70,8 @@ class SurvivorChoice:
         self._ranks: Ranks = ALONE if ring.size == 1 else RingRanks(ring)
         self._others = [rank for rank in range(ring.size) if rank != ring.rank]
         self._layouts: dict[SurvivorPart, _Layout] = {}
+        self.errors = EncodingErrors(store, implementation)
+        """What encoding survivors did to attention."""
 
     def after_rows(
         self,
@@ -97,7 +101,12 @@ class SurvivorChoice:
         if part.ends_epoch and self._spec.is_last_reader(layer):
             kept_KS = choose(method, _candidates(held), part.part.end, self._ranks)
             moved = self._move(part, held, self._chosen(part, kept_KS))
-            self._write(source, part, moved, marks.positions_KJ)
+            written = self._write(source, part, moved, marks.positions_KJ)
+            if written is not None and part.part.num_rows[self._ring.rank]:
+                last_1HD = q_THD[part.part.rows][-1:]
+                self.errors.measure(
+                    layer, part.part, last_1HD, *written, geometry, are_survivors=True
+                )
             after = Marks(moved.positions_KS.int(), moved.mass_KS if method.carries_mass else None)
         else:
             after = marks._replace(mass_KS=held.mass_KS)
@@ -208,11 +217,12 @@ class SurvivorChoice:
 
     def _write(
         self, layer: int, part: SurvivorPart, moved: _Held, positions_before_KN: Tensor
-    ) -> None:
-        """Put this rank's part of the lists where it belongs."""
+    ) -> tuple[Piece, EncodedKeys] | None:
+        """Put this rank's part of the lists where it belongs. What of it was encoded, as it was
+        and as it is kept: nothing may have changed. None: no block here is encoded."""
         lists, codec, here = part.survivors.table, part.part.codec, self._ring.rank
         size, num_after, group = lists.block_size, part.num_after, part.survivors.group
-        encoded = range(size, num_after // size * size) if codec != EXACT else range(0)
+        encoded = part.encoded_after
         spans = [range(num_after)]
         if encoded:
             spans = [range(size), range(encoded.stop, num_after)]
@@ -225,7 +235,7 @@ class SurvivorChoice:
             self._store.write(layer, places, *kv)
         own = _own_places(lists, here, encoded)
         if not len(own):
-            return
+            return None
         ids_B = torch.from_numpy(lists.encoded_ids(here, group, encoded.start, encoded.stop))
         blocks = slice(int(own[0]), int(own[-1]) + 1)
         filled = _own_places(lists, here, range(size, part.num_before // size * size))
@@ -243,14 +253,11 @@ class SurvivorChoice:
         kv_BKSD = Piece(
             *(_blocks(x[:, blocks], size)[changed_B] for x in (moved.k_KSD, moved.v_KSD))
         )
+        keys = EncodedKeys(codec, ids_B[changed_B.cpu()], positions_BS[changed_B], 0)
         self._store.encode(
-            layer,
-            codec,
-            ids_B[changed_B.cpu()],
-            kv_BKSD,
-            positions_BS[changed_B],
-            same_BK=same_BK[changed_B],
+            layer, codec, keys.ids_B, kv_BKSD, keys.positions_BS, same_BK=same_BK[changed_B]
         )
+        return Piece(*map(_in_line, kv_BKSD)), keys
 
     def _exchange(self, sends: list[Message], receives: list[Message]) -> None:
         self._ring.exchange(sends, receives).wait()
@@ -285,6 +292,11 @@ def _blocks(x_KND: Tensor, block_size: int) -> Tensor:
     """x_BKSD of whole blocks."""
     num_heads, _, dim = x_KND.shape
     return x_KND.reshape(num_heads, -1, block_size, dim).transpose(0, 1)
+
+
+def _in_line(x_BKSD: Tensor) -> Tensor:
+    """x_KND of whole blocks: the other way round."""
+    return x_BKSD.transpose(0, 1).flatten(1, 2)
 
 
 def _same(before_KN: Tensor, after_KN: Tensor, block_size: int) -> Tensor:

@@ -88,6 +88,26 @@ class SurvivorPart:
         """The lists as they are when the epoch has ended."""
         return SurvivorReader(self.part, self.survivors, self.num_after)
 
+    @property
+    def encoded_after(self) -> range:
+        """Places of those lists that are encoded: whole blocks but the first."""
+        size = self.survivors.table.block_size
+        is_encoded = self.part.codec != EXACT
+        return range(size, self.num_after // size * size) if is_encoded else range(size, size)
+
+    def measuring_ranks(self) -> set[int]:
+        """The ranks that have rows of the part and encoded blocks of the lists when its epoch ends:
+        those that can tell what encoding does to attention. The same answer on every rank."""
+        places = self.encoded_after
+        if not self.ends_epoch or not places:
+            return set()
+        lists = self.survivors.table
+        return {
+            rank
+            for rank, rows in enumerate(self.part.num_rows)
+            if rows and lists.num_tokens(rank, places.start, places.stop)
+        }
+
     def blocks_after(self, rank: int) -> Tensor:
         """The blocks of those lists on a rank, ascending."""
         lists = self.survivors.table

@@ -171,6 +171,8 @@ class StepRunner:
                 answering |= {rank for rank in ranks if scored_by(row.step, row.part, rank)}
             if row.part.codec != EXACT:
                 answering |= row.part.measuring_ranks(self._spec.windows)
+            if row.survivors is not None:
+                answering |= row.survivors.measuring_ranks()
         return tuple(sorted(answering))
 
     def _remember(self, sampled: Sequence[SampledToken]) -> None:

@@ -12,8 +12,10 @@ from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.store import in_blocks, in_line
 from kvcluster.codec.joined import member_of
 from kvcluster.codec.method import LayerCodec
+from kvcluster.types import Policy
 from tests.attention_group import AttentionGroup
 from tests.codec_models import EVERY_CODEC, JOINED, Served, calibrated_codecs
+from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry
 
 BLOCK_SIZE = 16
@@ -111,3 +113,50 @@ def test_an_exact_cache_measures_nothing() -> None:
     for size in STEPS:
         group.run(size)
         assert group.errors == [(0.0, 0.0)] * 2
+
+
+def of_survivors(retention: str, num_ranks: int, codec: str = "int2") -> tuple[float, float]:
+    """The sums of all ranks over a prompt of 3 epochs of 2 blocks, and the first row after it."""
+    MODEL.recorded.clear()
+    group = ReferenceGroup(
+        MODEL.loaded, num_ranks=num_ranks, block_size=BLOCK_SIZE, codecs=CODECS, exact_blocks=1
+    )
+    group.start(7, [3] * 96, Policy(codec=codec, retention=f"{retention},epoch=32"))
+    for size in (32, 20, 12, 32, 1):
+        group.run({7: size}, owners=range(num_ranks))
+    return sum(e.squared_error for e in group.errors), sum(e.squared_size for e in group.errors)
+
+
+@pytest.mark.parametrize("heads", ["own", "shared"])
+def test_survivors_are_measured_when_they_are_encoded(heads: str) -> None:
+    """Where all tokens survive, the blocks of an epoch are encoded when it ends, but the first."""
+    script, layers = MODEL.script, MODEL.spec.layers
+    squared_error = squared_size = 0.0
+    for start, end in ((16, 32), (32, 64), (64, 96)):
+        tokens = torch.arange(start, end)
+        exact = [[x_TKD[tokens].transpose(0, 1) for x_TKD in (k, v)] for _, k, v in script]
+        encoded = restored(CODECS.layers("int2"), exact, tokens.reshape(-1, BLOCK_SIZE))
+        for layer, (q_THD, _, _) in enumerate(script):
+            before, after = (
+                attend_plain(q_THD[end - 1][None], *read[layer], layers[layer]).out_THD
+                for read in (exact, encoded)
+            )
+            squared_error += float((after - before).square().sum())
+            squared_size += float(before.square().sum())
+
+    measured = of_survivors(f"key_diversity:budget=1,heads={heads}", num_ranks=1)
+
+    # As in `check`.
+    torch.testing.assert_close(measured, (squared_error, squared_size), rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("retention", ["heavy_hitters:budget=0.6", "snap:budget=0.6,queries=8"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_what_is_kept_by_score_has_an_error_that_falls_with_the_bits(
+    num_ranks: int, retention: str
+) -> None:
+    sums = [of_survivors(retention, num_ranks, codec) for codec in ("exact", "int8", "int2")]
+
+    assert sums[0] == (0.0, 0.0)
+    errors = [(error / size) ** 0.5 for error, size in sums[1:]]
+    assert 0 < 8 * errors[0] < errors[1] < 1
