@@ -106,7 +106,8 @@ class EngineConfig:
     """How long the events of an ended generation can be replayed."""
 
     max_retained: int = 1024
-    """Ended generations whose events are kept; the oldest go first."""
+    """Ended generations whose events are kept; one more takes the place of the oldest of the tenant
+    that has most."""
 
     history_route: str = "auto"
     """`auto` chooses by bytes on the wire; `pass_kv`, `pass_q` or `gather` forces one."""

@@ -51,6 +51,31 @@ def test_the_first_ended_makes_room_when_too_many_are_kept() -> None:
     assert (generations.num_known, generations.num_retained) == (1, 1)
 
 
+def test_a_tenant_that_ends_many_makes_room_of_its_own() -> None:
+    generations = Generations(max_retained=4)
+    kept = [add(generations, f"b{index}", arrival=index, tenant="blue") for index in range(2)]
+    for generation in kept:
+        generations.retain(generation)
+    flood = [add(generations, f"r{index}", arrival=9 + index) for index in range(50)]
+    for generation in flood:
+        generations.retain(generation)
+
+    assert all(generations.knows(each.id) for each in (*kept, *flood[-2:]))
+    assert (generations.num_known, len(generations.records(TenantId("red")))) == (4, 2)
+
+
+def test_ended_generations_of_one_tenant_are_forgotten() -> None:
+    generations = Generations(max_retained=9)
+    red, blue = add(generations, "a", arrival=1), add(generations, "b", arrival=2, tenant="blue")
+    generations.retain(red)
+    generations.retain(blue)
+    generations.forget(TenantId("red"))
+    generations.forget(TenantId("nobody"))
+
+    assert generations.tenants() == {"blue"}
+    assert not generations.knows(red.id)
+
+
 def test_unfinished_generations_never_expire() -> None:
     generations = Generations(max_retained=1)
     active = add(generations, "a", arrival=1)
