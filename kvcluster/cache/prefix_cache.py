@@ -222,6 +222,16 @@ class PrefixCache:
             dropped += self.give_up(block)
         return dropped
 
+    def drop_all(self) -> list[Dropped]:
+        """Forget all that is kept, and that no context holds; returns as `drop_tree`."""
+        dropped: list[Dropped] = []
+        for block in [block for block in self._blocks.values() if not block.num_children]:
+            at: CachedBlock | None = block
+            while at is not None and self.has(at) and not (at.num_children or at.holders):
+                dropped += self.give_up(at)
+                at = at.parent
+        return dropped
+
     def give_up(self, block: CachedBlock) -> list[Dropped]:
         """Forget one block that no other of this cache follows; returns as `drop_tree`."""
         dropped = [Dropped(block.codec, copy) for copy in block.copies]

@@ -31,11 +31,7 @@ from kvcluster.engine.scheduler import Scheduler
 from kvcluster.engine.stream import OutputText
 from kvcluster.engine.tenants import TenantUses
 from kvcluster.engine.zeroing import Zeroing
-from kvcluster.errors import (
-    Draining,
-    KvClusterError,
-    RankLost,
-)
+from kvcluster.errors import Draining, KvClusterError, RankLost
 from kvcluster.types import GenerationId, TenantId
 
 
@@ -192,6 +188,17 @@ class Engine:
     def records(self, tenant: TenantId) -> tuple[GenerationRecord, ...]:
         """The tenant's generations, newest first."""
         return self._generations.records(tenant)
+
+    def tenants_here(self) -> set[TenantId]:
+        """Those of which anything is known or kept."""
+        contexts = {context.tenant for context in self.contexts.all()}
+        names = contexts | self._generations.tenants() | self.prefixes.tenants()
+        return names | self.tenants.names()
+
+    def forget(self, tenant: TenantId) -> None:
+        """Forget what a tenant that has no unfinished generation has used, and its ended ones."""
+        self._generations.forget(tenant)
+        self.tenants.forget(tenant)
 
     def next_plan(self) -> StepPlan | None:
         """The next step for the ranks; None when there is nothing to do until something changes, or

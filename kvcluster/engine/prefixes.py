@@ -58,6 +58,10 @@ class Prefixes:
             )
         return found
 
+    def tenants(self) -> set[TenantId]:
+        """Those of which something is kept."""
+        return {tenant for tenant, cache in self._caches.items() if len(cache)}
+
     def clear(self) -> None:
         """Forget everything: the ranks have lost it."""
         for cache in self._caches.values():

@@ -27,6 +27,7 @@ from kvcluster.engine.cache_api import CacheEntry, CachePurge, CachePurged
 from kvcluster.engine.cache_entries import CacheEntries
 from kvcluster.engine.context_service import ContextService
 from kvcluster.engine.context_stores import ContextStores
+from kvcluster.engine.deleted_tenants import DeletedTenants
 from kvcluster.engine.driver import EngineDriver, Executor
 from kvcluster.engine.engine import Engine
 from kvcluster.engine.footprint import footprint, held_bytes
@@ -77,6 +78,7 @@ class EngineService(ContextService):
             engine, wake=self._driver.wake, feeder_silence_s=feeder_silence_s
         )
         self._keys: dict[tuple[TenantId, str], GenerationId] = {}
+        self._deleted = DeletedTenants(engine, wake=self._driver.wake)
         self._tiers = TenantTiers(
             self._parts.partitions, None if stores is None else stores.ledgers
         )
@@ -251,6 +253,7 @@ class EngineService(ContextService):
     async def apply_shares(self, shares: TenantShares) -> None:
         self._tiers.apply(shares)
         self._driver.wake()
+        await self._deleted.apply(shares)
         if self._stores is not None:
             await self._stores.apply(shares)
 

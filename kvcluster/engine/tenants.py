@@ -37,6 +37,13 @@ class TenantUses:
     def of(self, tenant: TenantId) -> TenantUse:
         return self._uses.setdefault(tenant, TenantUse())
 
+    def names(self) -> set[TenantId]:
+        return set(self._uses)
+
+    def forget(self, tenant: TenantId) -> None:
+        """Forget what a tenant that has no unfinished generation has used."""
+        self._uses.pop(tenant, None)
+
     def load(
         self, tenant: TenantId, limits: TenantLimits, active: Iterable[Request], kv_bytes: int
     ) -> TenantLoad:
