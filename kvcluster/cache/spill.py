@@ -139,7 +139,8 @@ class SpillTier(Protocol):
         ...
 
     def delete(self, owner: SpillOwner, spill: str) -> None:
-        """Destroy the spill's key, then its files. Raises: SealedCacheUnknown."""
+        """Destroy the spill's key, then its files. Where it raises SpillUnavailable or
+        SpillDiskFull, call it again: it goes on. Raises: SealedCacheUnknown."""
         ...
 
     def delete_all(self, tenant: TenantId, tenant_uid: str) -> int:

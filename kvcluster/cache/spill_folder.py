@@ -9,6 +9,7 @@ to see the folder at the same path.
 
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -54,7 +55,7 @@ class SpillRows(Protocol):
         ...
 
     def remove(self, spill: str) -> None:
-        """Destroy a spill's key."""
+        """Destroy a spill's key. Where it raises, call it again."""
         ...
 
     def find(self, spill: str) -> IndexedSpill | None: ...
@@ -86,6 +87,11 @@ class SpillFolder:
         self._wipe = wipe
         self._index = index
         self._begun: set[str] = set()
+        self._deleted: dict[str, SpillOwner] = {}
+        """Spills whose deletion broke off."""
+        self._left: set[Path] = set()
+        """What the index knows no more, and could not be removed yet."""
+        self._removing = threading.Lock()
         self._sweep()
 
     def close(self) -> None:
@@ -148,14 +154,13 @@ class SpillFolder:
         wrapped = wrap_key(ticket.key, sealed, given, keys)
         earlier = self._index.put(IndexedSpill(sealed, given, wrapped))
         self._begun.discard(ticket.spill)
-        if earlier is not None:
-            self._remove_files(earlier.sealed.spill)
+        self._remove_left(*(self._folder / each.sealed.spill for each in (earlier,) if each))
         return sealed
 
     def abandon(self, ticket: SpillTicket) -> None:
         if ticket.spill in self._begun:
             self._begun.discard(ticket.spill)
-            self._remove_files(ticket.spill)
+            self._remove_files(self._folder / ticket.spill)
 
     def open(self, owner: SpillOwner, spill: str, keys: DataKeys) -> SpillTicket:
         row = self._own(owner, spill)
@@ -176,7 +181,10 @@ class SpillFolder:
         row = self._own(owner, spill)
         ticket, before = self._ticket(row, keys, ()), row.receipts[-1]
         # The two have names of their own, so that a crash leaves the one that the index knows.
-        after = _write_note(ticket, note, is_second=before.part == ticket.num_parts)
+        is_second = before.part == ticket.num_parts
+        with self._removing:
+            self._left.discard(part_file(ticket, ticket.num_parts + is_second))
+        after = _write_note(ticket, note, is_second=is_second)
         sealed = msgspec.structs.replace(
             row.sealed,
             num_bytes=row.sealed.num_bytes - before.num_bytes + after.num_bytes,
@@ -186,8 +194,7 @@ class SpillFolder:
         self._index.put(
             IndexedSpill(sealed, receipts, wrap_key(ticket.key, sealed, receipts, keys))
         )
-        with disk_errors("written"):
-            self._remove_file(part_file(ticket, before.part))
+        self._remove_left(part_file(ticket, before.part))
         return sealed
 
     def _ticket(
@@ -209,10 +216,13 @@ class SpillFolder:
         )
 
     def delete(self, owner: SpillOwner, spill: str) -> None:
-        self._own(owner, spill)
+        if self._deleted.get(spill) != owner:
+            self._own(owner, spill)
+        self._deleted[spill] = owner
         # First the key: a crash in between leaves files that open with nothing, to be swept.
         self._index.remove(spill)
-        self._remove_files(spill)
+        self._remove_files(self._folder / spill)
+        del self._deleted[spill]
 
     def delete_all(self, tenant: TenantId, tenant_uid: str) -> int:
         doomed = [one for one in self.listed(tenant) if one.owner.tenant_uid == tenant_uid]
@@ -256,7 +266,7 @@ class SpillFolder:
         for entry in found:
             is_ours = len(entry.name) == 2 * _SPILL_BYTES and entry.name.isalnum()
             if is_ours and entry.name not in rows:
-                self._remove_files(entry.name)
+                self._remove_files(entry)
         for spill, row in rows.items():
             if not row.sealed.is_damaged:
                 self._remove_other_files(spill, row.receipts)
@@ -269,11 +279,25 @@ class SpillFolder:
                 if file.name not in files:
                     self._remove_file(file)
 
-    def _remove_files(self, spill: str) -> None:
+    def _remove_left(self, *paths: Path) -> None:
+        """Remove these folders and files, and those that could not be removed before, as far as
+        that can be done now: what is committed does not depend on it."""
+        with self._removing:
+            self._left.update(paths)
+            for path in tuple(self._left):
+                with suppress(SpillError):
+                    self._remove_files(path)
+                    self._left.discard(path)
+
+    def _remove_files(self, path: Path) -> None:
+        """A folder with all that is in it, or a file. Again changes nothing. Raises:
+        SpillUnavailable."""
         with disk_errors("written"):
-            for file in (self._folder / spill).glob("*"):
+            self._remove_file(path)
+            for file in path.glob("*"):
                 self._remove_file(file)
-            shutil.rmtree(self._folder / spill, ignore_errors=False)
+            if path.is_dir():
+                shutil.rmtree(path)
 
     def _remove_file(self, file: Path) -> None:
         if file.is_file():

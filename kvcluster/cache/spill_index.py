@@ -23,6 +23,7 @@ from kvcluster.errors import (
     SealedCacheDamaged,
     SealedCacheErased,
     SpillDiskFull,
+    SpillError,
     SpillUnavailable,
 )
 from kvcluster.types import TenantId
@@ -90,11 +91,14 @@ class SpillIndex:
                     row.wrapped_key,
                 ),
             )
-        self._forget_log()
+        with suppress(SpillError):
+            # It is committed, whatever becomes of the log: the next change moves that.
+            self._forget_log()
         return earlier[0] if earlier else None
 
     def remove(self, spill: str) -> None:
-        """Destroy a spill's key. Raises: SpillDiskFull, SpillUnavailable."""
+        """Destroy a spill's key. Raises: SpillDiskFull, SpillUnavailable: then call it again, since
+        the log may have the key."""
         with self._writing():
             self._connection.execute("DELETE FROM spills WHERE spill = ?", (spill,))
         self._forget_log()
