@@ -8,6 +8,10 @@ import pytest
 import torch
 import triton
 
+from tests.kernels import interpreter_patches
+
+interpreter_patches.install()
+
 
 @pytest.fixture(scope="session")
 def interpreted() -> torch.device:
