@@ -57,6 +57,15 @@ class MeasuredRecipe(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class MeasuredTable(msgspec.Struct, frozen=True, kw_only=True):
+    """All that was measured with one calibration, and how the cache was cut meanwhile: ratios,
+    perplexity and recall are of that."""
+
+    block_size: int
+    exact_recent_tokens: int
+    recipes: tuple[MeasuredRecipe, ...]
+
+
 def parse_bound(text: str) -> AutoBound | None:
     """The bound that `text` gives after `auto`; None: it is no bound but a policy.
 

@@ -90,7 +90,8 @@ class Calibration:
     refined: tuple[RefinedBasis, ...] = ()
     """Trained for one codec each: see `kvcluster.quality.distillation`."""
     recipes_json: str = "[]"
-    """What was measured with these bases, in the form that the measurement chose."""
+    """What was measured with these bases, in the form that the measurement chose: mostly a
+    `policy_bounds.MeasuredTable`."""
 
 
 def fit_keys(moments: LayerMoments, *, rank: int, scale: float = 1.0) -> Basis:

@@ -42,6 +42,9 @@ class EngineParts:
     """Why this model cannot serve a policy of the menu; None: it can."""
     recipes: Sequence[MeasuredRecipe] = ()
     """What was measured on this model, for policies that are given as a bound."""
+    unmeasured: str = ""
+    """Why what a calibration measured does not count here, so that there are no recipes; empty:
+    it does, or there is none."""
     default_policy: str = ""
     """Of requests that name none; empty: exact storage."""
     tenant_policies: Mapping[TenantId, str] = field(default_factory=dict)

@@ -63,6 +63,8 @@ def _chosen(
 ) -> ChosenPolicy:
     bound = parse_bound(text)
     if bound is not None:
+        if parts.unmeasured:
+            raise PolicyUnsupported(f"{bound}: {parts.unmeasured}")
         named = resolve(bound, tuple(_servable(parts, limits)))
         return ChosenPolicy(policy=parse_policy(named, parts.menu), source=source, bound=str(bound))
     policy = parse_policy(text, parts.menu)

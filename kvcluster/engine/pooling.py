@@ -19,6 +19,8 @@ def pooling_refusal(policy: Policy, parts: EngineParts) -> str | None:
     if recipe is None:
         if parts.config.admit_unmeasured_pooling:
             return None
+        if parts.unmeasured:
+            return f"what pooled heads cost here is not known: {parts.unmeasured}"
         return (
             "pooled heads ruin most models that were not trained with them, and what they cost "
             f"this one has not been measured: run `kvcluster calibrate --policy '{policy}'` and "

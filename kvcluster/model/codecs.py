@@ -8,10 +8,11 @@ import torch
 from kvcluster.codec.calibration import Calibration, read_calibration
 from kvcluster.codec.method import CodecModel
 from kvcluster.codec.model_codecs import ModelCodecs
+from kvcluster.config import CacheConfig
 from kvcluster.errors import CalibrationMismatch
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.rotary import check_rotary, read_rotary
-from kvcluster.policy_bounds import MeasuredRecipe
+from kvcluster.policy_bounds import MeasuredRecipe, MeasuredTable
 from kvcluster.types import ModelSpec
 
 
@@ -41,16 +42,39 @@ def codec_layouts(spec: ModelSpec, calibration: Calibration | None) -> ModelCode
     return ModelCodecs(CodecModel(spec=spec, device=torch.device("cpu"), calibration=calibration))
 
 
-def measured_recipes(calibration: Calibration | None) -> tuple[MeasuredRecipe, ...]:
+def measured_table(calibration: Calibration) -> MeasuredTable:
     """What was measured with the calibration. Raises: CalibrationMismatch."""
-    if calibration is None:
-        return ()
     try:
-        return msgspec.json.decode(calibration.recipes_json, type=tuple[MeasuredRecipe, ...])
+        found: MeasuredTable | tuple[MeasuredRecipe, ...] = msgspec.json.decode(
+            calibration.recipes_json, type=MeasuredTable | tuple[MeasuredRecipe, ...]
+        )
     except msgspec.MsgspecError as error:
         raise CalibrationMismatch(
             f"the calibration file's table cannot be read: {error}"
         ) from error
+    if isinstance(found, MeasuredTable):
+        return found
+    # Of a file from before tables said so: calibrations cut the cache as it is served by default.
+    default = CacheConfig()
+    return MeasuredTable(
+        block_size=default.block_size,
+        exact_recent_tokens=default.exact_recent_tokens,
+        recipes=found,
+    )
+
+
+def table_mismatch(table: MeasuredTable, cache: CacheConfig) -> str:
+    """Why what was measured says nothing of a cache that is cut like this; empty: it does."""
+    exact_blocks = -(-table.exact_recent_tokens // table.block_size)
+    if (table.block_size, exact_blocks) == (cache.block_size, cache.exact_recent_blocks):
+        return ""
+    return (
+        f"the calibration was measured in blocks of {table.block_size} tokens with the latest "
+        f"{table.exact_recent_tokens} exact, and the cache has blocks of {cache.block_size} with "
+        f"{cache.exact_recent_tokens}: serve with --set cache.block_size={table.block_size} --set "
+        f"cache.exact_recent_tokens={table.exact_recent_tokens}, or calibrate with --block-size "
+        f"{cache.block_size} --exact-recent {cache.exact_recent_tokens}"
+    )
 
 
 def calibration_for(spec: ModelSpec, path: str) -> Calibration:

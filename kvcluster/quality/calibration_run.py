@@ -21,7 +21,7 @@ from kvcluster.errors import ConfigError
 from kvcluster.model.loader import LoadedModel
 from kvcluster.model.tokenizer import TextTokenizer
 from kvcluster.policy import parse_choice, parse_policy
-from kvcluster.policy_bounds import MeasuredRecipe
+from kvcluster.policy_bounds import MeasuredRecipe, MeasuredTable
 from kvcluster.quality.calibrating import (
     SHORTEST_TEXT,
     CalibrationText,
@@ -153,8 +153,13 @@ def calibrate(
     scores = PartialScores(settings.out, bases_digest(calibration))
     measured = _measured(model, held_out, policies, settings, scores, progress)
     recipes = tuple(filter(None, map(measured_recipe, measured)))
-    table = msgspec.json.encode(recipes).decode()
-    write_calibration(settings.out, replace(calibration, recipes_json=table))
+    table = MeasuredTable(
+        block_size=settings.block_size,
+        exact_recent_tokens=settings.exact_recent_tokens,
+        recipes=recipes,
+    )
+    recipes_json = msgspec.json.encode(table).decode()
+    write_calibration(settings.out, replace(calibration, recipes_json=recipes_json))
     partial.remove()
     unfinished.remove()
     scores.remove()

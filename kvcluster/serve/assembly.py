@@ -14,7 +14,7 @@ from kvcluster.engine.parts import EngineParts
 from kvcluster.engine.service import EngineService
 from kvcluster.engine.spill_plan import SpillRanks
 from kvcluster.engine.text import Tokenizer
-from kvcluster.model.codecs import calibration_for, codec_layouts, measured_recipes
+from kvcluster.model.codecs import calibration_for, codec_layouts, measured_table, table_mismatch
 from kvcluster.policy import Menu
 from kvcluster.retention.offered import RETENTION_METHODS
 from kvcluster.selection.offered import SELECTION_METHODS
@@ -42,6 +42,8 @@ def engine_service(
     pools = [[BlockPool(count) for count in num_blocks] for _ in range(config.ring.num_ranks)]
     calibration = calibration_for(spec, config.calibration) if config.calibration else None
     layouts = codec_layouts(spec, calibration)
+    table = None if calibration is None else measured_table(calibration)
+    unmeasured = "" if table is None else table_mismatch(table, config.cache)
     checks = PolicyChecks(spec, config.cache.block_size, layouts)
     parts = EngineParts(
         spec=spec,
@@ -60,7 +62,8 @@ def engine_service(
         choose_route=choose_route,
         menu=Menu((*SHARING_METHODS, *CODEC_METHODS, *RETENTION_METHODS, *SELECTION_METHODS)),
         refusal=checks.refusal,
-        recipes=measured_recipes(calibration),
+        recipes=() if table is None or unmeasured else table.recipes,
+        unmeasured=unmeasured,
         default_policy=config.default_policy,
         tenant_policies={
             TenantId(tenant): policy for tenant, policy in config.tenant_policies.items()

@@ -115,6 +115,20 @@ async def test_a_bound_is_met_by_what_the_calibration_measured(
     assert (bound.token_ids, bound.kv_bytes) == (named.token_ids, named.kv_bytes)
 
 
+async def test_what_was_measured_does_not_count_for_a_cache_that_is_cut_otherwise(
+    model: LoadedModel, path: Path, report: CalibrationReport
+) -> None:
+    """Ratio and perplexity are of blocks of 16 tokens with 32 exact. Bases are of no blocks."""
+    cut = replace(CACHE, block_size=32, exact_recent_tokens=64)
+    async with running_engine(model, replace(config(path), cache=cut)) as (service, _):
+        for policy in ("auto: ratio>=1.5", "pooled:by=learned + int8"):
+            with pytest.raises(PolicyUnsupported, match=r"--set cache\.block_size=16 --set"):
+                await generate(service, policy)
+        latent = await generate(service, "latent:r=0.5,bits=8")
+
+    assert len(latent.token_ids) == OUTPUT_TOKENS
+
+
 async def test_latents_are_served_from_the_file(
     model: LoadedModel, path: Path, report: CalibrationReport
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from kvcluster.codec.calibration import Calibration, read_calibration
 from kvcluster.errors import CalibrationMismatch, ConfigError, InvalidField
-from kvcluster.model.codecs import measured_recipes
+from kvcluster.model.codecs import measured_table
 from kvcluster.model.loader import LoadedModel
 from kvcluster.quality.calibration_run import (
     CalibrationReport,
@@ -77,7 +77,10 @@ def test_the_file_holds_bases_and_the_recipes_that_were_measured_with_them(
     report = calibrated(model, settings)
 
     calibration = read_calibration(settings.out, model.spec.weights_digest)
-    assert measured_recipes(calibration) == report.recipes
+    table = measured_table(calibration)
+    assert table.recipes == report.recipes
+    assert table.block_size == settings.block_size
+    assert table.exact_recent_tokens == settings.exact_recent_tokens
     assert [recipe.policy for recipe in report.recipes] == [*settings.policies]
     assert all(recipe.ratio > 1 and recipe.perplexity_error > 0 for recipe in report.recipes)
     assert report.num_calibration_tokens == calibration.num_tokens == 4 * 512

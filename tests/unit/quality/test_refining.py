@@ -9,7 +9,7 @@ import torch
 from kvcluster.codec.calibration import fitted_bases, read_calibration
 from kvcluster.codec.joined import JoinedKeys
 from kvcluster.errors import CalibrationMismatch, ConfigError, InvalidField
-from kvcluster.model.codecs import measured_recipes
+from kvcluster.model.codecs import measured_table
 from kvcluster.model.loader import LoadedModel
 from kvcluster.policy_bounds import parse_bound, resolve
 from kvcluster.quality.calibration_run import (
@@ -109,7 +109,7 @@ def test_auto_may_choose_what_was_refined_and_is_served_with_its_bases(
     report = calibrated(model, replace(settings, policies=("exact",), refine=(JOINED,)))
 
     calibration = read_calibration(settings.out, model.spec.weights_digest)
-    recipes = measured_recipes(calibration)
+    recipes = measured_table(calibration).recipes
     bound = parse_bound("auto: ratio>=1.5, recall>=0%")
     assert bound is not None
     chosen = resolve(bound, recipes)
