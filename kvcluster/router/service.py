@@ -22,7 +22,7 @@ from kvcluster.router.contexts import backend_of_context
 from kvcluster.router.convert import part_from_proto, request_from_proto
 from kvcluster.router.generating import Generating, follow, raise_if_failed
 from kvcluster.router.messages import Parsed
-from kvcluster.router.policy import policy_from_proto
+from kvcluster.router.policy import fault_in_parts, policy_from_proto
 from kvcluster.router.records import estimate_to_proto, model_to_proto, record_to_proto
 from kvcluster.router.routing import Routes
 from kvcluster.router.upload import Upload
@@ -108,7 +108,11 @@ class InferenceService:
             input_tokens=message.input_tokens,
             limits=call.limits_for_more(),
         )
-        return estimate_to_proto(await route.backend.estimate(request))
+        estimate = await route.backend.estimate(request)
+        fault = fault_in_parts(estimate.message, message)
+        if fault is not None:
+            estimate = msgspec.structs.replace(estimate, message=": ".join(fault))
+        return estimate_to_proto(estimate)
 
     async def list_models(
         self, message: pb.ListModelsRequest, _call: Call
@@ -136,7 +140,13 @@ class InferenceService:
             backend = await backend_of_context(self._routes, call.tenant, request.context)
         # Only now: the setup of an upload may have been a long time coming.
         request = msgspec.structs.replace(request, limits=call.limits_for_more())
-        await self._generating.run(call, backend, request, prompt)
+        try:
+            await self._generating.run(call, backend, request, prompt)
+        except InvalidField as error:
+            fault = fault_in_parts(error.message, message)
+            if fault is None:
+                raise
+            raise InvalidField(*fault) from error
 
     async def _find(self, name: str, tenant: TenantId) -> "_Found":
         """The generation called `name`. Raises InvalidField, GenerationNotFound."""

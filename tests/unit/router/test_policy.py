@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvcluster.errors import InvalidField
 from kvcluster.policy import Value, parse_choice, parse_policy
 from kvcluster.policy_bounds import AutoBound, parse_bound
-from kvcluster.router.policy import policy_from_proto
+from kvcluster.router.policy import fault_in_parts, policy_from_proto
 from kvcluster.rpc.v1 import inference_service_pb2 as pb
 from kvcluster.types import Policy
 from tests.unit.test_policy import MENU, POLICIES
@@ -87,6 +87,77 @@ def test_equal_parts_have_equal_text() -> None:
 
 
 NUMBER = pb.PolicyValue(number=1.0)
+
+
+def choice(method: str, **arguments: Value) -> pb.PolicyChoice:
+    values = {name: value_to_proto(value) for name, value in arguments.items()}
+    return pb.PolicyChoice(method=method, arguments=values)
+
+
+@pytest.mark.parametrize(
+    ("choices", "field", "rule"),
+    [
+        ([choice("int5")], "choices[0].method", "no method is called 'int5'"),
+        ([choice("int4"), choice("latent")], "choices[1].method", "'latent' is a second codec"),
+        ([choice("window"), choice("auto")], "choices[1].method", "auto stands alone"),
+        ([choice("latent", rank=1)], "choices[0].arguments[rank]", "no parameter 'rank' of"),
+        (
+            [choice("int4"), choice("heavy_hitters", budget=0)],
+            "choices[1].arguments[budget]",
+            "budget must be over 0 and at most 1, got '0'",
+        ),
+        (
+            [choice("latent", r=0.25, bits=4, what="v"), choice("window")],
+            "choices[0].arguments[what]",
+            "what must be one of both, k, got 'v'",
+        ),
+        (
+            [choice("latent", bits=4, r=0.25), choice("heavy_hitters", budget=0.5, recent=0.5)],
+            "choices[1].arguments[recent]",
+            "recent must be a whole number, got '0.5'",
+        ),
+        ([choice("latent", r=-0.1, bits=5)], "choices[0].arguments[bits]", "bits must be one of"),
+    ],
+)
+def test_a_fault_in_the_text_names_the_part_that_it_came_from(
+    choices: list[pb.PolicyChoice], field: str, rule: str
+) -> None:
+    request = pb.GenerateRequest(cache_policy=pb.CachePolicy(choices=choices))
+    with pytest.raises(InvalidField) as info:
+        parse_policy(policy_from_proto(request), MENU)
+
+    found = fault_in_parts(info.value.message, request)
+
+    assert found is not None
+    assert found[0] == f"cache_policy.{field}"
+    assert found[1].startswith(rule)
+
+
+@pytest.mark.parametrize(
+    ("bound", "field"),
+    [
+        (pb.PolicyBound(max_perplexity_increase=-1), "max_perplexity_increase"),
+        (pb.PolicyBound(max_perplexity_increase=0.1, min_ratio=0.5), "min_ratio"),
+        (pb.PolicyBound(min_ratio=2, min_recall=7), "min_recall"),
+    ],
+)
+def test_a_fault_in_a_bound_names_its_limit(bound: pb.PolicyBound, field: str) -> None:
+    request = pb.EstimateGenerationRequest(cache_policy=pb.CachePolicy(bound=bound))
+    with pytest.raises(InvalidField) as info:
+        parse_bound(policy_from_proto(request))
+
+    found = fault_in_parts(info.value.message, request)
+
+    assert found is not None
+    assert found[0] == f"cache_policy.bound.{field}"
+
+
+def test_a_fault_of_a_policy_in_text_and_other_faults_stay_as_they_are() -> None:
+    in_text = pb.GenerateRequest(policy="int5")
+    in_parts = pb.GenerateRequest(cache_policy=pb.CachePolicy(choices=[choice("int4")]))
+
+    assert fault_in_parts("policy: at character 1: no method is called 'int5'", in_text) is None
+    assert fault_in_parts("max_output_tokens: want at least 1", in_parts) is None
 
 
 @pytest.mark.parametrize(

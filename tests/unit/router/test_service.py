@@ -373,6 +373,26 @@ async def test_an_estimate_takes_a_policy_in_both_forms(stub: InferenceServiceSt
     assert "'int5'" in refused.refusal.message
 
 
+async def test_a_fault_of_a_policy_in_parts_is_told_by_its_part(
+    stub: InferenceServiceStub,
+) -> None:
+    """Its sender has never seen the text in which the engine found it."""
+    choices = [pb.PolicyChoice(method="window"), pb.PolicyChoice(method="int5")]
+    parts = pb.CachePolicy(choices=choices)
+    asked = pb.EstimateGenerationRequest(input_tokens=1, max_output_tokens=1, cache_policy=parts)
+    request = pb.GenerateRequest(
+        max_output_tokens=1, prompt=common_pb2.TokenInput(text="a"), cache_policy=parts
+    )
+
+    estimate = await stub.EstimateGeneration(asked)
+    refusal = await refusal_of(drain(stub.Generate(request)))
+
+    field = "cache_policy.choices[1].method"
+    assert refusal.metadata["field"] == field
+    for message in (refusal.message, estimate.refusal.message):
+        assert message.startswith(f"{field}: no method is called 'int5'")
+
+
 async def test_a_server_whose_engine_does_not_answer_says_so(backend: FakeBackend) -> None:
     backend.status_failure = RankLost("rank 0 was lost")
     async with serving(backend) as server, aio.insecure_channel(server.address) as channel:
