@@ -66,6 +66,8 @@ class FormsAt:
         """Per KV group, what is held of an entry."""
         is_exact = self.is_exact or entry == 0 or entry >= self.first_exact
         held = Form.EXACT if is_exact else Form.ENCODED
+        if not any(self.released):
+            return (held,) * len(self.released)
         return tuple(Form.NONE if entry in released else held for released in self.released)
 
 
@@ -78,7 +80,15 @@ def has(entry: TableEntry, needs: Sequence[Form]) -> bool:
 
 
 def restricted(entry: TableEntry, needs: Sequence[Form]) -> TableEntry:
-    """The entry with these forms only."""
+    """The entry with these forms only. Mostly it has no others, and is returned as it is."""
+    if entry.encoded_ids:
+        is_all = all(form is Form.ENCODED for form in needs) and not any(
+            block != NO_BLOCK for block in entry.block_ids
+        )
+    else:
+        is_all = all(form is Form.EXACT for form in needs)
+    if is_all:
+        return entry
 
     def ids(form: Form) -> tuple[BlockId, ...]:
         return tuple(

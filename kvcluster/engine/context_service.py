@@ -4,6 +4,7 @@ Adds to `Contexts` what needs waiting: uploads that are taken over, back-pressur
 tokens, and acts that end on the ranks.
 """
 
+import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -122,7 +123,12 @@ class ContextService:
 
     async def list_contexts(self, tenant: TenantId) -> tuple[ContextRecord, ...]:
         await self._wait_known()
-        return tuple(map(self._contexts.record, self._contexts.of(tenant)))
+        records = []
+        for context in self._contexts.of(tenant):
+            records.append(self._contexts.record(context))
+            # Each looks at all blocks of a context: steps are planned meanwhile.
+            await asyncio.sleep(0)
+        return tuple(records)
 
     async def update_context(
         self,

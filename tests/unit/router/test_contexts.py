@@ -287,6 +287,22 @@ async def test_what_a_request_does_with_kept_blocks_is_its_choice(front: Front) 
     assert await front.generate(TOKENS) == (expected, 40)
 
 
+async def test_the_only_engine_is_not_asked_for_a_record_before_each_call(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await front.client.upload_context("book", prompt_ids=TOKENS)
+
+    async def never(*_: object) -> None:
+        raise AssertionError("it looks at every block of the context")
+
+    monkeypatch.setattr(front.served.service, "get_context", never)
+    await front.generate(SUFFIX, context="book")
+    await front.client.fork_context("book", "copy")
+    await front.client.delete_context("copy")
+    with pytest.raises(ContextNotFound):
+        await front.generate(SUFFIX, context="copy")
+
+
 def test_the_services_messages_are_described() -> None:
     """Reflection builds stubs from the file: it has every RPC of the CLI."""
     service = pb.DESCRIPTOR.services_by_name["ContextService"]
