@@ -250,8 +250,7 @@ class Contexts:
             raise InvalidField(
                 "prefix_tokens", f"want at most {len(parent.tokens)}, got {num_tokens}"
             )
-        context = self._created(request)
-        context.policy, context.keys = parent.policy, self._keys(parent.policy, parent.tenant)
+        context = self._created(request, parent.policy)
         self._contexts[context.key] = context
         self._build(context, parent.tokens[: num_tokens or len(parent.tokens)])
         self.complete(context)
@@ -300,11 +299,12 @@ class Contexts:
         """A snapshot. Looks at every block."""
         return record_of(context, self._prefixes, self._parts.spec, self._block_size)
 
-    def _created(self, request: ContextRequest) -> Context:
+    def _created(self, request: ContextRequest, policy: Policy | None = None) -> Context:
+        """`policy`: None, as it is asked for, or by default."""
         check_model(request.model, self._parts.spec.name)
         check_name(request.display_name)
         check_count(len(self.of(request.tenant)), MAX_CONTEXTS)
-        policy = choose_policy(generation_for(request), self._parts).policy
+        policy = policy or choose_policy(generation_for(request), self._parts).policy
         if not self._prefixes.is_shareable(policy):
             raise not_storable(policy)
         now = self._parts.clock.unix()

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.types import DEFAULT_TENANT
 from tests.unit.engine.serving import Served
 from tests.unit.engine.test_contexts import served, uploaded
@@ -19,3 +20,13 @@ async def test_a_long_list_holds_nobody_up(served: Served) -> None:
 
     assert len(await task) == 5
     assert turns >= 5
+
+
+async def test_a_fork_has_its_parents_policy_whatever_the_tenants_default_is(
+    served: Served,
+) -> None:
+    await uploaded(served, policy="half")
+    limits = TenantLimits(default_policy="snap:budget=0.5,epoch=8,queries=1")
+    record = await served.service.fork_context(DEFAULT_TENANT, "book", "copy", 0, limits)
+
+    assert record.policy == "half"
