@@ -12,7 +12,7 @@ from grpc import aio
 
 from kvcluster.engine.api import TextChunk
 from kvcluster.engine.context_api import ContextChange, ContextRecord, ContextRequest, ContextState
-from kvcluster.errors import ContextNotFound
+from kvcluster.errors import ContextNotFound, InvalidField, KvClusterError
 from kvcluster.router import context_records, convert, names
 from kvcluster.router.convert import BYTES_PER_ID
 from kvcluster.router.prompt import Prompt, PromptIds, num_tokens_in, parts_of
@@ -135,6 +135,8 @@ class ContextCalls:
         tenant: TenantId = DEFAULT_TENANT,
     ) -> ContextRecord:
         """A context that begins with another's tokens (0: all of them) and shares its blocks."""
+        if not 0 <= prefix_tokens < 1 << 64:
+            raise InvalidField("prefix_tokens", f"want 0 or more, got {prefix_tokens}")
         message = pb.ForkContextRequest(
             name=context_name(context, tenant), context_id=new_id, prefix_tokens=prefix_tokens
         )
@@ -172,9 +174,15 @@ class ContextCalls:
             total = num_new + (start if is_continued else 0)
             request = msgspec.structs.replace(request, total_tokens=total)
         messages = _messages(request, prompt, prompt_ids, start, is_continued=is_continued)
-        call = self._contexts.UploadContext(messages, metadata=self._context_metadata)
+        wrong: list[KvClusterError] = []
+        call = self._contexts.UploadContext(
+            _noting(messages, wrong), metadata=self._context_metadata
+        )
         try:
             return await self._record(call)
+        except KvClusterError as error:
+            # grpc says of what was wrong with a message only that the call broke.
+            raise (wrong or [error])[0] from None
         finally:
             call.cancel()
 
@@ -211,6 +219,16 @@ async def _messages(
         yield pb.UploadContextRequest(chunk=convert.part_to_proto(moved))
         # The call's task takes messages as fast as it gets them; let others run.
         await asyncio.sleep(0)
+
+
+async def _noting(messages: AsyncIterator[Any], wrong: list[KvClusterError]) -> AsyncIterator[Any]:
+    """The same messages; what they raise is added to `wrong`."""
+    try:
+        async for message in messages:
+            yield message
+    except KvClusterError as error:
+        wrong.append(error)
+        raise
 
 
 def _beyond(part: convert.PromptPart, start: int) -> convert.PromptPart:

@@ -74,7 +74,6 @@ class Context:
         """Sums of `EncodingError` over its own builds."""
         self.received_bytes = self.kept_bytes = 0
         """Of text, over all uploads; the second without those of an upload under way."""
-        self.num_uploads = 0
         self.content_version = 0
         """Of its tokens: another number after every upload."""
         self.host = SealedCopy()
@@ -120,6 +119,11 @@ class Context:
     def is_open(self) -> bool:
         """An upload is under way, and more may come."""
         return self.build is not None and not self.build.is_prompt_complete
+
+    @property
+    def is_empty(self) -> bool:
+        """It was begun, and nothing has come."""
+        return self.is_open and not (self.received or self.received_bytes)
 
     @property
     def is_appended_to(self) -> bool:

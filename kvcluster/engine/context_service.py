@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from weakref import WeakKeyDictionary
 
 from kvcluster.engine.api import GenerationRequest, PromptChunk, TextChunk
@@ -64,6 +65,7 @@ class ContextService:
         self._wake = wake
         self._uploads: WeakKeyDictionary[Context, _Upload] = WeakKeyDictionary()
         """The last one of each context."""
+        self._numbers = count(1)
 
     async def open_context(self, request: ContextRequest) -> OpenedContext:
         if self._engine.refusal is not None:
@@ -83,8 +85,7 @@ class ContextService:
         if upload is None or upload.build is not context.build:
             upload = self._uploads[context] = _Upload(context.build)
         # An encoder goes on where it has stopped; whoever fed it before may do so no more.
-        context.num_uploads += 1
-        upload.number, upload.is_durable = context.num_uploads, request.durable
+        upload.number, upload.is_durable = next(self._numbers), request.durable
         context.changed.notify()
         return OpenedContext(upload=upload.number, record=self._contexts.record(context))
 
@@ -247,6 +248,12 @@ def _beyond(context: Context, raw: RawChunk) -> RawChunk:
     received = context.received_bytes if raw.is_text else len(context.received)
     unit = "bytes of text" if raw.is_text else "tokens"
     metadata = {"received": str(received)}
+    if context.is_appended_to and raw.is_text and raw.start < received:
+        raise PromptCorrupt(
+            f"context {context.id} is there already, with {received} bytes of text: append to it, "
+            "or use another id",
+            metadata=metadata,
+        )
     if raw.start > received or (raw.is_text and raw.start < received):
         raise PromptCorrupt(
             f"a chunk starts at {raw.start}, but {received} {unit} have come: go on there",

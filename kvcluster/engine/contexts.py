@@ -103,15 +103,15 @@ class Contexts:
         Raises: ModelNotFound, InvalidField, PolicyUnsupported, PermissionDenied, ContextTooLong,
         QuotaExceeded, ContextNotReady. Nothing is kept of one that is refused.
         """
-        context = self._contexts.get((request.tenant, request.context_id))
-        if context is None:
-            context = self._created(request)
+        known = self._contexts.get((request.tenant, request.context_id))
+        # One to which nothing has come decides nothing.
+        context = self._created(request) if known is None or known.is_empty else known
         check_continued(context)
         context.limits = request.limits
         there = context.tokens if context.is_appended_to else context.received
         self._check(context, max(len(there), request.total_tokens or 1))
-        if context.is_appended_to:
-            self._end_build(context, self._build_of(context))
+        if known is not None and (known.is_appended_to or known.is_empty):
+            self._end_build(known, self._build_of(known))
         self._contexts[context.key] = context
         if context.build is None:
             self._build(context, context.tokens)
@@ -285,7 +285,6 @@ class Contexts:
                 self._put_off_expiry(context)
             if context.stalls_at <= now and context.is_appended_to:
                 self._end_build(context, self._build_of(context))
-                context.changed.notify()
             elif context.due_at <= now:
                 self.delete(context)
 
@@ -350,6 +349,7 @@ class Contexts:
         del self._building[build.generation]
         self._scheduler.end(build)
         self._prompts.end(build)
+        context.changed.notify()
 
     def _build_of(self, context: Context) -> Request:
         if context.build is None:

@@ -10,7 +10,13 @@ import pytest
 from kvcluster.config import CacheConfig, EngineConfig
 from kvcluster.engine.api import TextChunk
 from kvcluster.engine.context_api import ContextRequest, ContextState
-from kvcluster.errors import ContextNotReady, QuotaExceeded, UploadStalled
+from kvcluster.errors import (
+    ContextNotReady,
+    InvalidField,
+    PromptCorrupt,
+    QuotaExceeded,
+    UploadStalled,
+)
 from kvcluster.tenancy.limits import TenantLimits
 from kvcluster.types import DEFAULT_TENANT
 from tests.fake_engine import CharacterTokenizer, FakeCluster, model_spec
@@ -214,3 +220,40 @@ async def test_nothing_is_kept_of_an_upload_whose_context_expired(served: Served
     gc.collect()
 
     assert len(served.service._uploads) == 0
+
+
+async def test_an_upload_that_sent_nothing_does_not_decide_for_the_next_one(
+    served: Served,
+) -> None:
+    empty = await opened(served, display_name="the first", ttl_s=60.0)
+    with pytest.raises(InvalidField, match="is empty"):
+        await served.service.finish_context(DEFAULT_TENANT, "book", empty)
+    with pytest.raises(InvalidField, match="ttl"):
+        await opened(served, ttl_s=0.0)
+    upload = await opened(served, display_name="the second")
+    with pytest.raises(UploadStalled):
+        await send(served, empty, TEXT)
+    await send(served, upload, TEXT)
+    record = await served.service.finish_context(DEFAULT_TENANT, "book", upload)
+
+    assert (record.display_name, record.expire_time_s) == ("the second", None)
+    await check_holds(served, TEXT)
+
+
+async def test_an_upload_to_a_context_that_was_deleted_feeds_none_of_its_name(
+    served: Served,
+) -> None:
+    stale = await opened(served)
+    await send(served, stale, TEXT[:5])
+    await served.service.delete_context(DEFAULT_TENANT, "book", "")
+    await opened(served)
+    with pytest.raises(UploadStalled):
+        await send(served, stale, TEXT[5:])
+    assert await received(served) == 0
+
+
+async def test_text_for_a_context_that_is_complete_is_told_so(served: Served) -> None:
+    await uploaded(served, TEXT)
+    upload = await opened(served)
+    with pytest.raises(PromptCorrupt, match="is there already, with 25 bytes of text"):
+        await send(served, upload, "another")

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -301,6 +302,30 @@ async def test_the_only_engine_is_not_asked_for_a_record_before_each_call(
     await front.client.delete_context("copy")
     with pytest.raises(ContextNotFound):
         await front.generate(SUFFIX, context="copy")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt": "text", "ttl_s": float("nan")}, "duration"),
+        ({"prompt": "text", "ttl_s": 0.0}, "context.ttl"),
+        ({"prompt": "text", "ttl_s": -5.0}, "context.ttl"),
+        ({"prompt": ""}, "is empty"),
+        ({"prompt": "a lone \ud800"}, "UTF-8"),
+        ({}, "prompt"),
+    ],
+)
+async def test_what_is_wrong_with_an_upload_is_said_before_it_is_sent_or_by_the_server(
+    options: dict[str, Any], said: str, front: Front
+) -> None:
+    with pytest.raises(InvalidField, match=said):
+        await front.client.upload_context("book", **options)
+
+
+@pytest.mark.parametrize("prefix_tokens", [-1, 1 << 64])
+async def test_a_fork_of_an_impossible_length_is_refused(prefix_tokens: int, front: Front) -> None:
+    with pytest.raises(InvalidField, match="prefix_tokens"):
+        await front.client.fork_context("book", "copy", prefix_tokens=prefix_tokens)
 
 
 def test_the_services_messages_are_described() -> None:
