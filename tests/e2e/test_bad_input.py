@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+import pytest_asyncio
 from grpc import aio
 
 from kvcluster.client import Client
@@ -46,13 +47,23 @@ async def generate(client: Client) -> list[GenerationEvent]:
     return [event async for event in stream]
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def alone(tiny_model: LoadedModel) -> list[int]:
+    """What the prompt gives where nobody asks for anything else."""
+    async with (
+        running_engine(tiny_model, CONFIG) as (service, _),
+        serving(service) as server,
+        Client(server.address) as client,
+    ):
+        return token_ids(await generate(client))
+
+
 @pytest.mark.parametrize("case", BAD_INPUTS)
 async def test_a_wrong_request_leaves_no_blocks_and_disturbs_nobody(
-    case: str, echo: Cluster
+    case: str, echo: Cluster, alone: list[int]
 ) -> None:
     attempt, code, reason = BAD_INPUTS[case]
     async with Client(echo.address) as client, aio.insecure_channel(echo.address) as channel:
-        alone = token_ids(await generate(client))
         beside = asyncio.ensure_future(generate(client))
 
         refusal = await asyncio.wait_for(refusal_of(attempt(channel)), timeout=20)
