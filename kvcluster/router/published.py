@@ -109,13 +109,25 @@ class PublishedPrefixes:
 
     async def _sync(self) -> None:
         for prefix in await _in_thread(self._store.published):
-            if prefix.is_withdrawn:
-                await self._remove(prefix)
-                continue
-            for engine in await self._engines_of(prefix):
-                found = (await _records(engine)).get(prefix.prefix)
-                if found is None or found.state not in _THERE:
-                    await _upload(engine, prefix)
+            try:
+                await self._bring_about(prefix)
+            except KvClusterError as error:
+                # The others do not depend on it.
+                _log.warning("publishing_put_off", prefix=prefix.prefix, error=type(error).__name__)
+
+    async def _bring_about(self, prefix: PublishedPrefix) -> None:
+        """Have it in all engines, or in none."""
+        if prefix.is_withdrawn:
+            await self._remove(prefix)
+            return
+        for engine in await self._engines_of(prefix):
+            found = (await _records(engine)).get(prefix.prefix)
+            if found is not None and found.state is ContextState.FAILED:
+                # It goes nowhere from there.
+                await engine.delete_context(PUBLISHED, prefix.prefix, "")
+                found = None
+            if found is None or found.state not in _THERE:
+                await _upload(engine, prefix)
 
     async def _engines_of(self, prefix: PublishedPrefix) -> list[Backend]:
         """Those that serve the prefix's model."""

@@ -1,16 +1,24 @@
 """Operators publish prefixes through the admin port; they stay, whatever happens to engines."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from kvcluster.client import Client
 from kvcluster.engine.api import Finished
+from kvcluster.engine.context_api import ContextRequest, ContextState
+from kvcluster.engine.service import EngineService
+from kvcluster.errors import QuotaExceeded
 from kvcluster.router import published
+from kvcluster.router.convert import pack_ids
+from kvcluster.router.published import PublishedPrefixes
 from kvcluster.rpc.v1 import common_pb2
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
+from kvcluster.tenancy.published import PublishedPrefix
+from kvcluster.tenancy.store import TenantStore
 from kvcluster.types import PUBLISHED
 from tests.attacks.attacked import real_engine
 from tests.unit.router.administering import ADMIN, Administered, administered, bearer
@@ -141,3 +149,35 @@ async def test_an_id_is_published_once(admin: Administered) -> None:
     refusal = await refusal_of(admin.stub.PublishPrefix(request(), metadata=admin.operator))
 
     assert refusal.reason == "RESOURCE_EXISTS"
+
+
+class Kept:
+    """What was published, whatever becomes of it."""
+
+    def __init__(self, *prefixes: PublishedPrefix) -> None:
+        self._prefixes = prefixes
+
+    def published(self) -> Sequence[PublishedPrefix]:
+        return self._prefixes
+
+
+async def test_one_that_no_engine_takes_does_not_keep_the_others_away() -> None:
+    system = PublishedPrefix(prefix="system", packed_ids=pack_ids(IDS))
+    broken = PublishedPrefix(prefix="broken", packed_ids=pack_ids(IDS), policy="nonsense")
+    async with real_engine() as engine:
+        await PublishedPrefixes(cast("TenantStore", Kept(broken, system)), [engine])._sync()
+
+        (record,) = await engine.list_contexts(PUBLISHED)
+        assert (record.context_id, record.state) == ("system", ContextState.ACTIVE)
+
+
+async def test_one_that_could_not_be_computed_is_tried_again() -> None:
+    prefixes = Kept(PublishedPrefix(prefix="system", packed_ids=pack_ids(IDS)))
+    async with real_engine() as engine:
+        contexts = cast("EngineService", engine)._contexts
+        context = contexts.open(ContextRequest(tenant=PUBLISHED, context_id="system"))
+        assert context.build is not None
+        contexts.fail(context.build, QuotaExceeded("no block even alone"))
+        await PublishedPrefixes(cast("TenantStore", prefixes), [engine])._sync()
+
+        assert (await engine.get_context(PUBLISHED, "system")).state is ContextState.ACTIVE
