@@ -61,10 +61,11 @@ class SharePushes:
     async def check_floors(self, tenant: Tenant, before: Tenant | None) -> None:
         """Raises: InvalidField, where floors are raised that the engines that answer could not keep
         together with those of others (`shares.check_floor`). Without an answer nothing is checked.
-        `before`: the tenant as it was."""
+        `before`: the tenant as it was. Raises: StoreUnavailable."""
         raised = raised_floors(tenant, before)
         if not raised:
             return
+        self._directory.refresh()
         answers = await asyncio.gather(*map(_status, self._backends), return_exceptions=True)
         tiers = [answer.tier_bytes for answer in answers if isinstance(answer, BackendStatus)]
         if not any(tiers):

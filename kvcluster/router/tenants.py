@@ -84,6 +84,8 @@ class TenantService:
         self._open_calls = open_calls
         self._purge_after_s = purge_after_s
         self._unix_time = unix_time
+        self._sharing = asyncio.Lock()
+        """Held while floors are checked and then changed."""
 
     async def create_tenant(self, message: pb.CreateTenantRequest, call: Call) -> pb.Tenant:
         _check_operator(call)
@@ -94,9 +96,10 @@ class TenantService:
             Tenant(tenant=TenantId(message.tenant_id), uid=str(uuid.uuid4())), message.tenant
         )
         await self._policies.check(tenant.limits)
-        await self._watch.check_floors(tenant)
         act = _act(call, "CreateTenant", validates_only=message.validate_only)
-        made = await _in_thread(lambda: self._store.create(tenant, act))
+        async with self._sharing:
+            await self._watch.check_floors(tenant)
+            made = await _in_thread(lambda: self._store.create(tenant, act))
         await self._watch.look()
         return self._done(act, made)
 
@@ -127,10 +130,12 @@ class TenantService:
         # Also outside the transaction, because the checks of policies and floors ask the engines.
         before = await self._get(tenant)
         await self._policies.check(update(before).limits)
-        await self._watch.check_floors(update(before), before)
         act = _act(call, "UpdateTenant", validates_only=message.validate_only)
         etag = message.tenant.etag
-        changed = await _in_thread(lambda: self._store.change(tenant, act, update, etag=etag))
+        async with self._sharing:
+            before = await self._get(tenant)
+            await self._watch.check_floors(update(before), before)
+            changed = await _in_thread(lambda: self._store.change(tenant, act, update, etag=etag))
         # When it returns, the engines that answer have the tenant's new share.
         await self._watch.look()
         return self._done(act, changed)
@@ -160,11 +165,13 @@ class TenantService:
     async def undelete_tenant(self, message: pb.UndeleteTenantRequest, call: Call) -> pb.Tenant:
         _check_operator(call)
         tenant, act = names.tenant_of(message.name), _act(call, "UndeleteTenant")
-        found = await self._get(tenant)
-        if found.state is TenantState.DELETED:
-            # Others may have been given its floors meanwhile.
-            await self._watch.check_floors(found)
-        return self._done(act, await _in_thread(lambda: self._store.undelete(tenant, act)))
+        async with self._sharing:
+            found = await self._get(tenant)
+            if found.state is TenantState.DELETED:
+                # Others may have been given its floors meanwhile.
+                await self._watch.check_floors(found)
+            undeleted = await _in_thread(lambda: self._store.undelete(tenant, act))
+        return self._done(act, undeleted)
 
     async def suspend_tenant(self, message: pb.SuspendTenantRequest, call: Call) -> pb.Tenant:
         _check_operator(call)

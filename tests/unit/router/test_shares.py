@@ -1,5 +1,6 @@
 """Shares of cache memory, from the admin port to the engines and back as usage."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -143,6 +144,19 @@ async def test_a_tier_that_the_engines_do_not_have_keeps_no_floor(
 
     with pytest.raises(aio.AioRpcError, match="the tier has 0 bytes"):
         await set_share(admin, "red", "host", floor=1, limit=1000)
+
+
+async def test_floors_that_are_set_at_once_are_never_more_than_there_is(
+    admin: Administered, backend: FakeBackend
+) -> None:
+    backend.tier_bytes = {"gpu": 1000}
+    names = ("red", "blue", "green")
+    for name in names:
+        await admin.create(name)
+    setting = (set_gpu(admin, name, floor=400, limit=1000) for name in names)
+    answers = await asyncio.gather(*setting, return_exceptions=True)
+
+    assert sum(isinstance(answer, aio.AioRpcError) for answer in answers) == 1
 
 
 async def test_a_floor_is_lowered_though_the_floors_do_not_fit_any_more(
