@@ -73,9 +73,16 @@ def tenant_name(text: str) -> str:
     return f"tenants/{found[2]}"
 
 
-def ask(server: Server, api_key_file: Path | None, request: "Message") -> "Message":
-    """The server's answer. Raises: what the server says, ServerUnavailable."""
-    return asyncio.run(_ask(server, api_key_from(api_key_file), request))
+def ask(
+    server: Server,
+    api_key_file: Path | None,
+    request: "Message",
+    *,
+    timeout_s: float | None = _TIMEOUT_S,
+) -> "Message":
+    """The server's answer. `timeout_s` None: however long it takes. Raises: what the server says,
+    ServerUnavailable."""
+    return asyncio.run(_ask(server, api_key_from(api_key_file), request, timeout_s))
 
 
 def list_all(server: Server, api_key_file: Path | None, request: Any) -> "Message":
@@ -107,11 +114,13 @@ def show(answer: "Message", *, as_json: bool) -> None:
         typer.echo("kvcluster: keep the secret now, it cannot be shown again", err=True)
 
 
-async def _ask(server: Server, api_key: str | None, request: "Message") -> "Message":
+async def _ask(
+    server: Server, api_key: str | None, request: "Message", timeout_s: float | None
+) -> "Message":
     from kvcluster.admin_client import AdminClient
 
     async with AdminClient(server.address, api_key=api_key, tls=server.tls) as client:
-        return await client.ask(request, timeout_s=_TIMEOUT_S)
+        return await client.ask(request, timeout_s=timeout_s)
 
 
 async def _list_all(server: Server, api_key: str | None, request: Any) -> "Message":

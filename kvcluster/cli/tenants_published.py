@@ -32,11 +32,13 @@ def publish_prefix(
     ] = None,
     model: Annotated[str, typer.Option(help="Default: every model that is served.")] = "",
     policy: Annotated[str, typer.Option(help="How it is compressed; default: the model's.")] = "",
+    timeout: Annotated[float | None, typer.Option(help="Deadline in seconds.")] = None,
     server: ServerOption = DEFAULT_ADMIN,
     api_key_file: ApiKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish a prefix: prompts of all tenants that begin with it find it computed."""
+    """Publish a prefix: prompts of all tenants that begin with it find it computed. Returns when it
+    is, which takes as long as a prompt of that length."""
     with exiting(as_json=as_json):
         from kvcluster.cli.generate import prompt_from
         from kvcluster.rpc.v1 import common_pb2
@@ -52,7 +54,7 @@ def publish_prefix(
             published_prefix=pb.PublishedPrefix(model=model, policy=policy),
             content=content,
         )
-        show(ask(server, api_key_file, request), as_json=as_json)
+        show(ask(server, api_key_file, request, timeout_s=timeout), as_json=as_json)
 
 
 def list_published_prefixes(

@@ -80,7 +80,7 @@ TENANTS = (
     Step(
         "PublishPrefix",
         {"publishedPrefixId": "system", "content": PROMPT},
-        ["publish-prefix", "system", "--prompt-ids", "{ids}"],
+        ["publish-prefix", "system", "--prompt-ids", "{ids}", "--timeout", "60"],
     ),
     Step("ListPublishedPrefixes", {}, ["list-published-prefixes"]),
     Step("WithdrawPrefix", {"name": "publishedPrefixes/system"}, ["withdraw-prefix", "system"]),
