@@ -58,6 +58,8 @@ POOLED = (
 """Heads grouped, and the groups written by a codec."""
 EVERY_STORAGE = (*EVERY_CODEC, *POOLED)
 """All that a `Policy.storage` can be."""
+MIXES_HEADS = (*LATENT, *POOLED)
+"""Of those, what writes the heads of a token together."""
 
 
 class Served(NamedTuple):

@@ -98,7 +98,8 @@ class StepAttention:
         if self._choice is not None:
             self._choose_survivors(self._choice, layer, q_THD, sinks_H)
         if not partials:
-            return q_THD
+            geometry = self._spec.layers[layer]
+            return q_THD.new_empty((0, geometry.num_query_heads, geometry.value_dim))
         whole = concatenate([partials[part] for part in self._parts if part in partials])
         if sinks_H is not None:
             whole = merge_sinks(whole, sinks_H)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.codec.registry import STORAGE_MENU
-from kvcluster.policy import parse_policy
+from kvcluster.policy import PlugPoint, parse_policy
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.stepwise import StepwiseAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
@@ -174,6 +174,17 @@ def check(policy: Policy, serving: Serving, subject: Served = ORDINARY) -> None:
     for ours_THD, defined_THD in zip(ours, expected, strict=True):
         # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
         torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
+
+
+def test_every_codec_and_every_way_to_share_is_tested() -> None:
+    storages = [parse_policy(storage, STORAGE_MENU) for storage in EVERY_STORAGE]
+
+    for plug_point, of_storage in (
+        (PlugPoint.CODEC, [storage.codec for storage in storages]),
+        (PlugPoint.SHARING, [storage.sharing for storage in storages]),
+    ):
+        offered = {method.name for method in STORAGE_MENU.at(plug_point)}
+        assert {text.split(":")[0] for text in of_storage} == offered
 
 
 @pytest.mark.parametrize("storage", EVERY_STORAGE)

@@ -10,6 +10,8 @@ from kvcluster.config import CacheConfig, ClusterConfig, EngineConfig, RingConfi
 from kvcluster.engine.api import Finished, GenerationRequest, Output, Usage
 from kvcluster.engine.service import EngineService
 from kvcluster.errors import InvalidField, KvClusterError, PolicyUnsupported
+from kvcluster.policy import parse_policy
+from kvcluster.quality.served import MENU
 from kvcluster.types import EXACT, PAGE_BLOCKS
 from tests.architectures import VOCAB_SIZE
 from tests.codec_models import PLAIN
@@ -70,6 +72,17 @@ async def generate(service: EngineService, policy: str, seed: int) -> tuple[list
     finished = heard[-1]
     assert isinstance(finished, Finished)
     return output, finished.usage
+
+
+def test_every_method_is_in_the_mixture() -> None:
+    """But latents, which want a calibration: they are mixed in `test_calibration_file`."""
+    chosen = [parse_policy(text, MENU) for text in POLICIES]
+
+    assert {method.name for method in MENU.methods} - {"latent"} == {
+        part.split(":")[0]
+        for policy in chosen
+        for part in (policy.sharing, policy.codec, policy.retention, policy.selection)
+    }
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])

@@ -13,10 +13,20 @@ from safetensors.torch import save_file
 from kvcluster.attention.part import CacheRules
 from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.saved import SavedCache, read_file, write_file, write_held
+from kvcluster.codec.registry import STORAGE_MENU
 from kvcluster.errors import SavedCacheMismatch
+from kvcluster.policy import parse_policy
+from kvcluster.types import EXACT
 from tests.attention_group import AttentionGroup
-from tests.codec_models import EVERY_CODEC, JOINED, Served, calibrated_codecs
-from tests.scripted_model import ScriptedModel, geometry
+from tests.codec_models import (
+    EVERY_STORAGE,
+    JOINED,
+    PLAIN,
+    Served,
+    calibrated_codecs,
+    plain_codecs,
+)
+from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
 BLOCK_SIZE = 16
 MODEL = ScriptedModel(geometry(), geometry(window=24), geometry(window=100), max_tokens=240)
@@ -26,6 +36,11 @@ STACKED_MODEL = ScriptedModel(
 )
 STACKED = Served(STACKED_MODEL, calibrated_codecs(STACKED_MODEL.spec))
 """Layers that can share a latent."""
+LATENT_MODEL = ScriptedModel(latent_geometry(), latent_geometry(window=24), max_tokens=240)
+VALUES_IN_KEYS = Served(LATENT_MODEL, plain_codecs(LATENT_MODEL.spec))
+STORED = [(storage, ORDINARY) for storage in EVERY_STORAGE] + [
+    (codec, VALUES_IN_KEYS) for codec in (EXACT, *PLAIN)
+]
 RULES = CacheRules("int4", exact_blocks=1)
 
 
@@ -67,8 +82,9 @@ def check(
     subject: Served = ORDINARY,
 ) -> None:
     """Decode 18 tokens: on the ranks that computed the prompt, and on others that loaded it."""
-    step = subject.codecs.encoded_step(rules.codec, rules.exact_blocks)
-    rules = rules._replace(encoded_step=step)
+    storage = parse_policy(rules.codec, STORAGE_MENU).storage
+    step = subject.codecs.encoded_step(storage, rules.exact_blocks)
+    rules = rules._replace(codec=storage, encoded_step=step)
     saving = served(rules, num_ranks[0], num_tokens, subject)
     write_file(tmp_path / "saved", saving.save())
     saved = read_file(tmp_path / "saved", saving.form)
@@ -85,12 +101,19 @@ def check(
             torch.testing.assert_close(ours_THD, saved_THD, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("codec", EVERY_CODEC)
+@pytest.mark.parametrize("storage", EVERY_STORAGE)
 @pytest.mark.parametrize("num_ranks", [(1, 1), (3, 3), (3, 2)])
 def test_every_codec_decodes_on_as_before(
-    tmp_path: Path, codec: str, num_ranks: tuple[int, int]
+    tmp_path: Path, storage: str, num_ranks: tuple[int, int]
 ) -> None:
-    check(tmp_path, CacheRules(codec, exact_blocks=1), num_ranks, num_tokens=150)
+    check(tmp_path, CacheRules(storage, exact_blocks=1), num_ranks, num_tokens=150)
+
+
+@pytest.mark.parametrize("codec", [EXACT, "int4", "rotated3"])
+def test_latents_of_the_model_s_own_decode_on_as_before(tmp_path: Path, codec: str) -> None:
+    rules = CacheRules(codec, exact_blocks=1)
+
+    check(tmp_path, rules, (3, 2), num_tokens=150, subject=VALUES_IN_KEYS)
 
 
 @pytest.mark.parametrize("codec", JOINED)
@@ -120,7 +143,7 @@ def test_a_latent_of_several_layers_is_saved_once() -> None:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
-    codec=st.sampled_from(EVERY_CODEC),
+    stored=st.sampled_from(STORED),
     exact_blocks=st.integers(0, 3),
     recent_blocks=st.sampled_from([None, None, 2, 4]),
     num_ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -128,13 +151,15 @@ def test_a_latent_of_several_layers_is_saved_once() -> None:
 )
 def test_a_save_and_a_load_change_nothing(
     tmp_path: Path,
-    codec: str,
+    stored: tuple[str, Served],
     exact_blocks: int,
     recent_blocks: int | None,
     num_ranks: tuple[int, int],
     num_tokens: int,
 ) -> None:
-    check(tmp_path, CacheRules(codec, exact_blocks, recent_blocks), num_ranks, num_tokens)
+    storage, subject = stored
+    rules = CacheRules(storage, exact_blocks, recent_blocks)
+    check(tmp_path, rules, num_ranks, num_tokens, subject)
 
 
 def test_equal_sequences_are_equal_files_whatever_ranks_saved_them(tmp_path: Path) -> None:

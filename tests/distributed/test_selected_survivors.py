@@ -1,12 +1,16 @@
 """What a policy selects of survivors, on any number of ranks, is what its definition selects."""
 
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvcluster.codec.registry import STORAGE_MENU
+from kvcluster.policy import parse_policy
+from kvcluster.retention.offered import SCORED
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import LATENT
+from tests.codec_models import EVERY_STORAGE, LATENT, MIXES_HEADS
 from tests.distributed import test_selection
 from tests.distributed.test_survivors import (
     METHODS,
@@ -20,7 +24,6 @@ from tests.distributed.test_survivors import (
 from tests.distributed.test_survivors import ORDINARY as MODEL
 from tests.reference_group import ReferenceGroup
 
-CODECS = (EXACT, "int4", "int4:values=rotated3", "fp8")
 SELECTIONS = (
     *test_selection.SELECTIONS[:4],
     "quest:tokens=48,sinks=0,local=1",
@@ -127,8 +130,8 @@ def servings(draw: st.DrawFn) -> Serving:
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    codec=st.sampled_from((*CODECS, LATENT[0])),
-    method=st.sampled_from(["heavy_hitters", "snap", "key_diversity"]),
+    storage=st.sampled_from(EVERY_STORAGE),
+    method=st.sampled_from([method.name for method in SCORED]),
     budget=st.sampled_from([0.05, 0.3, 0.6, 1.0]),
     recent=st.sampled_from([0.0, 0.5, 1.0]),
     heads=st.sampled_from(["own", "shared"]),
@@ -137,7 +140,7 @@ def servings(draw: st.DrawFn) -> Serving:
     serving=servings(),
 )
 def test_chunks_and_ranks_change_nothing(
-    codec: str,
+    storage: str,
     method: str,
     budget: float,
     recent: float,
@@ -147,8 +150,13 @@ def test_chunks_and_ranks_change_nothing(
     serving: Serving,
 ) -> None:
     epoch = epoch_blocks * serving.block_size
-    heads = "shared" if codec in LATENT else heads
+    heads = "shared" if storage in MIXES_HEADS else heads
     arguments = f"budget={budget},recent={recent},heads={heads},epoch={epoch}"
     if method == "snap":
         arguments += f",queries={epoch // 2}"
-    check(Policy(codec=codec, retention=f"{method}:{arguments}", selection=selection), serving)
+    policy = msgspec.structs.replace(
+        parse_policy(storage, STORAGE_MENU),
+        retention=f"{method}:{arguments}",
+        selection=selection,
+    )
+    check(policy, serving)

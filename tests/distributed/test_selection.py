@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvcluster.codec.registry import STORAGE_MENU
+from kvcluster.policy import parse_policy
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
 from kvcluster.retention.full import FullRetention
@@ -15,7 +18,7 @@ from kvcluster.retention.offered import recent_blocks
 from kvcluster.retention.window import WindowRetention
 from kvcluster.selection.registry import METHODS, build_selection
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import Served, calibrated_codecs, plain_codecs
+from tests.codec_models import EVERY_STORAGE, Served, calibrated_codecs, plain_codecs
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
@@ -73,7 +76,7 @@ OTHERS = {
 
 def defined(policy: Policy, serving: Serving, subject: Served = ORDINARY) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
-    layers = () if policy.codec == EXACT else subject.codecs.layers(policy.codec)
+    layers = () if policy.storage == EXACT else subject.codecs.layers(policy.storage)
     size = serving.block_size
     recent = recent_blocks(policy.retention, size)
     attention = RetainedAttention(
@@ -253,14 +256,16 @@ def servings(draw: st.DrawFn) -> Serving:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    codec=st.sampled_from([EXACT, "int4", "int2", "latent:r=0.5"]),
+    storage=st.sampled_from(EVERY_STORAGE),
     retention=st.sampled_from(["full", "full", "window:recent=32", "window:recent=64"]),
     selection=st.sampled_from(SELECTIONS),
     serving=servings(),
 )
 def test_chunks_and_ranks_change_nothing(
-    codec: str, retention: str, selection: str, serving: Serving
+    storage: str, retention: str, selection: str, serving: Serving
 ) -> None:
-    policy = Policy(codec=codec, retention=retention, selection=selection)
+    policy = msgspec.structs.replace(
+        parse_policy(storage, STORAGE_MENU), retention=retention, selection=selection
+    )
 
     check(served(policy, serving), defined(policy, serving))

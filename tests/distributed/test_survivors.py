@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,12 +12,22 @@ from torch import Tensor
 
 from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.cache.store import KVStore
+from kvcluster.codec.registry import STORAGE_MENU
+from kvcluster.policy import parse_policy
 from kvcluster.quality.retained import Reader, RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs
+from kvcluster.retention.offered import SCORED
 from kvcluster.retention.registry import scored_retention
 from kvcluster.selection.registry import build_selection
 from kvcluster.types import EXACT, Policy, Route
-from tests.codec_models import LATENT, Served, calibrated_codecs, plain_codecs
+from tests.codec_models import (
+    EVERY_STORAGE,
+    LATENT,
+    MIXES_HEADS,
+    Served,
+    calibrated_codecs,
+    plain_codecs,
+)
 from tests.reference_group import ReferenceGroup
 from tests.scripted_model import ScriptedModel, geometry, latent_geometry
 
@@ -67,7 +78,7 @@ class Serving:
 
 def defined(policy: Policy, num_tokens: int, serving: Serving, subject: Served) -> list[Tensor]:
     """out_THD of each layer, in one pass over the whole sequence."""
-    layers = () if policy.codec == EXACT else subject.codecs.layers(policy.codec)
+    layers = () if policy.storage == EXACT else subject.codecs.layers(policy.storage)
     retention = scored_retention(policy.retention, serving.block_size)
     assert retention is not None
     attention = RetainedAttention(
@@ -139,6 +150,10 @@ def check(policy: Policy, serving: Serving, subject: Served = ORDINARY) -> None:
     for ours_THD, defined_THD in zip(ours, wanted, strict=True):
         # Both sum float32 numbers near 1 over at most MAX_TOKENS keys, in another order.
         torch.testing.assert_close(ours_THD, defined_THD, rtol=0, atol=2e-5)
+
+
+def test_every_method_is_tested() -> None:
+    assert {text.split(":")[0] for text in METHODS} == {method.name for method in SCORED}
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -234,8 +249,8 @@ def servings(draw: st.DrawFn) -> Serving:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    codec=st.sampled_from((*CODECS, *LATENT)),
-    method=st.sampled_from(["heavy_hitters", "snap", "key_diversity"]),
+    storage=st.sampled_from(EVERY_STORAGE),
+    method=st.sampled_from([method.name for method in SCORED]),
     budget=st.sampled_from([0.05, 0.3, 0.6, 1.0]),
     recent=st.sampled_from([0.0, 0.5, 1.0]),
     heads=st.sampled_from(["own", "shared"]),
@@ -244,7 +259,7 @@ def servings(draw: st.DrawFn) -> Serving:
     serving=servings(),
 )
 def test_chunks_and_ranks_change_nothing(
-    codec: str,
+    storage: str,
     method: str,
     budget: float,
     recent: float,
@@ -254,8 +269,9 @@ def test_chunks_and_ranks_change_nothing(
     serving: Serving,
 ) -> None:
     epoch = epoch_blocks * serving.block_size
-    heads = "shared" if codec in LATENT else heads
+    heads = "shared" if storage in MIXES_HEADS else heads
     arguments = f"budget={budget},recent={recent},heads={heads},epoch={epoch}"
     if method == "snap":
         arguments += f",queries={epoch // 2}"
-    check(Policy(codec=codec, retention=f"{method}:{arguments}"), serving, subject)
+    kept = parse_policy(storage, STORAGE_MENU)
+    check(msgspec.structs.replace(kept, retention=f"{method}:{arguments}"), serving, subject)

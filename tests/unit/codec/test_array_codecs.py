@@ -14,8 +14,13 @@ from torch import Tensor
 from kvcluster.codec.array import ArrayCodec, BlockShape, consecutive
 from kvcluster.codec.exact_array import ExactArray
 from kvcluster.codec.float8 import Float8
+from kvcluster.codec.method import CodecModel
+from kvcluster.codec.plain_methods import PLAIN
 from kvcluster.codec.quantized import ChannelQuantizer, TokenQuantizer
 from kvcluster.codec.rotated import Rotated
+from tests.scripted_model import ScriptedModel, geometry
+
+MODEL = CodecModel(spec=ScriptedModel(geometry(), max_tokens=1).spec, device=torch.device("cpu"))
 
 # The relative root mean square error allowed on Gaussian numbers: twice the codec's own.
 ARRAY_CODECS: dict[str, tuple[ArrayCodec, float]] = {
@@ -43,6 +48,25 @@ ARRAY_CODECS: dict[str, tuple[ArrayCodec, float]] = {
     "rotated-3-transposed": (Rotated(3, transposed=True), 0.4),
     "rotated-2": (Rotated(2), 0.7),
     "rotated-2-centred-transposed": (Rotated(2, centred=True, transposed=True), 0.7),
+}
+
+OF_PLAIN = {
+    "exact": 0.0,
+    "fp8": 0.06,
+    "int8": 0.012,
+    "int4": 0.18,
+    "int3": 0.4,
+    "int2": 0.7,
+    "rotated4": 0.2,
+    "rotated3": 0.4,
+    "rotated2": 0.7,
+}
+"""Of codecs as policies name them."""
+ARRAY_CODECS |= {
+    f"{name}-{array}": (codec, OF_PLAIN[name])
+    for name, method in PLAIN.items()
+    for array, codec in method.with_defaults(MODEL)[0]._asdict().items()
+    if all(codec != listed for listed, _ in ARRAY_CODECS.values())
 }
 
 SHAPE = BlockShape(num_heads=2, num_tokens=32, dim=16)

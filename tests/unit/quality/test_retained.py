@@ -13,6 +13,7 @@ from kvcluster.codec.latent import LatentKeys, LatentValues
 from kvcluster.quality import retained
 from kvcluster.quality.retained import RetainedAttention
 from kvcluster.quality.strict import ExactTokens, LayerCodecs, StrictAttention
+from kvcluster.retention import registry as retention_registry
 from kvcluster.retention.base import RetentionPolicy
 from kvcluster.retention.full import FullRetention
 from kvcluster.retention.heavy_hitters import HeavyHitters
@@ -20,6 +21,7 @@ from kvcluster.retention.key_diversity import KeyDiversity
 from kvcluster.retention.scored import ScoredRetention
 from kvcluster.retention.snap import Snap
 from kvcluster.retention.window import WindowRetention
+from kvcluster.selection import registry as selection_registry
 from kvcluster.selection.base import BlockSelection
 from kvcluster.selection.block_sparse import BlockSparse
 from kvcluster.selection.estimated import Estimated
@@ -52,6 +54,11 @@ SELECTIONS: list[BlockSelection] = [
     Estimated(share=0.4, local=1, block_size=SIZE),
     Quest(tokens=8, sinks=0, local=1, block_size=SIZE),
 ]
+
+
+def test_every_method_is_tested() -> None:
+    assert {method.name for method in RETENTIONS} == retention_registry.METHODS.keys()
+    assert {method.name for method in SELECTIONS} == selection_registry.METHODS.keys()
 
 
 def id_of(part: object) -> str | None:

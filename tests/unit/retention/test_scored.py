@@ -14,6 +14,7 @@ from kvcluster.retention.base import Heads, Need
 from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.heavy_hitters import HeavyHitters
 from kvcluster.retention.key_diversity import KeyDiversity
+from kvcluster.retention.offered import SCORED
 from kvcluster.retention.ranks import ALONE
 from kvcluster.retention.scored import ScoredRetention, choose, observe, survivors
 from kvcluster.retention.snap import Snap
@@ -43,6 +44,10 @@ METHODS: list[ScoredRetention] = [
     KeyDiversity(budget=0.5, heads=Heads.SHARED, **SIZES),
 ]
 IDS = [f"{method.name}-{number}" for number, method in enumerate(METHODS)]
+
+
+def test_every_method_is_tested() -> None:
+    assert {method.name for method in METHODS} == {method.name for method in SCORED}
 
 
 def case(
