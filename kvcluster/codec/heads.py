@@ -29,17 +29,17 @@ def check_single_heads(
 
     Raises: ValueError that says what to ask for instead.
     """
-    stored = [(keys, geometry.key_dim)]
+    stored = [("keys", keys, geometry.key_dim)]
     if not geometry.values_in_keys:
-        stored.append((values, geometry.value_dim))
-    for codec, dim in stored:
+        stored.append(("values", values, geometry.value_dim))
+    for array, codec, dim in stored:
         if codec is None:
             continue
         shape = BlockShape(geometry.num_kv_heads, block_size, dim)
         mixes_heads = any(plane.shape[0] != shape.num_heads for plane in codec.planes(shape))
         if mixes_heads or isinstance(codec, LatentKeys):
             raise ValueError(
-                f"{type(codec).__name__} writes the heads of a token together, and with heads=own "
-                "each head keeps tokens of its own: ask for heads=shared, or for a codec of single "
-                "heads"
+                f"the {array} of all heads of a token are written together, as latents or pooled, "
+                "and with heads=own each head keeps tokens of its own: ask for heads=shared, or "
+                "for a codec of single heads"
             )

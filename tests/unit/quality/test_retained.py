@@ -423,8 +423,8 @@ def test_codecs_that_need_the_heads_of_one_token_are_refused() -> None:
     values = LatentValues(identity_basis(16), num_heads=2, rank=8)
     keys = LatentKeys(identity_basis(16), num_heads=2, rank=8, rotation=None)
 
-    for codecs in (LayerCodecs(None, values), LayerCodecs(keys, None)):
-        with pytest.raises(ValueError, match="ask for heads=shared"):
+    for codecs, array in ((LayerCodecs(None, values), "values"), (LayerCodecs(keys, None), "keys")):
+        with pytest.raises(ValueError, match=f"the {array} of all .* ask for heads=shared"):
             run(layer, random_inputs(layer, 30), SCORED[0], codecs)
 
 
