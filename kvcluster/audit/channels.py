@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 
 from kvcluster.audit.attack import Outcome, attack, breached, held, inconclusive
 from kvcluster.audit.scene import OPEN_STREAMS, Party, Scene, Served, generate_with
-from kvcluster.audit.statistics import Difference, difference
+from kvcluster.audit.statistics import Difference, difference, levelled
 from kvcluster.audit.wire import bearer, stream
 from kvcluster.client import Client
 from kvcluster.engine.api import Admitted
@@ -23,7 +23,9 @@ from kvcluster.tenancy.api_key import make_secret
 
 _WARM_UP = 5
 _AGAIN = 4
-"""A difference is measured again with so many times the samples before it counts."""
+"""A difference is measured again with so many times the samples before it counts,"""
+_MOST_AGAIN = 12_000
+"""but with no more than these, or as many as before."""
 _CONTROL_SAMPLES = 200
 _VOCABULARY = 100
 """Ids below it are in every vocabulary; 0 is often special."""
@@ -49,6 +51,10 @@ async def interleaved(
     return times
 
 
+def _again(num_samples: int) -> int:
+    return max(num_samples, min(_AGAIN * num_samples, _MOST_AGAIN))
+
+
 async def compared(
     one: Probe, other: Probe, num_samples: int, *, confirms: bool = True
 ) -> Difference:
@@ -56,9 +62,9 @@ async def compared(
     with more samples, and the second decides."""
     chance = random.Random(secrets.randbits(64))
     found = Difference(0.0, 1.0, 0.0, 0)
-    for count in (num_samples, _AGAIN * num_samples)[: 2 if confirms else 1]:
+    for count in (num_samples, _again(num_samples))[: 2 if confirms else 1]:
         times = await interleaved({"one": one, "other": other}, count, chance)
-        found = difference(times["one"], times["other"])
+        found = difference(*levelled(times["one"], times["other"]))
         if not found.is_leak:
             break
     return found
@@ -101,7 +107,10 @@ async def prefix_timing(scene: Scene) -> Outcome:
         )
         if across.is_leak and not seen.cached["victim"]:
             across = await compared(
-                lambda: primed_by(victim, "victim"), unprimed, _AGAIN * num_samples, confirms=False
+                lambda: primed_by(victim, "victim"),
+                unprimed,
+                _again(num_samples),
+                confirms=False,
             )
     measured = {"t": across.t, "ks_p": across.ks_p, "control_t": control.t}
     if seen.cached["victim"]:

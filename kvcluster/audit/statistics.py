@@ -19,6 +19,8 @@ P_THRESHOLD = 1e-4
 CROPS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of the times, from the fastest, that t is taken over."""
 _MIN_SAMPLES = 8
+_AROUND = 4
+"""Rounds before one, and as many after it, that tell how fast the machine was."""
 
 
 class Difference(NamedTuple):
@@ -46,6 +48,20 @@ def difference(ones: Sequence[float], others: Sequence[float]) -> Difference:
         ks_p=ks_p(ones, others),
         median_s=_median(ones) - _median(others),
         num_samples=min(len(ones), len(others)),
+    )
+
+
+def levelled(ones: Sequence[float], others: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Times of as many rounds, in their order, each less the median of both sets in the rounds
+    around it: what slows a machine for a while slows both, and is not what they differ by."""
+    levels = [
+        _median([*ones[start:end], *others[start:end]])
+        for middle in range(len(ones))
+        for start, end in [(max(0, middle - _AROUND), middle + _AROUND + 1)]
+    ]
+    return (
+        [time - level for time, level in zip(ones, levels, strict=True)],
+        [time - level for time, level in zip(others, levels, strict=True)],
     )
 
 

@@ -16,6 +16,7 @@ from kvcluster.audit.statistics import (
     kolmogorov_tail,
     ks_distance,
     ks_p,
+    levelled,
     welch_t,
 )
 
@@ -38,6 +39,27 @@ def test_the_distance_of_distributions_is_that_of_scipy() -> None:
     assert welch_t(ones, others) == pytest.approx(-0.9109205250721935, rel=1e-12)
     assert ks_distance(A, A) == 0.0
     assert ks_distance([1, 2], [3, 4]) == 1.0
+
+
+def test_what_slows_both_for_a_while_is_taken_off() -> None:
+    """A slow half of the rounds, in which all takes 50 times longer than what they differ by."""
+    chance = random.Random(0)
+    slow = [2.0 if 100 <= i < 200 else 1.0 for i in range(300)]
+    others = [level + chance.gauss(0.0, 0.02) for level in slow]
+    ones = [level + 0.02 + chance.gauss(0.0, 0.02) for level in slow]
+    same = [level + chance.gauss(0.0, 0.02) for level in slow]
+
+    assert abs(welch_t(ones, others)) < T_THRESHOLD < welch_t(*levelled(ones, others))
+    assert abs(welch_t(*levelled(same, others))) < T_THRESHOLD
+
+
+def test_times_are_less_the_median_of_nine_rounds_of_both() -> None:
+    ones, others = levelled([float(i) for i in range(20)], [float(i) for i in range(20)])
+
+    assert ones == others
+    assert ones[4:16] == [0.0] * 12
+    assert ones[0] == -2.0  # of the rounds 0 to 4
+    assert ones[19] == 2.0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Leaks of 20 us through real ports: both statistics find them, and neither finds any otherwise."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,19 @@ from tests.unit.router.fake_backend import FakeBackend
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 LEAK_S = 20e-6
+NUM_PROMPTS = 12_000
+"""Times of first tokens scatter by some 400 us where other machines share the processor: the mean
+of so many is known to 5 us."""
+
+
+@pytest.fixture(autouse=True)
+def one_core() -> Iterator[None]:
+    """Client and server wait for each other in turn: where one has to wake another core for it,
+    that takes ten times as long as what is looked for, or hides it."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 def tells() -> Backend:
@@ -43,7 +57,7 @@ async def test_refusals_of_what_another_tenant_has(
 async def test_first_tokens_of_what_another_tenant_has_had_computed(
     backend: Callable[[], Backend], is_found: bool, tmp_path: Path
 ) -> None:
-    outcome = await outcome_of(channels.prefix_timing, tmp_path, backend(), num_samples=3000)
+    outcome = await outcome_of(channels.prefix_timing, tmp_path, backend(), num_samples=NUM_PROMPTS)
 
     assert outcome.verdict is (Verdict.BREACH if is_found else Verdict.HELD), outcome
     assert both(outcome) == (is_found, is_found), outcome
