@@ -1,13 +1,14 @@
 """Nothing holds a prompt's tokens or its cache after its end: not the memory of the processes, no
 file, no shared memory. Each search finds them while they are in use."""
 
+import os
 import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import pytest
 
@@ -18,6 +19,8 @@ from kvcluster.types import TenantId
 from tests.attacks import residue_server
 from tests.attacks.residue import canaries_of, found_in_files, found_in_process, random_ids
 from tests.unit.router.administering import INFERENCE, bootstrap
+
+ROOT: Final = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.long,
@@ -78,7 +81,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("residue")
     operator = bootstrap(folder / "tenants.sqlite")
     command = [sys.executable, residue_server.__file__, str(folder / "tenants.sqlite")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
+    # It imports what the tests do, and leaves its files in the folder that is searched.
+    here = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    }
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=folder, env=here
+    ) as process:
         assert process.stdout is not None
         try:
             yield Server(process, *process.stdout.readline().split(), operator, folder)
