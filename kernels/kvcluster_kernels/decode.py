@@ -31,6 +31,7 @@ from kvcluster_kernels.paging import (
     load_queries,
     overlaps,
     split_tiles,
+    wait_for_earlier,
 )
 from kvcluster_kernels.softmax import (
     online,
@@ -98,6 +99,7 @@ def decode_splits(
     )
     found = SplitPartials.empty(q_RTHD, num_kv_heads=num_kv_heads, num_splits=num_splits, dim=dim_v)
     has_positions = rows.q_positions_RT is not None
+    early = overlaps(q_RTHD.device)
     _decode_kernel[(num_splits * row_tiles, num_kv_heads, num_rows)](
         q_RTHD,
         k_PKND,
@@ -127,10 +129,11 @@ def decode_splits(
         HAS_POSITIONS=has_positions,
         HAS_SOFTCAP=attention.softcap is not None,
         HAS_WINDOW=attention.window is not None,
-        OVERLAPS=overlaps(q_RTHD.device),
+        OVERLAPS=early,
         UPCAST=is_interpreted(_decode_kernel),
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
+        launch_pdl=early,
     )
     return found
 
@@ -205,6 +208,8 @@ def _decode_kernel(
     BLOCK_DK: tl.constexpr = triton.next_power_of_2(DIM_K)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DIM_V)
     ROW_TILES: tl.constexpr = triton.cdiv(NUM_ROWS, BLOCK_M)
+    wait_for_earlier(OVERLAPS)
+    # A kernel that begins now finds what this one found (`begins_early` of packed kernels).
     let_next_start(OVERLAPS)
     # Programs of one split side by side, so that the keys of the second come from L2.
     split = tl.program_id(0) // ROW_TILES

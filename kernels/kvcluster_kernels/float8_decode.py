@@ -30,7 +30,9 @@ from kvcluster_kernels.paging import (
     SplitPartials,
     let_next_start,
     load_query_positions,
+    overlaps,
     split_tiles,
+    wait_for_earlier,
 )
 from kvcluster_kernels.softmax import column_weights, store_columns, to_base_2, visible_columns
 
@@ -64,8 +66,11 @@ def float8_splits(
     rows: PagedRows,
     attention: Attention,
     settings: DecodeSettings | None = None,
+    *,
+    begins_early: bool = False,
 ) -> SplitPartials:
-    """The same before it is merged, to be merged with more."""
+    """The same before it is merged, to be merged with more. `begins_early`: as of
+    `integer_decode.integer_splits`."""
     num_kv_heads, block_size, dim_k = keys.values.shape[2:]
     dim_v = values.values.shape[3]
     if dim_k != q_RTHD.shape[3] or values.values.shape[4] != block_size:
@@ -75,6 +80,7 @@ def float8_splits(
         )
     chosen = settings or default_settings()
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim_v)
+    early = begins_early and overlaps(q_RTHD.device)
     _float8_kernel[launch.grid](
         q_RTHD,
         *keys,
@@ -88,6 +94,8 @@ def float8_splits(
         DIM_K=dim_k,
         DIM_V=dim_v,
         IS_GPU=has_assembly(_float8_kernel),
+        BEGINS_EARLY=early,
+        launch_pdl=early,
     )
     return launch.found
 
@@ -133,6 +141,7 @@ def _float8_kernel(
     DIM_K: tl.constexpr,
     DIM_V: tl.constexpr,
     IS_GPU: tl.constexpr,
+    BEGINS_EARLY: tl.constexpr,
 ) -> None:
     BLOCK_DK: tl.constexpr = triton.next_power_of_2(DIM_K)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DIM_V)
@@ -190,6 +199,7 @@ def _float8_kernel(
         some_NM = sum_weights(weights, IS_GPU)
         sum_NM = sum_NM * decay_M[None, :] + some_NM * tl.math.exp2(-exponent)
         acc_DM = dot(v_DS.to(tl.float16), weights[0], acc_DM * decay_M[None, :], IS_GPU)
+    wait_for_earlier(BEGINS_EARLY)
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
     store_columns(
         out_ptr, lse_ptr, acc_DM, max_M - HEADROOM, tl.max(sum_NM, 0), first_row, rows_M,

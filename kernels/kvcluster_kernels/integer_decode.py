@@ -51,7 +51,9 @@ from kvcluster_kernels.paging import (
     SplitPartials,
     let_next_start,
     load_query_positions,
+    overlaps,
     split_tiles,
+    wait_for_earlier,
 )
 from kvcluster_kernels.softmax import append, column_weights, store_columns
 
@@ -108,16 +110,24 @@ def integer_splits(
     rows: PagedRows,
     attention: Attention,
     settings: DecodeSettings | None = None,
+    *,
+    begins_early: bool = False,
 ) -> SplitPartials:
-    """The same before it is merged, to be merged with more."""
+    """The same before it is merged, to be merged with more. `begins_early`: beside the kernel
+    launched before, `decode.decode_splits` or another of these, none of whose results it reads;
+    it ends after that one. The queries are what that one read, written before it."""
     codes = codes_of(q_RTHD, keys, values)
     against = reason_against(q_RTHD, keys.planes, values.planes, codes, attention)
     if against is None and not (settings and settings.is_portable):
-        return hopper_splits(q_RTHD, keys.planes, values.planes, codes, rows, attention, settings)
+        return hopper_splits(
+            *(q_RTHD, keys.planes, values.planes, codes, rows, attention, settings),
+            begins_early=begins_early,
+        )
     num_kv_heads, block_size = keys.codes.shape[2:4]
     dim_v = values.codes.shape[3]
     chosen = settings or default_settings(q_RTHD, num_kv_heads, max(codes.k_bits, codes.v_bits))
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=dim_v)
+    early = begins_early and overlaps(q_RTHD.device)
     _integer_kernel[launch.grid](
         q_RTHD,
         *pointers(keys.planes),
@@ -136,6 +146,8 @@ def integer_splits(
         V_GROUPS=codes.v_groups,
         SCALE_BITS=16 if keys.unit is None else 8,
         IS_GPU=has_assembly(_integer_kernel),
+        BEGINS_EARLY=early,
+        launch_pdl=early,
     )
     return launch.found
 
@@ -233,6 +245,7 @@ def _integer_kernel(
     HAS_WINDOW: tl.constexpr,
     OVERLAPS: tl.constexpr,
     IS_GPU: tl.constexpr,
+    BEGINS_EARLY: tl.constexpr,
 ) -> None:
     K_BYTES: tl.constexpr = row_bytes(DIM_K, K_BITS)
     V_BYTES: tl.constexpr = row_bytes(BLOCK_SIZE, V_BITS)
@@ -290,6 +303,7 @@ def _integer_kernel(
             v_codes, v_high, v_scale, v_zero, weights, exponent, decay_M, acc, zeros,
             CHANNELS, BLOCK_SIZE, V_BITS, IS_GPU,
         )  # fmt: skip
+    wait_for_earlier(BEGINS_EARLY)
     first_row = ((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS
     sum_M = tl.max(sum_NM, 0)
     for group in tl.static_range(V_GROUPS):

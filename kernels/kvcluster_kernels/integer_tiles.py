@@ -20,6 +20,7 @@ from kvcluster_kernels.codes import (
     row_bytes,
 )
 from kvcluster_kernels.integer_loads import SCALE_UNIT, load_fields, load_scales, load_zeros
+from kvcluster_kernels.paging import FROM_L2
 from kvcluster_kernels.softmax import append, to_base_2, visible_columns
 
 HEADROOM = tl.constexpr(15.0)
@@ -52,7 +53,9 @@ def load_query_fields(
     loaded = ()
     largest_M = tl.zeros([rows_M.shape[0]], tl.float32)
     for field in tl.static_range(num_fields(BITS)):
-        q_CM = tl.load(q_ptr + field * C + offs_c[:, None], mask=mask, other=0.0).to(tl.float32)
+        q_CM = tl.load(
+            q_ptr + field * C + offs_c[:, None], mask=mask, other=0.0, cache_modifier=FROM_L2
+        ).to(tl.float32)
         largest_M = tl.maximum(largest_M, tl.max(tl.abs(q_CM), 0))
         loaded = append(loaded, q_CM)
     exponent_M = tl.math.ceil(tl.math.log2(tl.where(largest_M > 0, largest_M, 1.0)))

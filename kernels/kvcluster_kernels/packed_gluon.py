@@ -33,7 +33,13 @@ from kvcluster_kernels.packed_gluon_tiles import (
     weigh_block,
     weights_of,
 )
-from kvcluster_kernels.paging import ROW_NUMBERS, ROW_POINTERS, let_next_start, split_tiles
+from kvcluster_kernels.paging import (
+    ROW_NUMBERS,
+    ROW_POINTERS,
+    let_next_start,
+    split_tiles,
+    wait_for_earlier,
+)
 
 _LEAST_FACTOR = gl.constexpr(2.0**-126)
 
@@ -103,6 +109,7 @@ def packed_kernel(
     DIM_K: gl.constexpr, DIM_V: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
     K_GROUPS: gl.constexpr, V_GROUPS: gl.constexpr, SCALE_BITS: gl.constexpr,
     IS_ROTATED: gl.constexpr, HAS_MEAN: gl.constexpr, STAGES: gl.constexpr,
+    BEGINS_EARLY: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of `integer_decode._integer_kernel` and `rotated_decode._rotated_kernel`: scales
     of rotated keys are one for each token, and their zero is a mean. `high` are third bits."""
@@ -186,6 +193,7 @@ def packed_kernel(
         units = units[1:]
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
 
+    wait_for_earlier(BEGINS_EARLY)
     max_N, total_EN, acc, zeros = found
     place = (((row * num_kv_heads + head) * num_splits + split) * NUM_ROWS).to(gl.int64)
     for group in gl.static_range(V_GROUPS):

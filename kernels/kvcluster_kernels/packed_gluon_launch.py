@@ -10,7 +10,13 @@ import triton
 from torch import Tensor
 
 from kvcluster_kernels.packed_launch import page_strides, plan_launch
-from kvcluster_kernels.paging import Attention, DecodeSettings, PagedRows, SplitPartials
+from kvcluster_kernels.paging import (
+    Attention,
+    DecodeSettings,
+    PagedRows,
+    SplitPartials,
+    overlaps,
+)
 
 try:
     from kvcluster_kernels.packed_gluon import packed_kernel
@@ -98,6 +104,8 @@ def splits(
     attention: Attention,
     settings: DecodeSettings | None = None,
     kernel: Any = packed_kernel,
+    *,
+    begins_early: bool = False,
 ) -> SplitPartials:
     """As `integer_decode.integer_splits` and `rotated_decode.rotated_splits`, whose definitions are
     this one's. `num_stages` are blocks whose bytes are there or under way; a program is one warp.
@@ -115,6 +123,7 @@ def splits(
         num_kv_heads=num_kv_heads,
         dim_v=dim_v,
     )
+    early = begins_early and overlaps(q_RTHD.device)
     options = {k: v for k, v in launch.constants.items() if k not in ("num_warps", "num_stages")}
     kernel[launch.grid](
         q_RTHD if codes.rotated_q_RTHD is None else codes.rotated_q_RTHD,
@@ -137,7 +146,9 @@ def splits(
         IS_ROTATED=codes.rotated_q_RTHD is not None,
         HAS_MEAN=codes.rotated_q_RTHD is not None and keys.zero is not None,
         STAGES=launch.constants["num_stages"],
+        BEGINS_EARLY=early,
         num_warps=1,
+        launch_pdl=early,
     )
     return launch.found
 

@@ -27,6 +27,7 @@ from kvcluster_kernels.packed_gluon_layouts import (
     value_tile,
     values_first,
 )
+from kvcluster_kernels.paging import FROM_L2
 from kvcluster_kernels.softmax import to_base_2
 
 HEADROOM = gl.constexpr(15.0)
@@ -50,7 +51,9 @@ def load_queries(
     largest_N = gl.zeros([N], gl.float32, gl.SliceLayout(0, operand(1)))
     for field in gl.static_range(num_fields(BITS)):
         place_CN = lines_N[None, :] * DIM + field * C + byte_C[:, None]
-        q_CN = gl.load(q_ptr + place_CN, mask=(rows_N < NUM_ROWS)[None, :], other=0.0)
+        q_CN = gl.load(
+            q_ptr + place_CN, mask=(rows_N < NUM_ROWS)[None, :], other=0.0, cache_modifier=FROM_L2
+        )
         q_CN = q_CN.to(gl.float32)
         largest_N = gl.maximum(largest_N, gl.max(gl.abs(q_CN), 0))
         loaded = append(loaded, q_CN)

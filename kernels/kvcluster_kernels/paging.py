@@ -30,6 +30,11 @@ ROW_POINTERS: Final = (
 """And what points into tables, with whatever lies before: read a number at a time."""
 
 
+FROM_L2: Final = tl.constexpr(".cg")
+"""How queries are loaded by kernels that begin beside another: what the kernel before that wrote is
+in L2, and a processor's own cache may have what was there before."""
+
+
 class PagedRows(NamedTuple):
     """The blocks of each row. All tensors int32, contiguous, on the device of the cache."""
 
@@ -160,6 +165,14 @@ def let_next_start(OVERLAPS: tl.constexpr) -> None:
     """Let the kernel that merges the splits start where processors have room; it waits itself."""
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_earlier(OVERLAPS: tl.constexpr) -> None:
+    """Until the kernel before this one is done and what it wrote is there, where this one was
+    launched without waiting for that (`launch_pdl`)."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -21,7 +21,8 @@ def pool_splits(
     asked: Attention,
 ) -> list[SplitPartials] | None:
     """Of the exact pool and of each codec's. None where something has to be done to what a kernel
-    found before it can be merged, as with rotated vectors and latents."""
+    found before it can be merged, as with rotated vectors and latents. Each kernel begins beside
+    the one before it, and the last one ends last."""
     if not all(_is_merged_as_it_is(pages) for pages, _ in encoded.values()):
         return None
     found = [decode_splits(q_RTHD, *exact, asked)]
@@ -29,9 +30,9 @@ def pool_splits(
         assert isinstance(pages, PackedPages), "asked above"
         k, v = pages.keys, pages.values
         if isinstance(k, IntegerPages) and isinstance(v, IntegerPages):
-            found.append(integer_splits(q_RTHD, k, v, rows, asked))
+            found.append(integer_splits(q_RTHD, k, v, rows, asked, begins_early=True))
         elif isinstance(k, Float8Pages) and isinstance(v, Float8Pages):
-            found.append(float8_splits(q_RTHD, k, v, rows, asked))
+            found.append(float8_splits(q_RTHD, k, v, rows, asked, begins_early=True))
     return found
 
 

@@ -191,7 +191,7 @@ def _wrapped(function: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda *given: Tensor(function(*map(_plain, given)))
 
 
-def _load(ptr: Pointer, *, mask: Any = True, other: Any = 0) -> Tensor:
+def _load(ptr: Pointer, *, mask: Any = True, other: Any = 0, cache_modifier: str = "") -> Tensor:
     places, mask = np.broadcast_arrays(np.asarray(ptr.offset), _plain(mask))
     found = np.full(places.shape, other, ptr.memory.dtype)
     found[mask] = ptr.memory[places[mask]]
@@ -413,8 +413,9 @@ class Kernel:
         self._function = getattr(replaced[f"kvcluster_kernels.{modules[-1]}"], function)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        def launch(*given: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*given: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
             assert num_warps == self._num_warps
+            assert not launch_pdl
             arguments = [
                 Pointer.at(x) if isinstance(x, torch.Tensor)
                 else Tensor(np.float32(x) if isinstance(x, float) else np.int32(x))

@@ -70,6 +70,7 @@ def integers(
             "K_GROUPS": _BLOCK_SIZE // group,
             "V_GROUPS": dim // group,
             "SCALE_BITS": scale_bits,
+            "BEGINS_EARLY": True,
         },
         num_warps=num_warps,
         num_stages=6,
@@ -89,7 +90,7 @@ def float8(name: str, *, dim: int = 128, rows: int = 8) -> Configuration:
             **{f"stride_{x}": "i32:16" for x in ("k", "k_scale", "v", "v_scale")},
             **_COMMON,
         },
-        constants={**constants(dim, rows), "BLOCK_M": min(64, rows)},
+        constants={**constants(dim, rows), "BLOCK_M": min(64, rows), "BEGINS_EARLY": True},
         num_warps=4,
         num_stages=6,
     )

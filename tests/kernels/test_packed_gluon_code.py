@@ -47,6 +47,7 @@ def packed(
             "IS_ROTATED": is_rotated,
             "HAS_MEAN": is_rotated,
             "STAGES": 3 if bits == 4 and not is_rotated else 2,
+            "BEGINS_EARLY": not is_rotated,
         },
         num_warps=1,
         num_stages=1,
