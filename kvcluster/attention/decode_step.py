@@ -38,7 +38,7 @@ class DecodeShape(NamedTuple):
     """Of rows that choose what they read, in layers without a window; None: none does."""
 
 
-class _Lines:
+class Lines:
     """Lines of numbers, one number a row, written by the host and copied in one go."""
 
     def __init__(
@@ -95,8 +95,8 @@ class DecodeInputs:
         self._max_rows = max_rows
         num_groups = len(self._spec.windows)
         # Token ids, positions; then the page and the place there of each group's slots.
-        self._numbers = _Lines(2 + 2 * num_groups, max_rows, torch.int64, store.device)
-        self._bounds = _Lines(2 * _MAX_POOLS, max_rows, torch.int32, store.device)
+        self._numbers = Lines(2 + 2 * num_groups, max_rows, torch.int64, store.device)
+        self._bounds = Lines(2 * _MAX_POOLS, max_rows, torch.int32, store.device)
         self._tables: dict[tuple[int, str], _Table] = {}
 
     def set_rows(self, parts: Sequence[SequencePart], token_ids: Sequence[int]) -> DecodeShape:

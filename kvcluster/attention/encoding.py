@@ -22,6 +22,19 @@ from kvcluster.codec.array import consecutive
 from kvcluster.types import EXACT, ModelSpec
 
 
+def fills_blocks(part: SequencePart, spec: ModelSpec) -> bool:
+    """Whether some block of the part becomes encoded, in any layer."""
+    return any(
+        part.codec_in(window) != EXACT and part.full_blocks(group) is not None
+        for group, window in enumerate(spec.windows)
+    )
+
+
+def full_parts(parts: Sequence[SequencePart], spec: ModelSpec) -> dict[int, SequencePart]:
+    """Those of which some block becomes encoded, by their place among them."""
+    return {place: part for place, part in enumerate(parts) if fills_blocks(part, spec)}
+
+
 class BlockEncoding:
     """The parts of one step that have a codec, on one rank. Mutates the store."""
 
@@ -45,11 +58,7 @@ class BlockEncoding:
     @property
     def is_due(self) -> bool:
         """Whether some block becomes encoded in the step, in any layer."""
-        return any(
-            part.codec_in(window) != EXACT and part.full_blocks(group) is not None
-            for part in self._parts
-            for group, window in enumerate(self._spec.windows)
-        )
+        return any(fills_blocks(part, self._spec) for part in self._parts)
 
     def encode_full(self, layer: int, q_THD: Tensor) -> None:
         """Encode the full blocks of a layer whose rows are written, and measure what that does to

@@ -195,11 +195,12 @@ class KernelAttention:
             return partials[0]
         return Partial(*merge_kernel.merge([PartialAttention(*partial) for partial in partials]))
 
+    def encodes(self, layer: int, codec: str) -> bool:
+        """Whether `encode` is offered."""
+        return self._encoders_of(layer, codec) is not None
+
     def encode(self, layer: int, codec: str, encoded_ids_B: Tensor, kv_BKSD: Piece) -> bool:
-        key = (layer, codec)
-        if key not in self._encoders:
-            self._encoders[key] = self._find_encoders(layer, codec)
-        encoders = self._encoders[key]
+        encoders = self._encoders_of(layer, codec)
         if encoders is None:
             return False
         ids_B = encoded_ids_B.to(self._store.device, torch.int32)
@@ -219,6 +220,12 @@ class KernelAttention:
         dtype = self._store.planes(layer).k_PKSD.dtype
         keys = restore(blocks, self._spec.layers[layer].key_dim, dtype)
         return Piece(keys.k_PKSD[0], keys.v_PKSD[0])
+
+    def _encoders_of(self, layer: int, codec: str) -> tuple[EncodeBlocks, EncodeBlocks] | None:
+        key = (layer, codec)
+        if key not in self._encoders:
+            self._encoders[key] = self._find_encoders(layer, codec)
+        return self._encoders[key]
 
     def _find_encoders(self, layer: int, codec: str) -> tuple[EncodeBlocks, EncodeBlocks] | None:
         """Of keys and values; None where kernels do not write both."""

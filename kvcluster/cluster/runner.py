@@ -8,13 +8,13 @@ Shape letters: T this rank's rows, R rows that sample, V vocabulary.
 
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvcluster.attention.encoding import BlockEncoding
+from kvcluster.attention.encoding import BlockEncoding, full_parts
 from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.ring import Ring
@@ -27,6 +27,7 @@ from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
 from kvcluster.cache.zeroed_blocks import zero_blocks
+from kvcluster.cluster.recorded_steps import decode_graphs
 from kvcluster.cluster.running_step import RunningStep, StepOutcome
 from kvcluster.cluster.scoring import ScoredPiece, scored_by, scored_pieces, scores
 from kvcluster.cluster.step_rows import Rows, SequenceState
@@ -48,7 +49,7 @@ from kvcluster.retention.registry import scored_retention
 from kvcluster.types import EXACT, Policy
 
 if TYPE_CHECKING:
-    from kvcluster.model.decode_graphs import DecodeGraphs
+    from kvcluster.model.decode_graphs import DecodeGraphs, DecodeOutcome
 
 
 class StepRunner:
@@ -74,7 +75,7 @@ class StepRunner:
         self._block_size = store.block_size
         self._implementation = implementation or implementation_for(store)
         self._exact_blocks = exact_blocks
-        self._graphs = _decode_graphs(model, store, self._implementation)
+        self._graphs = decode_graphs(model, store, self._implementation)
         self._share = share
         self._next_step = 1
         self._sequences: dict[int, SequenceState] = {}
@@ -135,9 +136,11 @@ class StepRunner:
         if graphs is None or self._ring.size > 1 or not all(row.is_greedy for row in rows):
             return None
         parts, selected = [row.part for row in rows], _selected_of(rows)
-        encoding = self._encoding_of(parts)
-        is_due = encoding.is_due or any(row.fills_known_block for row in rows)
+        full = full_parts(parts, self._spec)
+        is_due = any(row.fills_known_block for row in rows)
         if is_due or not graphs.serves(parts, selected):
+            return None
+        if not all(graphs.encodes(part) for part in full.values()):
             return None
         before = self._running[-1].rows if self._running else {}
         token_ids = [
@@ -146,7 +149,8 @@ class StepRunner:
             else int(self._token_ids(row)[0])
             for row in rows
         ]
-        wait = graphs.send_tokens(graphs.forward(parts, token_ids, selected))
+        outcome = graphs.forward(parts, token_ids, selected)
+        wait, wait_for_errors = graphs.send_tokens(outcome), graphs.encode(full, outcome)
         answering = self._answering(rows)
 
         def find() -> StepOutcome:
@@ -154,7 +158,8 @@ class StepRunner:
                 SampledToken(row.step.sequence, row.step.start + row.step.num_tokens, token_id)
                 for row, token_id in zip(rows, wait(), strict=True)
             ]
-            return StepOutcome(RankAnswer(tuple(sampled)), answering)
+            errors = _encoding_errors(rows, wait_for_errors())
+            return StepOutcome(RankAnswer(tuple(sampled), (), errors), answering)
 
         return RunningStep(find, {row.step.sequence: place for place, row in enumerate(rows)})
 
@@ -319,16 +324,26 @@ class StepRunner:
         for layer in self._spec.storing_layers:
             keep_filled(self._spec, self._store, layer, selected)
         # A row reads exact what becomes encoded because of it, so that this may come last.
-        encoding = self._encoding_of(parts)
-        for layer, q_RHD in outcome.queries.items() if encoding.is_due else ():
-            encoding.encode_full(layer, q_RHD)
+        errors = self._encode(graphs, outcome, parts)
         sampling = [index for index, row in enumerate(rows) if row.step.samples]
         logits_RV, likeliest_R = outcome.logits_RV, outcome.likeliest_R
         if len(sampling) < len(rows):
             logits_RV, likeliest_R = logits_RV[sampling], likeliest_R[sampling]
         here = [rows[index] for index in sampling]
         sampled = self._sample(here, logits_RV, likeliest_R)
-        return RankAnswer(tuple(sampled), (), _encoding_errors(rows, encoding.errors()))
+        return RankAnswer(tuple(sampled), (), _encoding_errors(rows, errors()))
+
+    def _encode(
+        self, graphs: "DecodeGraphs", outcome: "DecodeOutcome", parts: Sequence[SequencePart]
+    ) -> Callable[[], Mapping[SequencePart, tuple[float, float]]]:
+        """What single rows fill, after their step. What is returned waits for what that does."""
+        full = full_parts(parts, self._spec)
+        if all(graphs.encodes(part) for part in full.values()):
+            return graphs.encode(full, outcome)
+        encoding = self._encoding_of(parts)
+        for layer, q_RHD in outcome.queries.items():
+            encoding.encode_full(layer, q_RHD)
+        return encoding.errors
 
     def _token_ids(self, row: Rows) -> Tensor:
         """All token ids of the step's part, on every rank: penalties count each of them."""
@@ -377,17 +392,3 @@ def _encoding_errors(
     return tuple(
         EncodingError(row.step.sequence, *errors[row.part]) for row in rows if row.part in errors
     )
-
-
-def _decode_graphs(
-    model: LoadedModel, store: KVStore, implementation: Implementation
-) -> "DecodeGraphs | None":
-    """None where rows are not read by kernels."""
-    if implementation.rows is None:
-        return None
-    # Only here: kernels want Triton, which a machine without a GPU need not have.
-    from kvcluster.attention.kernel_rows import KernelRows
-    from kvcluster.model.decode_graphs import DecodeGraphs
-
-    rows = implementation.rows
-    return DecodeGraphs(model, store, rows) if isinstance(rows, KernelRows) else None

@@ -6,7 +6,7 @@ to run them. A recording asks for all of them at once.
 Shape letters: T tokens, R rows, H query heads, D head dimension, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Final, NamedTuple
 
@@ -15,14 +15,16 @@ from torch import Tensor
 
 from kvcluster.attention.decode_selected import SelectedInputs
 from kvcluster.attention.decode_step import DecodeAttention, DecodeInputs, DecodeShape
-from kvcluster.attention.kernel_rows import KernelRows
+from kvcluster.attention.kernel_attention import KernelAttention
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.selected_part import SelectedPart
 from kvcluster.cache.store import KVStore
 from kvcluster.model.ahead_row import AheadRow
 from kvcluster.model.attention_hook import LayerAttention
 from kvcluster.model.compiled_layers import CompiledLayers
+from kvcluster.model.encode_graphs import EncodeGraphs
 from kvcluster.model.loader import LoadedModel
+from kvcluster.model.recorded import Recording, record
 from kvcluster.model.row_layers import row_layers
 from kvcluster.model.sampled_ahead import SampledAhead
 
@@ -43,24 +45,23 @@ class DecodeOutcome(NamedTuple):
     """q_RHD by layer."""
 
 
-class _Recording(NamedTuple):
-    graph: "torch.cuda.CUDAGraph"
-    outcome: DecodeOutcome
-
-
 class DecodeGraphs:
     """A model's steps over one rank's cache. Mutates the cache: the rows are written."""
 
-    def __init__(self, model: LoadedModel, store: KVStore, rows: KernelRows) -> None:
+    def __init__(self, model: LoadedModel, store: KVStore, kernels: KernelAttention) -> None:
+        """Raises: ValueError where kernels do not read rows of the store."""
+        if kernels.rows is None:
+            raise ValueError("rows of this cache are not read by kernels")
         self._model = model
         self._store = store
-        self._rows = rows
+        self._rows = kernels.rows
         self._inputs = DecodeInputs(store, max_rows=ROW_COUNTS[-1])
         self._selected: SelectedInputs | None = None
         self._ahead = SampledAhead(ROW_COUNTS[-1], model.device)
-        self._recordings: dict[DecodeShape, _Recording] = {}
+        self._recordings: dict[DecodeShape, Recording[DecodeOutcome]] = {}
         self._can_record = model.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._can_record else None
+        self._encode = EncodeGraphs(store, kernels, self._pool)
         self._row_layers = row_layers(model)
         self._layers: CompiledLayers | None = None
         if self._can_record:
@@ -106,15 +107,24 @@ class DecodeGraphs:
         if self._can_record and shape not in self._recordings:
             self._record(shape)
         recording = self._recordings.get(shape)
-        if recording is None:
-            outcome = self._run(shape)
-        else:
-            recording.graph.replay()
-            outcome = recording.outcome
+        outcome = self._run(shape) if recording is None else recording.run()
         return outcome._replace(
             logits_RV=outcome.logits_RV[: len(parts)],
             likeliest_R=outcome.likeliest_R[: len(parts)],
         )
+
+    def encodes(self, part: SequencePart) -> bool:
+        """Whether `encode` does what the part's row makes encoded."""
+        return self._encode.serves(part)
+
+    @torch.inference_mode()
+    def encode(
+        self, parts: Mapping[int, SequencePart], outcome: DecodeOutcome
+    ) -> Callable[[], dict[SequencePart, tuple[float, float]]]:
+        """Encode what the rows of a step fill, parts by row, after `forward`. What is returned
+        waits for what `BlockEncoding.errors` gives."""
+        sums = [(part, self._encode.run(part, outcome.queries, row)) for row, part in parts.items()]
+        return lambda: {part: wait() for part, wait in sums}
 
     def send_tokens(self, outcome: DecodeOutcome) -> Callable[[], list[int]]:
         """Keep the likeliest tokens of a step for the next one: see `SampledAhead.send`."""
@@ -154,33 +164,11 @@ class DecodeGraphs:
             return self._model.forward(token_ids_T, positions_T, logit_rows_R, attention)
 
     def _record(self, shape: DecodeShape) -> None:
-        """Not for a model that waits for the GPU in the middle of a step, as some mixtures of
-        experts do: its steps are run as they are. The runs before compile kernels, and let
-        libraries choose theirs."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run(shape)
-            self._can_record = _never_waits(lambda: self._run(shape))
-        torch.cuda.current_stream().wait_stream(stream)
-        if self._can_record:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outcome = self._run(shape)
+        """Not for a model that waits for the GPU in the middle of a step: its steps are run as they
+        are."""
+        recording = record(lambda: self._run(shape), self._pool)
+        self._can_record = recording is not None
+        if recording is not None:
             while len(self._recordings) >= _MAX_RECORDINGS:
                 del self._recordings[next(iter(self._recordings))]
-            self._recordings[shape] = _Recording(graph, outcome)
-
-
-def _never_waits(call: Callable[[], object]) -> bool:
-    """Whether the host asks for all of it without waiting for the GPU. A recording that fails
-    leaves torch's allocator in no good state, so that this is found out before."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError:
-        return False
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    return True
+            self._recordings[shape] = recording

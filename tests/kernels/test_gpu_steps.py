@@ -14,6 +14,7 @@ from kvcluster.cache.store import KVStore
 from kvcluster.model.loader import LoadedModel
 from kvcluster.types import Policy
 from tests.codec_models import calibrated_codecs
+from tests.kernels import encode_step_cases
 from tests.kernels.test_latent_steps import rows_of
 from tests.kernels.test_steps import Setting, in_torch, outputs
 from tests.reference_group import ReferenceGroup
@@ -159,3 +160,13 @@ def generated(
     for _ in range(num_output - 1):
         group.run({0: 1, 1: 1}, owners=(0,))
     return [group.output(sequence) for sequence in (0, 1)]
+
+
+@pytest.mark.parametrize("policies", [("int4",), ("int8", "exact"), ("fp8", "int4:scale_bits=8")])
+def test_blocks_that_single_rows_fill_are_encoded_as_they_are_defined(
+    policies: tuple[str, ...], gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again and again, so that what was recorded is run with other blocks."""
+    setting = Setting(gpu, torch.bfloat16, 64, block_size=64)
+    num_runs = encode_step_cases.check(policies, KernelAttention, setting, 140, monkeypatch)
+    assert num_runs == 3 * sum(policy != "exact" for policy in policies)
