@@ -56,7 +56,9 @@ def resuming(name: str, after_sequence: int = 0) -> Attempt:
 
 async def resuming_after_the_end(channel: aio.Channel) -> None:
     stub = InferenceServiceStub(channel)
-    found = await stub.ListGenerations(pb.ListGenerationsRequest(parent="tenants/default"))
+    asked = pb.ListGenerationsRequest(parent="tenants/default")
+    while not (found := await stub.ListGenerations(asked)).generations:
+        pass  # the one beside us has not begun
     await resuming(found.generations[0].name, after_sequence=1000)(channel)
 
 
