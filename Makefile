@@ -17,14 +17,7 @@ demo: $(READY)
 	$(BIN)/python -m kvcluster.demo
 
 test: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
-	$(BIN)/python protos/generate.py --check
-	$(BIN)/python protos/lint.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not ray and not long and not gpu"
-	$(BIN)/pytest -m "ray and not long"
+	tests/all.sh
 
 $(READY): pyproject.toml deploy/models.txt deploy/environment.sh
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" deploy/environment.sh
