@@ -48,7 +48,14 @@ from kvcluster.quality.refining import (
     codecs_to_refine,
     distillation_texts,
 )
-from kvcluster.quality.served import MENU, ServedPolicy, codecs_of, recent_exact, served_policies
+from kvcluster.quality.served import (
+    MENU,
+    ServedPolicy,
+    check_unlearned,
+    codecs_of,
+    recent_exact,
+    served_policies,
+)
 from kvcluster.quality.strict import ExactTokens
 from kvcluster.quality.sweep import read_once, sweep, sweep_subject
 from kvcluster.quality.sweep_records import RecipeScore
@@ -126,6 +133,7 @@ def calibrate(
     """
     joined = _joined(settings)
     exact = recent_exact(settings.block_size, settings.exact_recent_tokens)
+    check_unlearned((*settings.policies, *settings.refine), model, exact)
     num_tokens = _length(model, settings)
     try:
         held_out = _held_out(tokenizer, texts, num_tokens, settings.num_documents)

@@ -82,6 +82,24 @@ def recent_exact(block_size: int, exact_recent_tokens: int) -> ExactTokens:
     return ExactTokens(block_size=block_size, lag=-(-exact_recent_tokens // block_size))
 
 
+def check_unlearned(texts: Iterable[str], model: LoadedModel, exact: ExactTokens) -> None:
+    """Refuse, before there is a calibration, what none would make good: of policies with something
+    learned, how they keep and select; of others, all. Raises: InvalidField, ConfigError."""
+    codecs = codecs_of(model, None)
+    for policy in (parse_policy(text, MENU) for text in texts):
+        checked = policy
+        if _wants_calibration(policy):
+            checked = msgspec.structs.replace(policy, codec=EXACT, sharing=Policy().sharing)
+        served_policies([str(checked)], codecs, model.spec, exact)
+
+
+def _wants_calibration(policy: Policy) -> bool:
+    """Whether something of the policy is learned."""
+    sharing = parse_choice(policy.sharing, MENU.at(PlugPoint.SHARING))
+    codec = parse_choice(policy.codec, CODEC_METHODS)
+    return sharing.arguments.get("by") == LEARNED or codec.name == LATENT.method.name
+
+
 def served_policies(
     texts: Iterable[str], codecs: ModelCodecs, spec: ModelSpec, exact: ExactTokens
 ) -> list[ServedPolicy]:
@@ -98,9 +116,6 @@ def served_policies(
             step = codecs.encoded_step(policy.storage, exact.lag)
         except ValueError as error:
             raise ConfigError(f"policy {name}: {error}") from error
-        codec = parse_choice(policy.codec, CODEC_METHODS).name
-        sharing = parse_choice(policy.sharing, MENU.at(PlugPoint.SHARING))
-        is_learned = sharing.arguments.get("by") == LEARNED
         found.append(
             ServedPolicy(
                 measured=MeasuredPolicy(
@@ -108,7 +123,7 @@ def served_policies(
                     attention=attention,
                     run_tokens=None if step is None else step * exact.block_size,
                 ),
-                needs_calibration=is_learned or codec == LATENT.method.name,
+                needs_calibration=_wants_calibration(policy),
             )
         )
     return found

@@ -306,6 +306,25 @@ def test_policies_that_cannot_be_measured_leave_no_file(
     assert not settings.out.exists()
 
 
+@pytest.mark.parametrize("policy", ["window:recent=40", "latent:r=0.5,bits=8 + window:recent=40"])
+@pytest.mark.parametrize("place", ["policies", "refine"])
+def test_what_no_calibration_makes_good_is_refused_before_anything_is_computed(
+    model: LoadedModel, settings: CalibrationSettings, policy: str, place: str
+) -> None:
+    heard: list[str] = []
+
+    with pytest.raises(ConfigError, match="window"):
+        calibrate(
+            model,
+            character_tokenizer(),
+            TEXTS,
+            replace(settings, **{place: (policy,)}),
+            lambda stage, _done, _total: heard.append(stage),
+        )
+
+    assert not heard
+
+
 def test_documents_that_do_not_fit_into_a_pass_are_refused(
     model: LoadedModel, settings: CalibrationSettings
 ) -> None:
