@@ -44,6 +44,7 @@
     ├── DeadlineExceeded
     ├── ClientTooSlow             the client stopped reading its events
     ├── ServerUnavailable         no server answers; raised by the client alone
+    ├── ComputationFailed         of one request, on a rank; the others go on
     └── RankLost                  a rank died, hung or answered out of order
 
 An error carries what a caller needs to act: `reason` (stable, an `ErrorReason` of the protos
@@ -354,6 +355,23 @@ class ServerUnavailable(KvClusterError):
     """The server cannot be reached, or the connection to it broke. Raised by `Client` alone."""
 
     reason = "SERVER_UNAVAILABLE"
+
+
+class ComputationFailed(KvClusterError):
+    """The computation of one request failed on a rank: something of its cache could not be done, or
+    the model's predictions for it were no numbers. No other request is concerned. Choose another
+    policy. `metadata` has the policy, what the rank was doing, and the class of the exception, if
+    there was one."""
+
+    reason = "COMPUTATION_FAILED"
+
+    def __init__(self, *, policy: str, doing: str, kind: str) -> None:
+        what = f"failed at {doing} ({kind})" if kind else f"failed at {doing}"
+        super().__init__(
+            f"policy {policy} {what}: choose another policy for this request, and report it to the "
+            "operator of this server",
+            metadata={"policy": policy, "doing": doing, "kind": kind},
+        )
 
 
 class RankLost(KvClusterError):

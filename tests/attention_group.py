@@ -89,7 +89,7 @@ class AttentionGroup:
                 rules=self.rules,
             )
             ring, store = self._rings[rank], self.stores[rank]
-            attention = StepAttention(self._model.spec, store, ring, [part])
+            attention = StepAttention(store, ring, [part])
             positions = part.positions(rank)
             out = [
                 attention.attend(layer, *(x[positions] for x in qkv), None)

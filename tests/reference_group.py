@@ -12,7 +12,8 @@ import torch
 
 from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.cache.store import KVStore
-from kvcluster.cluster.runner import StepOutcome, StepRunner
+from kvcluster.cluster.runner import StepRunner
+from kvcluster.cluster.running_step import StepBefore, StepOutcome
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.engine.plan import (
     EncodingError,
@@ -167,12 +168,13 @@ class ReferenceGroup:
 
         def run_rank(rank: int) -> StepOutcome:
             torch.set_num_threads(1)
-            return self._runners[rank].run(plan, self._sampled)
+            return self._runners[rank].run(plan, StepBefore(self._sampled))
 
         outcomes = run_ranks(self.num_ranks, run_rank)
         for rank, outcome in enumerate(outcomes):
             has_answer = bool(outcome.answer.sampled or outcome.answer.errors)
-            assert (rank in outcome.answering_ranks) == has_answer
+            assert rank in outcome.answering_ranks or not has_answer
+            assert not outcome.answer.failed
         self.errors += [error for outcome in outcomes for error in outcome.answer.errors]
         sampled = [token for outcome in outcomes for token in outcome.answer.sampled]
         assert self._rings[0].all_delivered()

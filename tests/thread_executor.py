@@ -14,11 +14,12 @@ import torch
 from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.spill import PartReceipt
 from kvcluster.cache.store import KVStore
-from kvcluster.cluster.runner import StepOutcome, StepRunner
+from kvcluster.cluster.runner import StepRunner
+from kvcluster.cluster.running_step import StepBefore, StepOutcome
 from kvcluster.cluster.spilling import SpillShare
 from kvcluster.config import ClusterConfig
 from kvcluster.engine.api import Event, Opened, TokenChunk
-from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, StepResult, result_of
+from kvcluster.engine.plan import RankAnswer, StepPlan, StepResult, result_of
 from kvcluster.engine.service import EngineService
 from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.engine.text import Tokenizer
@@ -63,7 +64,7 @@ class ThreadExecutor:
         ]
         self.after_step: Callable[[StepPlan], None] = lambda _plan: None
         """Called when all ranks have run a step, before its answer is out."""
-        self._sampled: tuple[SampledToken, ...] = ()
+        self._before = StepBefore()
         # One thread: plans run in the order of the calls, as they do in a ring group.
         self._steps = ThreadPoolExecutor(1)
 
@@ -95,7 +96,7 @@ class ThreadExecutor:
             for layer in range(len(runner._store.spec.layers)):
                 for plane in runner._store.planes(layer):
                     plane.fill_(float("nan"))
-        self._sampled = ()
+        self._before = StepBefore()
 
     def close(self) -> None:
         self._steps.shutdown()
@@ -103,7 +104,7 @@ class ThreadExecutor:
     def _run(self, plan: StepPlan) -> StepResult:
         def run_rank(rank: int) -> StepOutcome:
             torch.set_num_threads(1)
-            return self.runners[rank].run(plan, self._sampled)
+            return self.runners[rank].run(plan, self._before)
 
         try:
             with self._memory:
@@ -111,9 +112,9 @@ class ThreadExecutor:
         except queue.Empty as silence:
             raise RankLost("two ranks disagree on what to exchange") from silence
         for rank, outcome in enumerate(outcomes):
-            assert (rank in outcome.answering_ranks) == (outcome.answer != RankAnswer())
+            assert rank in outcome.answering_ranks or outcome.answer == RankAnswer()
         result = result_of(plan, [outcome.answer for outcome in outcomes])
-        self._sampled = result.sampled
+        self._before = StepBefore.of(result)
         self.after_step(plan)
         return result
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvcluster.attention.failures import RAISED, READING, Raised
 from kvcluster.attention.implementation import Implementation, SwitchingKeys
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate
@@ -28,22 +29,36 @@ class ChunkAttention:
     """Exchanges the chunk's keys between the ranks; all of them call it alike."""
 
     def __init__(
-        self, spec: ModelSpec, store: KVStore, ring: Ring, implementation: Implementation
+        self,
+        spec: ModelSpec,
+        store: KVStore,
+        ring: Ring,
+        implementation: Implementation,
+        failures: Raised = RAISED,
     ) -> None:
         self._spec = spec
         self._store = store
         self._ring = ring
         self._local = implementation
+        self._failures = failures
 
     def attend(
         self, layer: int, part: SequencePart, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor
     ) -> Partial | None:
         """This rank's rows of the part over the chunk's keys and those right before it that are
-        read exact; causal. None without rows. q, k and v are of all its packed rows."""
-        geometry = self._spec.layers[layer]
+        read exact; causal. None without rows. q, k and v are of all its packed rows. The rows of a
+        part that cannot be computed have seen nothing."""
         near = self._gather(layer, part, k_TKD, v_TKD)
         if near is None:
             return None
+        if not self._failures.has(part):
+            with self._failures.contain(part, READING):
+                return self._attend_near(layer, part, q_THD, near)
+        geometry, q_own = self._spec.layers[layer], q_THD[part.rows]
+        return Partial.empty(len(q_own), geometry.num_query_heads, geometry.value_dim, q_own)
+
+    def _attend_near(self, layer: int, part: SequencePart, q_THD: Tensor, near: Piece) -> Partial:
+        geometry = self._spec.layers[layer]
         near_start = part.near_start(geometry.window)
         encoded = range(
             max(part.block_size, near_start), part.exact_start(part.end - 1), part.block_size

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.encoded import EncodedKeys, attend_encoded
+from kvcluster.attention.failures import RAISED, READING, Raised
 from kvcluster.attention.history import History, RankHistory
 from kvcluster.attention.implementation import Implementation
 from kvcluster.attention.local import attend_pieces
@@ -25,13 +26,22 @@ that a kernel runs at full speed, and 0.4 GiB at most for 8 heads of 128 while t
 
 
 class OwnKeys:
-    """The keys of one rank, layer by layer: `forget` begins the next. Reads the store."""
+    """The keys of one rank, layer by layer: `forget` begins the next. Reads the store.
 
-    def __init__(self, store: KVStore, rank: int, implementation: Implementation) -> None:
+    Of a part that cannot be read, `attend` has seen nothing, and `shard` and `keys` are zeros."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        rank: int,
+        implementation: Implementation,
+        failures: Raised = RAISED,
+    ) -> None:
         self._spec = store.spec
         self._store = store
         self._rank = rank
         self._local = implementation
+        self._failures = failures
         self._parts: dict[SequencePart, Piece] = {}
         """Of the layer in hand: the keys here, read once for all who ask."""
         self._pieces: dict[SequencePart, list[Piece]] = {}
@@ -44,11 +54,12 @@ class OwnKeys:
 
     def prepare(self, layer: int, part: SequencePart) -> None:
         """Read ahead what `attend` will need of the part."""
-        if part.has_chunk:
-            if not self._is_read_in_pieces(layer, part):
-                self.keys(layer, part)
-        elif not self._is_together(layer, part):
-            self._exact_pieces(layer, part)
+        with self._failures.contain(part, READING):
+            if part.has_chunk:
+                if not self._is_read_in_pieces(layer, part):
+                    self.keys(layer, part)
+            elif not self._is_together(layer, part):
+                self._exact_pieces(layer, part)
 
     def attend(
         self, layer: int, parts: Sequence[SequencePart], queries: Sequence[Tensor], asker: int
@@ -62,12 +73,21 @@ class OwnKeys:
             for row, part in enumerate(together):
                 found[part] = Partial(*(plane[row : row + 1] for plane in whole))
         return [
-            found[part] if part in found else self._attend_part(layer, part, q_THD, asker)
+            found[part] if part in found else self._attend_contained(layer, part, q_THD, asker)
             for part, q_THD in zip(parts, queries, strict=True)
         ]
 
     def _is_together(self, layer: int, part: SequencePart) -> bool:
         return self._local.rows is not None and self._local.rows.serves(layer, part)
+
+    def _attend_contained(
+        self, layer: int, part: SequencePart, q_THD: Tensor, asker: int
+    ) -> Partial:
+        if not self._failures.has(part):
+            with self._failures.contain(part, READING):
+                return self._attend_part(layer, part, q_THD, asker)
+        num_rows, num_heads, _ = q_THD.shape
+        return Partial.empty(num_rows, num_heads, self._spec.layers[layer].value_dim, q_THD)
 
     def _attend_part(self, layer: int, part: SequencePart, q_THD: Tensor, asker: int) -> Partial:
         if not part.has_chunk:
@@ -147,6 +167,13 @@ class OwnKeys:
 
     def shard(self, layer: int, part: SequencePart) -> EncodedKV:
         """This rank's keys as they are kept and sent: the exact arrays, then encoded planes."""
+        if not self._failures.has(part):
+            with self._failures.contain(part, READING):
+                return self._shard(layer, part)
+        room = self.room(layer, part, self.history(layer, part).ranks[self._rank])
+        return EncodedKV(tuple(plane.zero_() for plane in room.planes))
+
+    def _shard(self, layer: int, part: SequencePart) -> EncodedKV:
         history = self.history(layer, part)
         exact = self._store.gather(layer, history.runs)
         if part.codec == EXACT:
@@ -169,6 +196,15 @@ class OwnKeys:
 
     def restore(self, layer: int, part: SequencePart, shard: EncodedKV, held: RankHistory) -> Piece:
         """k_KSD and v_KSD of a shard, in order of position."""
+        if not self._failures.has(part):
+            with self._failures.contain(part, READING):
+                return self._restore(layer, part, shard, held)
+        empty = self._store.empty(layer, held.num_tokens).planes
+        return keys_and_values([x_KSD.zero_() for x_KSD in empty], self._spec.layers[layer])
+
+    def _restore(
+        self, layer: int, part: SequencePart, shard: EncodedKV, held: RankHistory
+    ) -> Piece:
         geometry = self._spec.layers[layer]
         num_arrays = 1 if geometry.values_in_keys else 2
         arrays, encoded = shard.planes[:num_arrays], shard.planes[num_arrays:]

@@ -95,6 +95,11 @@ class SequencePart:
         self._full_blocks: dict[int, FullBlocks | None] = {}
 
     @property
+    def whole(self) -> "SequencePart":
+        """The part of the step whose rows these are: itself, but for a `SurvivorReader`."""
+        return self
+
+    @property
     def rows(self) -> slice:
         """This rank's rows of the part, in its packed rows."""
         return slice(self.row_offset, self.row_offset + self.num_rows[self.rank])
@@ -163,21 +168,6 @@ class SequencePart:
         if group not in self._full_blocks:
             self._full_blocks[group] = self._find_full_blocks(group)
         return self._full_blocks[group]
-
-    def measuring_ranks(self, windows: Sequence[int | None]) -> set[int]:
-        """The ranks that have rows of this part and blocks that become encoded, in KV groups with
-        these windows: those that can tell what encoding does to attention. The same answer on
-        every rank."""
-        spans = [
-            self._full_range(group)
-            for group, window in enumerate(windows)
-            if self.codec_in(window) != EXACT
-        ]
-        return {
-            rank
-            for rank, rows in enumerate(self.num_rows)
-            if rows and any(self.table.num_tokens(rank, *span) for span in spans)
-        }
 
     def _full_range(self, group: int) -> tuple[int, int]:
         """Positions of the blocks, everybody's, that no row after this part reads exact."""

@@ -17,12 +17,13 @@ choose, D head dimension.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvcluster.attention.failures import RAISED, Raised
 from kvcluster.attention.implementation import ChosenAttention
 from kvcluster.attention.local import attend, attend_causal
 from kvcluster.attention.part import SequencePart
@@ -33,6 +34,8 @@ from kvcluster.cache.store import KVStore, Piece, in_blocks, in_line, keys_and_v
 from kvcluster.selection.base import KeySummaries, pooled
 from kvcluster.selection.need import Need
 from kvcluster.types import LayerGeometry, ModelSpec
+
+SELECTING: Final = "choosing what to read"
 
 
 class _Restored(NamedTuple):
@@ -53,8 +56,10 @@ class SelectedAttention:
         ring: Ring,
         parts: Sequence[SelectedPart],
         chosen: ChosenAttention | None = None,
+        failures: Raised = RAISED,
     ) -> None:
         """`chosen`: attention over picked blocks that are here; None: as it is defined."""
+        self._failures = failures
         self._chosen = chosen
         self._spec = spec
         self._store = store
@@ -71,7 +76,7 @@ class SelectedAttention:
 
     def keep(self, layer: int) -> None:
         """Sum up the blocks that are full now. Called when the step's rows have been written."""
-        keep_filled(self._spec, self._store, layer, self._parts)
+        keep_filled(self._spec, self._store, layer, self._parts, self._failures)
 
     def knows_keys(self, part: SequencePart) -> bool:
         """Whether something is kept of the keys of the part's blocks."""
@@ -95,7 +100,8 @@ class SelectedAttention:
             return
         source = self._spec.kv_layer_of(layer)
         for part in self._parts:
-            part.selecting.forget(source, part.part.end // part.part.block_size)
+            if not self._failures.has(part.part):
+                part.selecting.forget(source, part.part.end // part.part.block_size)
 
     def attend(self, layer: int, q_THD: Tensor) -> dict[SequencePart, Partial]:
         """Partials of this rank's rows over all that they read, by part."""
@@ -104,7 +110,8 @@ class SelectedAttention:
         queries = self._send_queries(q_THD, layer)
         scores = self._exchange_scores(layer, queries)
         answers = {
-            part: self._read(layer, part, q_rows, scores[part]) for part, q_rows in queries.items()
+            part: self._read_contained(layer, part, q_rows, scores[part])
+            for part, q_rows in queries.items()
         }
         return self._collect(layer, answers, q_THD)
 
@@ -144,13 +151,14 @@ class SelectedAttention:
                 continue
             shape = (selection.num_choosing(geometry), num_queries)
             scores = {
-                rank: torch.empty(*shape, len(part.compared_blocks[rank]), device=q_THD.device)
+                rank: torch.zeros(*shape, len(part.compared_blocks[rank]), device=q_THD.device)
                 for rank in part.holders
             }
-            if scores[here].numel():
-                source = self._spec.kv_layer_of(layer)
-                keys = part.selecting.of(source, part.compared_blocks[here])
-                scores[here] = self._scores(geometry, part, q_THD, keys)
+            if scores[here].numel() and not self._failures.has(part.part):
+                with self._failures.contain(part.part, SELECTING):
+                    source = self._spec.kv_layer_of(layer)
+                    keys = part.selecting.of(source, part.compared_blocks[here])
+                    scores[here] = self._scores(geometry, part, q_THD, keys)
             sends += [(rank, scores[here]) for rank in part.holders if rank != here]
             receives += [(rank, scores[rank]) for rank in part.holders if rank != here]
             found[part] = scores
@@ -178,6 +186,15 @@ class SelectedAttention:
         for rank, score_GJB in scores.items():
             whole_GJB[:, :, part.compared_blocks[rank]] = score_GJB
         return whole_GJB
+
+    def _read_contained(
+        self, layer: int, part: SelectedPart, q_THD: Tensor, score_GJB: Tensor
+    ) -> Partial:
+        if not self._failures.has(part.part):
+            with self._failures.contain(part.part, SELECTING):
+                return self._read(layer, part, q_THD, score_GJB)
+        num_rows, num_heads, _ = q_THD.shape
+        return Partial.empty(num_rows, num_heads, self._spec.layers[layer].value_dim, q_THD)
 
     def _read(self, layer: int, part: SelectedPart, q_THD: Tensor, score_GJB: Tensor) -> Partial:
         """All rows of the part over what they read here, in order of position."""
@@ -304,19 +321,26 @@ class SelectedAttention:
         return {part: merge(*partials) for part, partials in found.items()}
 
 
-def keep_filled(spec: ModelSpec, store: KVStore, layer: int, parts: Sequence[SelectedPart]) -> None:
+def keep_filled(
+    spec: ModelSpec,
+    store: KVStore,
+    layer: int,
+    parts: Sequence[SelectedPart],
+    failures: Raised = RAISED,
+) -> None:
     """Sum up the blocks that rows of the parts, which are written, leave full in a layer."""
     geometry = spec.layers[layer]
     if geometry.window is not None or geometry.kv_layer is not None:
         return
     group = spec.group_of(geometry)
     for part in parts:
-        if part.selecting.selection.needs is Need.NOTHING:
+        if part.selecting.selection.needs is Need.NOTHING or failures.has(part.part):
             continue
         blocks_B = part.filled_blocks
         if len(blocks_B):
-            k_BKSD, _ = store.read_blocks(layer, part.filled_ids(group))
-            part.selecting.add(layer, blocks_B, k_BKSD)
+            with failures.contain(part.part, SELECTING):
+                k_BKSD, _ = store.read_blocks(layer, part.filled_ids(group))
+                part.selecting.add(layer, blocks_B, k_BKSD)
 
 
 def _in_order(part: SelectedPart, by_rank: dict[int, Tensor]) -> Tensor:

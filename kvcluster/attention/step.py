@@ -15,18 +15,19 @@ from torch import Tensor
 
 from kvcluster.attention.chunk import ChunkAttention
 from kvcluster.attention.encoding import BlockEncoding
+from kvcluster.attention.failures import RAISED, Raised
 from kvcluster.attention.implementation import Implementation, PlainAttention
 from kvcluster.attention.own_keys import OwnKeys
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.partial import Partial, concatenate, merge, merge_sinks
 from kvcluster.attention.ring import Message, Ring, gather, pass_kv
-from kvcluster.attention.selected import SelectedAttention
+from kvcluster.attention.selected import SELECTING, SelectedAttention
 from kvcluster.attention.selected_part import SelectedPart
-from kvcluster.attention.survivor_choice import SurvivorChoice
+from kvcluster.attention.survivor_choice import DROPPING, SurvivorChoice
 from kvcluster.attention.survivors import SurvivorPart
 from kvcluster.cache.store import KVStore, Places
 from kvcluster.codec.base import EncodedKV
-from kvcluster.types import ModelSpec, Route
+from kvcluster.types import Route
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,18 @@ class StepAttention:
 
     def __init__(
         self,
-        spec: ModelSpec,
         store: KVStore,
         ring: Ring,
         parts: Sequence[SequencePart],
         selected: Sequence[SelectedPart] = (),
         survivors: Sequence[SurvivorPart] = (),
         implementation: Implementation | None = None,
+        failures: Raised = RAISED,
     ) -> None:
         """`selected`: what is more to know of the parts whose policy selects; `survivors`: of those
         whose sequences keep tokens by score. `implementation`: of attention over keys that are
-        here; None: that of torch."""
-        self._spec = spec
+        here; None: that of torch. `failures`: what becomes of what fails."""
+        self._spec = spec = store.spec
         self._store = store
         self._ring = ring
         self._parts = parts
@@ -63,13 +64,18 @@ class StepAttention:
         self._local = implementation or PlainAttention()
         if self._local.rows is not None:
             self._local.rows.begin_step()
-        self._own = OwnKeys(store, ring.rank, self._local)
-        self._chunks = ChunkAttention(spec, store, ring, self._local)
+        self._failures = failures
+        self._own = OwnKeys(store, ring.rank, self._local, failures)
+        self._chunks = ChunkAttention(spec, store, ring, self._local, failures)
         self._selected = (
-            SelectedAttention(spec, store, ring, selected, self._local.chosen) if selected else None
+            SelectedAttention(spec, store, ring, selected, self._local.chosen, failures)
+            if selected
+            else None
         )
-        self._choice = SurvivorChoice(spec, store, ring, self._local) if survivors else None
-        self._encoding = BlockEncoding(spec, store, ring.rank, parts, self._local)
+        self._choice = (
+            SurvivorChoice(spec, store, ring, self._local, failures) if survivors else None
+        )
+        self._encoding = BlockEncoding(spec, store, ring.rank, parts, self._local, failures)
         self._groups = [spec.group_of(layer) for layer in spec.layers]
         self._places_by_group: dict[int, Places] = {}
         self._questions_by_group: dict[int, _Questions] = {}
@@ -120,10 +126,27 @@ class StepAttention:
         for kept in self._survivors_in(self._groups[layer]):
             ends = kept.ends_epoch and is_last
             if kept.is_observed or ends:
+                self._observe(choice, layer, kept, q_THD, sinks_H)
+            if ends and not self._failures.has(kept.part):
+                with self._failures.contain(kept.part, SELECTING):
+                    self._know_survivors(layer, kept)
+
+    def _observe(
+        self,
+        choice: SurvivorChoice,
+        layer: int,
+        kept: SurvivorPart,
+        q_THD: Tensor,
+        sinks_H: Tensor | None,
+    ) -> None:
+        if self._ring.size > 1:
+            # The ranks of a ring do this together: `SurvivorChoice` contains what each does alone.
+            keys = self._own.keys(layer, kept.reader)
+            choice.after_rows(layer, kept, keys, q_THD, sinks_H)
+        elif not self._failures.has(kept.part):
+            with self._failures.contain(kept.part, DROPPING):
                 keys = self._own.keys(layer, kept.reader)
                 choice.after_rows(layer, kept, keys, q_THD, sinks_H)
-            if ends:
-                self._know_survivors(layer, kept)
 
     def _know_survivors(self, layer: int, kept: SurvivorPart) -> None:
         """Tell a selection of the lists that an epoch has left."""

@@ -6,6 +6,11 @@ so that all know every survivor's place and the size of every message; tokens th
 rank that owns their place. A list is made anew in the blocks that it had, once all that was in
 them has been read.
 
+What a rank does alone to put survivors where they belong may fail for one part (`failures`). What
+it does between the messages of a choice may not: the others wait for the next message of a rank
+that does not know how large it is, so that this ends the ring. A rank that is alone waits for
+nobody: there, all of it may fail (`StepAttention`).
+
 Shape letters: T rows of a part, S candidates of this rank, C those of all ranks (places of the
 lists before, then the epoch's positions), J places of the lists after, N places of this rank, K KV
 heads, D head dimension, B blocks.
@@ -13,13 +18,14 @@ heads, D head dimension, B blocks.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcluster.attention.encoded import EncodedKeys
 from kvcluster.attention.encoding_error import EncodingErrors
+from kvcluster.attention.failures import RAISED, Raised
 from kvcluster.attention.implementation import Implementation
 from kvcluster.attention.ring import Message, Ring
 from kvcluster.attention.ring_ranks import RingRanks
@@ -33,6 +39,8 @@ from kvcluster.retention.candidates import Candidates, Queries
 from kvcluster.retention.ranks import ALONE, Ranks
 from kvcluster.retention.scored import choose, observe
 from kvcluster.types import ModelSpec
+
+DROPPING: Final = "choosing what to keep"
 
 
 class _Held(NamedTuple):
@@ -61,9 +69,15 @@ class SurvivorChoice:
     """Mutates the store and what is remembered of the sequences. One object a step."""
 
     def __init__(
-        self, spec: ModelSpec, store: KVStore, ring: Ring, implementation: Implementation
+        self,
+        spec: ModelSpec,
+        store: KVStore,
+        ring: Ring,
+        implementation: Implementation,
+        failures: Raised = RAISED,
     ) -> None:
         self._local = implementation
+        self._failures = failures
         self._spec = spec
         self._store = store
         self._ring = ring
@@ -101,16 +115,28 @@ class SurvivorChoice:
         if part.ends_epoch and self._spec.is_last_reader(layer):
             kept_KS = choose(method, _candidates(held), part.part.end, self._ranks)
             moved = self._move(part, held, self._chosen(part, kept_KS))
-            written = self._write(source, part, moved, marks.positions_KJ)
-            if written is not None and part.part.num_rows[self._ring.rank]:
-                last_1HD = q_THD[part.part.rows][-1:]
-                self.errors.measure(
-                    layer, part.part, last_1HD, *written, geometry, are_survivors=True
-                )
+            if not self._failures.has(part.part):
+                with self._failures.contain(part.part, DROPPING):
+                    self._put(layer, part, moved, marks.positions_KJ, q_THD)
             after = Marks(moved.positions_KS.int(), moved.mass_KS if method.carries_mass else None)
         else:
             after = marks._replace(mass_KS=held.mass_KS)
         part.survivors.marks[source] = after
+
+    def _put(
+        self,
+        layer: int,
+        part: SurvivorPart,
+        moved: _Held,
+        positions_before_KN: Tensor,
+        q_THD: Tensor,
+    ) -> None:
+        """Write this rank's part of the lists, and measure what encoding does to it."""
+        source, geometry = self._spec.kv_layer_of(layer), self._spec.layers[layer]
+        written = self._write(source, part, moved, positions_before_KN)
+        if written is not None and part.part.num_rows[self._ring.rank]:
+            last_1HD = q_THD[part.part.rows][-1:]
+            self.errors.measure(layer, part.part, last_1HD, *written, geometry, are_survivors=True)
 
     def _mass(
         self,

@@ -95,19 +95,6 @@ class SurvivorPart:
         is_encoded = self.part.codec != EXACT
         return range(size, self.num_after // size * size) if is_encoded else range(size, size)
 
-    def measuring_ranks(self) -> set[int]:
-        """The ranks that have rows of the part and encoded blocks of the lists when its epoch ends:
-        those that can tell what encoding does to attention. The same answer on every rank."""
-        places = self.encoded_after
-        if not self.ends_epoch or not places:
-            return set()
-        lists = self.survivors.table
-        return {
-            rank
-            for rank, rows in enumerate(self.part.num_rows)
-            if rows and lists.num_tokens(rank, places.start, places.stop)
-        }
-
     def blocks_after(self, rank: int) -> Tensor:
         """The blocks of those lists on a rank, ascending."""
         lists = self.survivors.table
@@ -129,6 +116,7 @@ class SurvivorReader(SequencePart):
             row_offset=part.row_offset,
             rules=part.rules,
         )
+        self._whole = part
         self._survivors = survivors
         self._lists = lists = survivors.table
         self._span = range(num_survivors)
@@ -139,6 +127,11 @@ class SurvivorReader(SequencePart):
             for rank in range(lists.num_ranks)
         )
         self.travels_by_query = not self.has_chunk or self.is_local or self.route is Route.PASS_Q
+
+    @property
+    def whole(self) -> SequencePart:
+        """See `SequencePart`."""
+        return self._whole
 
     def codec_in(self, window: int | None) -> str:
         """See `SequencePart`."""

@@ -15,7 +15,7 @@ from kvcluster.attention.implementation import Implementation, implementation_fo
 from kvcluster.attention.ring import LoneRing
 from kvcluster.cache.store import KVStore, Piece
 from kvcluster.cluster.runner import StepRunner
-from kvcluster.cluster.running_step import RunningStep
+from kvcluster.cluster.running_step import RunningStep, StepBefore
 from kvcluster.codec.array import consecutive
 from kvcluster.engine.plan import NewBlock, SampledToken, SequenceStart, SequenceStep, StepPlan
 from kvcluster.model.codecs import load_codecs
@@ -152,7 +152,7 @@ class LoneRank:
         the one that was sampled last. Seconds until the last one's successor is known."""
         plan = self._plan(start, num_tokens, ids)
         begin = time.perf_counter()
-        self._sampled = self._runner.run(plan, self._sampled).answer.sampled
+        self._sampled = self._runner.run(plan, StepBefore(self._sampled)).answer.sampled
         return time.perf_counter() - begin
 
     def decode(self, num_steps: int) -> tuple[float, list[int]]:
@@ -162,7 +162,7 @@ class LoneRank:
         token_ids = []
         running: RunningStep | None = None
         for _ in range(num_steps):
-            following = self._runner.begin(self._plan(self.num_tokens, 1, ()), ())
+            following = self._runner.begin(self._plan(self.num_tokens, 1, ()), StepBefore())
             if running is not None:
                 token_ids += [each.token_id for each in running.outcome().answer.sampled]
             running = following

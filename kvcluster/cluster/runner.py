@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.encoding import BlockEncoding, full_parts
+from kvcluster.attention.failures import RAISED, PartFailures, Raised
 from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.ring import Ring
@@ -27,26 +28,26 @@ from kvcluster.cache.exact_region import ExactRegion
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.store import KVStore
 from kvcluster.cache.zeroed_blocks import zero_blocks
+from kvcluster.cluster.answers import (
+    answering_ranks,
+    encoding_errors,
+    no_numbers,
+    sampled_tokens,
+    sequence_failures,
+    unscored,
+)
 from kvcluster.cluster.recorded_steps import decode_graphs
-from kvcluster.cluster.running_step import RunningStep, StepOutcome
-from kvcluster.cluster.scoring import ScoredPiece, scored_by, scored_pieces, scores
+from kvcluster.cluster.running_step import RunningStep, StepBefore, StepOutcome
+from kvcluster.cluster.scoring import ScoredPiece, scored_pieces, scores
 from kvcluster.cluster.step_rows import Rows, SequenceState
 from kvcluster.cluster.thread_share import ThreadShare
-from kvcluster.engine.plan import (
-    EncodingError,
-    NewBlock,
-    RankAnswer,
-    SampledToken,
-    SequenceStep,
-    StepPlan,
-    TopLogprob,
-)
+from kvcluster.engine.plan import NewBlock, RankAnswer, SampledToken, SequenceStep, StepPlan
 from kvcluster.errors import RankLost
 from kvcluster.model.ahead_row import AheadRow
 from kvcluster.model.loader import LoadedModel
-from kvcluster.model.sampler import SequenceSampling, sample
+from kvcluster.model.sampler import NO_TOKEN, SequenceSampling
 from kvcluster.retention.registry import scored_retention
-from kvcluster.types import EXACT, Policy
+from kvcluster.types import Policy
 
 if TYPE_CHECKING:
     from kvcluster.model.decode_graphs import DecodeGraphs, DecodeOutcome
@@ -86,16 +87,18 @@ class StepRunner:
     def num_sequences(self) -> int:
         return len(self._sequences)
 
-    def run(self, plan: StepPlan, sampled_before: Sequence[SampledToken]) -> StepOutcome:
+    def run(self, plan: StepPlan, before: StepBefore) -> StepOutcome:
         """Run one step together with the other ranks.
 
-        `sampled_before` are the tokens that all ranks sampled in the step before: a decode row
-        may move to another rank between steps.
-        Raises: RankLost on a plan out of order, or when another rank is gone.
+        `before`: what all ranks found in the step before, since a decode row may move to another
+        rank between steps. A sequence that failed has no rows in the steps that follow, and the
+        answer says nothing of it; nor does it lack anything of the others.
+        Raises: RankLost on a plan out of order, or when another rank is gone; and what is wrong
+        with more than one sequence.
         """
-        return self.begin(plan, sampled_before).outcome()
+        return self.begin(plan, before).outcome()
 
-    def begin(self, plan: StepPlan, sampled_before: Sequence[SampledToken]) -> RunningStep:
+    def begin(self, plan: StepPlan, before: StepBefore) -> RunningStep:
         """As `run`, but a rank that is alone may not wait for the tokens of a step of decode: the
         next step can begin without them. What such a rank sampled it knows without being told."""
         if (plan.epoch, plan.step) != (self._epoch, self._next_step):
@@ -105,7 +108,7 @@ class StepRunner:
             )
         self._next_step += 1
         if self._ring.size > 1:
-            self._remember(sampled_before)
+            self._remember(before)
         # One step may be under way, whose tokens are on the device.
         self._settle(leave=1)
         self._apply(plan)
@@ -116,8 +119,10 @@ class StepRunner:
         running = self._begin_ahead(rows) if rows else None
         if running is None:
             self._settle(leave=0)
+            if any(row.state.has_failed for row in rows):
+                rows = self._lay_out(plan)
             answer = self._compute(rows) if rows else RankAnswer()
-            outcome = StepOutcome(answer, self._answering(rows))
+            outcome = StepOutcome(answer, answering_ranks(rows, self._ring.size))
             running = RunningStep(lambda: outcome)
         if self._ring.size == 1:
             self._running.append(running)
@@ -128,7 +133,9 @@ class StepRunner:
     def _settle(self, *, leave: int) -> None:
         """Know the tokens of the steps that have begun, but for the latest ones."""
         while len(self._running) > leave or (self._running and not self._running[0].rows):
-            self._remember(self._running.popleft().outcome().answer.sampled)
+            answer = self._running.popleft().outcome().answer
+            failed = tuple(failure.sequence for failure in answer.failed)
+            self._remember(StepBefore(answer.sampled, failed))
 
     def _begin_ahead(self, rows: Sequence[Rows]) -> RunningStep | None:
         """Begin a step whose tokens the device chooses itself; None for any other step."""
@@ -149,39 +156,37 @@ class StepRunner:
             else int(self._token_ids(row)[0])
             for row in rows
         ]
-        outcome = graphs.forward(parts, token_ids, selected)
-        wait, wait_for_errors = graphs.send_tokens(outcome), graphs.encode(full, outcome)
-        answering = self._answering(rows)
+        outcome, failures = graphs.forward(parts, token_ids, selected), _may_fail(rows)
+        wait = graphs.send_tokens(outcome)
+        wait_for_errors = graphs.encode(full, outcome, failures)
+        answering = answering_ranks(rows, self._ring.size)
 
         def find() -> StepOutcome:
+            found = list(zip(rows, wait(), strict=True))
             sampled = [
                 SampledToken(row.step.sequence, row.step.start + row.step.num_tokens, token_id)
-                for row, token_id in zip(rows, wait(), strict=True)
+                for row, token_id in found
+                if token_id != NO_TOKEN
             ]
-            errors = _encoding_errors(rows, wait_for_errors())
-            return StepOutcome(RankAnswer(tuple(sampled), (), errors), answering)
+            errors = encoding_errors(rows, wait_for_errors())
+            failed = no_numbers(row for row, token_id in found if token_id == NO_TOKEN)
+            failed += sequence_failures(rows, failures.found)
+            return StepOutcome(RankAnswer(tuple(sampled), (), errors, failed), answering)
 
         return RunningStep(find, {row.step.sequence: place for place, row in enumerate(rows)})
 
-    def _encoding_of(self, parts: Sequence[SequencePart]) -> BlockEncoding:
-        return BlockEncoding(self._spec, self._store, self._ring.rank, parts, self._implementation)
+    def _encoding_of(
+        self, parts: Sequence[SequencePart], failures: Raised = RAISED
+    ) -> BlockEncoding:
+        return BlockEncoding(
+            self._spec, self._store, self._ring.rank, parts, self._implementation, failures
+        )
 
-    def _answering(self, rows: Sequence[Rows]) -> tuple[int, ...]:
-        answering: set[int] = set()
-        for row in rows:
-            if row.sampling_rank is not None:
-                answering.add(row.sampling_rank)
-            if row.step.scoring is not None:
-                ranks = range(self._ring.size)
-                answering |= {rank for rank in ranks if scored_by(row.step, row.part, rank)}
-            if row.part.codec != EXACT:
-                answering |= row.part.measuring_ranks(self._spec.windows)
-            if row.survivors is not None:
-                answering |= row.survivors.measuring_ranks()
-        return tuple(sorted(answering))
-
-    def _remember(self, sampled: Sequence[SampledToken]) -> None:
-        for token in sampled:
+    def _remember(self, before: StepBefore) -> None:
+        for sequence in before.failed:
+            if sequence in self._sequences:
+                self._sequences[sequence].has_failed = True
+        for token in before.sampled:
             state = self._sequences.get(token.sequence)
             if state is not None:
                 state.last_token = token.token_id
@@ -232,6 +237,8 @@ class StepRunner:
         offset = 0
         for step in plan.sequences:
             state = self._sequences[step.sequence]
+            if state.has_failed:
+                continue
             part = SequencePart(
                 state.table,
                 start=step.start,
@@ -273,14 +280,15 @@ class StepRunner:
             parts = [row.part for row in rows]
             if self._graphs.serves(parts, _selected_of(rows)):
                 return self._decode(self._graphs, rows, parts)
+        failures = _may_fail(rows)
         attention = StepAttention(
-            self._spec,
             self._store,
             self._ring,
             [row.part for row in rows],
             [row.selected for row in rows if row.selected is not None],
             [row.survivors for row in rows if row.survivors is not None],
             self._implementation,
+            failures,
         )
         own_ids: list[Tensor] = []
         own_positions: list[Tensor] = []
@@ -306,10 +314,13 @@ class StepRunner:
             logit_rows_R.to(device),
             attention,
         )
+        sampled, failed = sampled_tokens(here, logits_RV[: len(here)])
+        tokens = tuple(scores(scored, logits_RV[len(here) :])) if scored else ()
         return RankAnswer(
-            tuple(self._sample(here, logits_RV[: len(here)])),
-            tuple(scores(scored, logits_RV[len(here) :])) if scored else (),
-            _encoding_errors(rows, attention.encoding_errors()),
+            sampled,
+            tokens,
+            encoding_errors(rows, attention.encoding_errors()),
+            sequence_failures(rows, failures.found) + failed + unscored(rows, tokens),
         )
 
     @torch.inference_mode()
@@ -321,26 +332,32 @@ class StepRunner:
         token_ids = [int(self._token_ids(row)[0]) for row in rows]
         outcome = graphs.forward(parts, token_ids, selected)
         # No row looks at what is known of its own block, so that this may come afterwards.
+        failures = _may_fail(rows)
         for layer in self._spec.storing_layers:
-            keep_filled(self._spec, self._store, layer, selected)
+            keep_filled(self._spec, self._store, layer, selected, failures)
         # A row reads exact what becomes encoded because of it, so that this may come last.
-        errors = self._encode(graphs, outcome, parts)
+        errors = self._encode(graphs, outcome, parts, failures)
         sampling = [index for index, row in enumerate(rows) if row.step.samples]
         logits_RV, likeliest_R = outcome.logits_RV, outcome.likeliest_R
         if len(sampling) < len(rows):
             logits_RV, likeliest_R = logits_RV[sampling], likeliest_R[sampling]
         here = [rows[index] for index in sampling]
-        sampled = self._sample(here, logits_RV, likeliest_R)
-        return RankAnswer(tuple(sampled), (), _encoding_errors(rows, errors()))
+        sampled, failed = sampled_tokens(here, logits_RV, likeliest_R)
+        failed += sequence_failures(rows, failures.found)
+        return RankAnswer(sampled, (), encoding_errors(rows, errors()), failed)
 
     def _encode(
-        self, graphs: "DecodeGraphs", outcome: "DecodeOutcome", parts: Sequence[SequencePart]
+        self,
+        graphs: "DecodeGraphs",
+        outcome: "DecodeOutcome",
+        parts: Sequence[SequencePart],
+        failures: PartFailures,
     ) -> Callable[[], Mapping[SequencePart, tuple[float, float]]]:
         """What single rows fill, after their step. What is returned waits for what that does."""
         full = full_parts(parts, self._spec)
         if all(graphs.encodes(part) for part in full.values()):
-            return graphs.encode(full, outcome)
-        encoding = self._encoding_of(parts)
+            return graphs.encode(full, outcome, failures)
+        encoding = self._encoding_of(parts, failures)
         for layer, q_RHD in outcome.queries.items():
             encoding.encode_full(layer, q_RHD)
         return encoding.errors
@@ -355,27 +372,6 @@ class StepRunner:
         row.state.sampling.append(ids)
         return torch.tensor(ids, dtype=torch.long)
 
-    def _sample(
-        self, here: Sequence[Rows], logits_RV: Tensor, likeliest_R: Tensor | None = None
-    ) -> list[SampledToken]:
-        if not here:
-            return []
-        for row in here:
-            row.state.sampling.num_prompt_tokens = row.step.num_prompt_tokens
-        positions = [row.step.start + row.step.num_tokens for row in here]
-        states = [row.state.sampling for row in here]
-        choices = sample(logits_RV, states, positions, likeliest_R=likeliest_R)
-        return [
-            SampledToken(
-                row.step.sequence,
-                position,
-                choice.token_id,
-                choice.logprob,
-                tuple(TopLogprob(token_id, logprob) for token_id, logprob in choice.top),
-            )
-            for row, position, choice in zip(here, positions, choices, strict=True)
-        ]
-
 
 def _selected_of(rows: Sequence[Rows]) -> list[SelectedPart]:
     return [row.selected for row in rows if row.selected is not None]
@@ -386,9 +382,5 @@ def _extend(table: SequenceMap, blocks: Sequence[NewBlock]) -> None:
         table.append(block.rank, block.block_ids, block.encoded_ids)
 
 
-def _encoding_errors(
-    rows: Sequence[Rows], errors: Mapping[SequencePart, tuple[float, float]]
-) -> tuple[EncodingError, ...]:
-    return tuple(
-        EncodingError(row.step.sequence, *errors[row.part]) for row in rows if row.part in errors
-    )
+def _may_fail(rows: Sequence[Rows]) -> PartFailures:
+    return PartFailures(row.part for row in rows if row.is_compressed)

@@ -4,7 +4,22 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from kvcluster.engine.plan import RankAnswer
+import msgspec
+
+from kvcluster.engine.plan import RankAnswer, SampledToken, StepResult
+
+
+class StepBefore(msgspec.Struct, frozen=True, array_like=True):
+    """What all ranks found in one step, as each of them has to know before the next."""
+
+    sampled: tuple[SampledToken, ...] = ()
+    failed: tuple[int, ...] = ()
+    """Sequences that no rank computes any more."""
+
+    @classmethod
+    def of(cls, result: StepResult) -> "StepBefore":
+        """What is to be known of a step that has this result."""
+        return cls(result.sampled, tuple(failure.sequence for failure in result.failed))
 
 
 @dataclass(frozen=True)

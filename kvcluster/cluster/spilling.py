@@ -9,12 +9,17 @@ from threading import Lock
 
 import torch
 
+from kvcluster.attention.failures import BROKEN, places
 from kvcluster.cache.saved import SavedCache, StoredForm, read_held, stored_form, write_held
 from kvcluster.cache.shard import SequenceMap
 from kvcluster.cache.spill import PartReceipt
 from kvcluster.cache.spill_parts import opened_form, write_part
 from kvcluster.cache.store import KVStore
 from kvcluster.engine.spill_plan import SpillRead, SpillWrite, StoredBlocks
+from kvcluster.errors import ComputationFailed, KvClusterError
+from kvcluster.log import get_logger
+
+log = get_logger(__name__)
 
 
 class SpillShare:
@@ -55,8 +60,21 @@ class SpillShare:
     def read(self, order: SpillRead) -> None:
         """Read the wanted entries of this rank into their blocks.
 
-        Raises: SealedCacheDamaged, SavedCacheMismatch, SpillUnavailable.
+        Raises: SealedCacheDamaged, SavedCacheMismatch, SpillUnavailable; ComputationFailed for
+        whatever else goes wrong with this context alone. Then nobody may begin with these blocks.
         """
+        try:
+            self._read(order)
+        except (KvClusterError, *BROKEN):
+            raise
+        except Exception as error:  # noqa: BLE001 - what a policy does may raise anything.
+            kind = type(error).__name__
+            log.error("context_not_restored", rank=self._rank, error=kind, source=places(error))
+            raise ComputationFailed(
+                policy=order.stored.codec, doing="restoring a stored context", kind=kind
+            ) from None
+
+    def _read(self, order: SpillRead) -> None:
         stored, table = order.stored, self._table(order.stored)
         wanted = frozenset(order.wanted)
         own = [entry for entry in stored.owned(self._rank) if entry in wanted]

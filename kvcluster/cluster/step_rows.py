@@ -11,7 +11,7 @@ from kvcluster.engine.plan import SequenceStep
 from kvcluster.model.sampler import SequenceSampling
 from kvcluster.retention.offered import recent_blocks
 from kvcluster.selection.registry import build_selection
-from kvcluster.types import Policy
+from kvcluster.types import EXACT, Policy
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class Rows:
     part: SequencePart
     survivors: SurvivorPart | None
     selected: SelectedPart | None
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether something is done with its cache that other policies do not do."""
+        beside = self.survivors is not None or self.selected is not None
+        return beside or self.part.codec != EXACT
 
     @property
     def is_single(self) -> bool:
@@ -74,3 +80,5 @@ class SequenceState:
         )
         self.sampling = sampling
         self.last_token: int | None = None
+        self.has_failed = False
+        """It has no rows in any later step."""

@@ -22,6 +22,7 @@ from kvcluster.cache.capacity import blocks_per_group
 from kvcluster.cache.store import KVStore
 from kvcluster.cluster.control import LEADER, ControlChannel
 from kvcluster.cluster.runner import StepRunner
+from kvcluster.cluster.running_step import StepBefore
 from kvcluster.cluster.socket_ring import SocketRing
 from kvcluster.cluster.spilling import SpillShare
 from kvcluster.cluster.thread_share import ThreadShare
@@ -29,7 +30,7 @@ from kvcluster.cluster.torch_ring import TorchRing
 from kvcluster.cluster.turns import Turns
 from kvcluster.codec.model_codecs import ModelCodecs
 from kvcluster.config import ClusterConfig, TransportKind
-from kvcluster.engine.plan import RankAnswer, SampledToken, StepPlan, result_of
+from kvcluster.engine.plan import RankAnswer, StepPlan, result_of
 from kvcluster.engine.spill_plan import SpillRead, SpillWrite
 from kvcluster.errors import RankLost
 from kvcluster.model.codecs import load_codecs
@@ -60,10 +61,10 @@ class Rendezvous(msgspec.Struct, frozen=True):
 
 
 class StepOrder(msgspec.Struct, frozen=True, array_like=True):
-    """What rank 0 hands on: the plan, and the tokens that all ranks sampled in the step before."""
+    """What rank 0 hands on: the plan, and what all ranks found in the step before."""
 
     plan: StepPlan
-    sampled_before: tuple[SampledToken, ...]
+    before: StepBefore
 
 
 class Worker:
@@ -79,7 +80,7 @@ class Worker:
         self._ring: WorkerRing | None = None
         self._control: ControlChannel | None = None
         self._runner: StepRunner | None = None
-        self._sampled_before: tuple[SampledToken, ...] = ()
+        self._before = StepBefore()
         self._never = threading.Event()
         self._spilling: SpillShare | None = None
         self._is_warm = False
@@ -123,7 +124,7 @@ class Worker:
         self.disconnect()
         self._ring = ring = self._join(meeting)
         self._control = ControlChannel(ring)
-        self._sampled_before = ()
+        self._before = StepBefore()
         self._turns = Turns()
         spec = self._model.spec
         store = KVStore(
@@ -174,10 +175,10 @@ class Worker:
         self, runner: StepRunner, control: ControlChannel, plan: StepPlan
     ) -> Callable[[], list[RankAnswer]]:
         """Begin a step on all ranks. What is returned waits for their answers."""
-        order = StepOrder(plan, self._sampled_before)
+        order = StepOrder(plan, self._before)
         control.broadcast(msgspec.msgpack.encode(order))
         with self._memory:
-            running = runner.begin(plan, self._sampled_before)
+            running = runner.begin(plan, self._before)
         self._note_ended(plan)
         if self._config.ring.num_ranks == 1:
             return lambda: [running.outcome().answer]
@@ -187,7 +188,7 @@ class Worker:
         answers += [
             msgspec.msgpack.decode(answer, type=RankAnswer) for answer in control.collect(others)
         ]
-        self._sampled_before = result_of(plan, answers).sampled
+        self._before = StepBefore.of(result_of(plan, answers))
         return lambda: answers
 
     def follow(self) -> None:
@@ -200,7 +201,7 @@ class Worker:
             while True:
                 order = msgspec.msgpack.decode(control.receive(), type=StepOrder)
                 with self._memory:
-                    outcome = runner.run(order.plan, order.sampled_before)
+                    outcome = runner.run(order.plan, order.before)
                 # Rank 0 knows from the plan who has something to say, and waits for nobody else.
                 if self._rank in outcome.answering_ranks:
                     control.reply(msgspec.msgpack.encode(outcome.answer))

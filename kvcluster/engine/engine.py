@@ -17,6 +17,7 @@ from kvcluster.engine.api import (
 )
 from kvcluster.engine.contexts import Contexts
 from kvcluster.engine.estimator import SpeedEstimator
+from kvcluster.engine.failed_sequences import computation_failed
 from kvcluster.engine.forecast import MIN_RETRY_S, Forecast
 from kvcluster.engine.generation import Generation
 from kvcluster.engine.generations import Generations
@@ -218,7 +219,9 @@ class Engine:
             now=now,
         )
         for request in schedule.refused:
-            self._refuse(request)
+            partition = self.parts.partitions.of(request.spec.tenant)
+            error = admission.without_block(partition, num_tokens=len(request.tokens))
+            self._give_up(request, error)
         if schedule.step is None:
             # What a refused request held is free for others only once the ranks are told.
             return self.next_plan() if schedule.refused else None
@@ -237,6 +240,10 @@ class Engine:
         self._scheduler.observe(settled.planned, settled.seconds)
         self._scheduler.zeroing.complete(result.step)
         for part, request, sampled, scored in settled.parts():
+            if request.sequence == part.sequence in settled.failed:
+                failure = settled.failed[part.sequence]
+                error = computation_failed(request, failure, self._scheduler, self._in_flight)
+                self._give_up(request, error)
             request.num_steps_in_flight -= 1
             request.num_pending -= part.samples
             # A token that was sampled after the end was found is discarded here.
@@ -266,8 +273,7 @@ class Engine:
 
     def restart(self, epoch: int) -> None:
         """A ring group with empty caches obeys plans of this epoch from now on."""
-        self.epoch = epoch
-        self._ring_loss = None
+        self.epoch, self._ring_loss = epoch, None
 
     def note_ready(self) -> None:
         """The ring has proved that it works; what comes now are requests of tenants."""
@@ -299,11 +305,8 @@ class Engine:
                 generation.put_off_progress(now)
                 generation.log.append(self.forecast.progress(generation))
         self._generations.expire(now)
-        self._next_due = min(
-            (generation.next_due for generation in self._generations.active.values()),
-            default=math.inf,
-        )
-        self._next_due = min(self._next_due, self._generations.next_expiry)
+        due = [generation.next_due for generation in self._generations.active.values()]
+        self._next_due = min(math.inf, self._generations.next_expiry, *due)
 
     def next_wakeup(self) -> float:
         """When `tick` has something to do next, or `next_plan`, on the monotonic clock; may be
@@ -390,10 +393,8 @@ class Engine:
         for generation in tuple(self._generations.active.values()):
             self._end(generation, FinishReason.ERROR, error=error)
 
-    def _refuse(self, request: Request) -> None:
-        partition = self.parts.partitions.of(request.spec.tenant)
-        error = admission.without_block(partition, num_tokens=len(request.tokens))
+    def _give_up(self, request: Request, error: KvClusterError) -> None:
         if request.builds_context:
             self.contexts.fail(request, error)
-            return
-        self._end(self.find(request.generation), FinishReason.ERROR, error=error)
+        else:
+            self._end(self.find(request.generation), FinishReason.ERROR, error=error)

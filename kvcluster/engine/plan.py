@@ -148,12 +148,24 @@ class EncodingError(msgspec.Struct, frozen=True, array_like=True):
     squared_size: float
 
 
+class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that cannot go on, because of what its own rows or cache did on one rank. All
+    ranks leave it out of every later step, whatever plans that are made already say."""
+
+    sequence: int
+    doing: str
+    """What the rank was doing: "encoding blocks"."""
+    kind: str
+    """Class of the exception; empty: there was none."""
+
+
 class RankAnswer(msgspec.Struct, frozen=True, array_like=True):
     """What one rank found in a step."""
 
     sampled: tuple[SampledToken, ...] = ()
     scored: tuple[ScoredTokens, ...] = ()
     errors: tuple[EncodingError, ...] = ()
+    failed: tuple[SequenceFailure, ...] = ()
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -167,22 +179,29 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """In the plan's order, and by position."""
     errors: tuple[EncodingError, ...] = ()
     """Any number for each sequence: one for each rank that encoded blocks of it."""
+    failed: tuple[SequenceFailure, ...] = ()
+    """One for each rank on which a sequence failed. Nothing else here is of these sequences, nor of
+    those that failed in an earlier step."""
 
 
 def result_of(plan: StepPlan, answers: Iterable[RankAnswer]) -> StepResult:
     """The result of a step from what its ranks found."""
+    answers = tuple(answers)
+    failed = [failure for answer in answers for failure in answer.failed]
+    is_over = {failure.sequence for failure in failed}
     place = {step.sequence: index for index, step in enumerate(plan.sequences)}
     sampled: list[SampledToken] = []
     scored: list[ScoredTokens] = []
     errors: list[EncodingError] = []
     for answer in answers:
-        sampled += answer.sampled
-        scored += answer.scored
-        errors += answer.errors
+        sampled += (token for token in answer.sampled if token.sequence not in is_over)
+        scored += (tokens for tokens in answer.scored if tokens.sequence not in is_over)
+        errors += (error for error in answer.errors if error.sequence not in is_over)
     return StepResult(
         plan.epoch,
         plan.step,
         tuple(sorted(sampled, key=lambda token: place[token.sequence])),
         tuple(sorted(scored, key=lambda tokens: (place[tokens.sequence], tokens.first))),
         tuple(errors),
+        tuple(failed),
     )

@@ -225,12 +225,13 @@ class Scheduler:
             return
         leaving = victim(request, self.running, self._partitions)
         if leaving is not None:
-            self._preempt(leaving)
+            self.preempt(leaving)
         elif is_hopeless(request, self.running, self._partitions):
             draft.refused.append(request)
         # Otherwise it waits for the others: they finish, or preempt it.
 
-    def _preempt(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks, or keep them; it begins again from the known tokens."""
         self.prefixes.keep(request)
         self.running.remove(request)
         self._leave(request)

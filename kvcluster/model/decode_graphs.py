@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kvcluster.attention.decode_selected import SelectedInputs
 from kvcluster.attention.decode_step import DecodeAttention, DecodeInputs, DecodeShape
+from kvcluster.attention.encoding import ENCODING
+from kvcluster.attention.failures import RAISED, Raised
 from kvcluster.attention.kernel_attention import KernelAttention
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.selected_part import SelectedPart
@@ -27,6 +29,7 @@ from kvcluster.model.loader import LoadedModel
 from kvcluster.model.recorded import Recording, record
 from kvcluster.model.row_layers import row_layers
 from kvcluster.model.sampled_ahead import SampledAhead
+from kvcluster.model.sampler import likeliest_tokens
 
 ROW_COUNTS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 """Rows of recordings. A step has some of its rows twice to have as many."""
@@ -40,7 +43,7 @@ class DecodeOutcome(NamedTuple):
     logits_RV: Tensor
     """Float32, of all rows."""
     likeliest_R: Tensor
-    """The token of the largest logit of each row, int64."""
+    """Of each row, int64: see `likeliest_tokens`."""
     queries: dict[int, Tensor]
     """q_RHD by layer."""
 
@@ -119,12 +122,18 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def encode(
-        self, parts: Mapping[int, SequencePart], outcome: DecodeOutcome
+        self,
+        parts: Mapping[int, SequencePart],
+        outcome: DecodeOutcome,
+        failures: Raised = RAISED,
     ) -> Callable[[], dict[SequencePart, tuple[float, float]]]:
         """Encode what the rows of a step fill, parts by row, after `forward`. What is returned
         waits for what `BlockEncoding.errors` gives."""
-        sums = [(part, self._encode.run(part, outcome.queries, row)) for row, part in parts.items()]
-        return lambda: {part: wait() for part, wait in sums}
+        sums = {}
+        for row, part in parts.items():
+            with failures.contain(part, ENCODING):
+                sums[part] = self._encode.run(part, outcome.queries, row)
+        return lambda: {part: wait() for part, wait in sums.items()}
 
     def send_tokens(self, outcome: DecodeOutcome) -> Callable[[], list[int]]:
         """Keep the likeliest tokens of a step for the next one: see `SampledAhead.send`."""
@@ -150,7 +159,7 @@ class DecodeGraphs:
         else:
             rows_R = self._logit_rows_R[: shape.num_rows]
             logits_RV = self.compiled(token_ids_R, positions_R, rows_R, attention)
-        return DecodeOutcome(logits_RV, logits_RV.argmax(dim=-1), attention.queries)
+        return DecodeOutcome(logits_RV, likeliest_tokens(logits_RV), attention.queries)
 
     def compiled(
         self,

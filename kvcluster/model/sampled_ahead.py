@@ -30,7 +30,8 @@ class SampledAhead:
     def send(self, tokens_R: Tensor) -> Callable[[], list[int]]:
         """Keep the tokens of a step. What is returned waits for them, in any thread, and must be
         called before three more steps were sent."""
-        self.tokens_R[: len(tokens_R)].copy_(tokens_R)
+        # A model cannot read NO_TOKEN. What comes after it is thrown away.
+        torch.clamp(tokens_R, min=0, out=self.tokens_R[: len(tokens_R)])
         on_host_R = self._on_host[self._num_sent % _IN_FLIGHT][: len(tokens_R)]
         self._num_sent += 1
         on_host_R.copy_(tokens_R, non_blocking=True)

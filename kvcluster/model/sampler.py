@@ -32,6 +32,9 @@ _COLDEST: Final = 1e-30
 """At lower temperatures a float32 does not hold the quotients of logits, and no noise outweighs the
 smallest difference of two of them: the likeliest token is drawn."""
 
+NO_TOKEN: Final = -1
+"""In place of the likeliest token, where a row's logits are no numbers."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenChoice:
@@ -105,6 +108,13 @@ class TokenCounts:
 
     is_seen_V: Tensor
     num_output_V: Tensor
+
+
+def likeliest_tokens(logits_RV: Tensor) -> Tensor:
+    """token_R of each row's largest logit; NO_TOKEN where that is not finite: some logit is NaN, or
+    overflows, or all of them do."""
+    largest = logits_RV.max(dim=-1)
+    return largest.indices.masked_fill(~largest.values.isfinite(), NO_TOKEN)
 
 
 def sample(

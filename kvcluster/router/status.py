@@ -53,6 +53,7 @@ STATUS_CODES: dict[type[KvClusterError], grpc.StatusCode] = {
     errors.SealedCacheErased: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SpillDiskFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SpillUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.ComputationFailed: grpc.StatusCode.INTERNAL,
     errors.RankLost: grpc.StatusCode.UNAVAILABLE,
 }
 """Every error that a caller can meet. Any other class is a bug of ours: INTERNAL."""

@@ -97,6 +97,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: the disk of contexts is full. Nothing of this one was kept there."""
     ERROR_REASON_DISK_UNAVAILABLE: _ErrorReason.ValueType  # 45
     """UNAVAILABLE: the disk of contexts cannot be read or written."""
+    ERROR_REASON_COMPUTATION_FAILED: _ErrorReason.ValueType  # 46
+    """INTERNAL: the request's cache or predictions failed on a rank. No other request is concerned."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 25
     """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 
@@ -181,6 +183,8 @@ ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 44
 """RESOURCE_EXHAUSTED: the disk of contexts is full. Nothing of this one was kept there."""
 ERROR_REASON_DISK_UNAVAILABLE: ErrorReason.ValueType  # 45
 """UNAVAILABLE: the disk of contexts cannot be read or written."""
+ERROR_REASON_COMPUTATION_FAILED: ErrorReason.ValueType  # 46
+"""INTERNAL: the request's cache or predictions failed on a rank. No other request is concerned."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 25
 """INTERNAL: a bug of ours. The metadata has a trace_id to report."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -8,13 +8,14 @@ from kvcluster.engine.plan import (
     SampledToken,
     ScoredTokens,
     Scoring,
+    SequenceFailure,
     SequenceStep,
     StepPlan,
     StepResult,
 )
 from kvcluster.engine.request import Request
 from kvcluster.errors import RankLost
-from kvcluster.types import GenerationId, Policy
+from kvcluster.types import GenerationId, Policy, SequenceId
 from tests.fake_engine import request
 
 
@@ -135,3 +136,46 @@ def test_numbering_begins_again_after_a_reset() -> None:
     in_flight.reset()
 
     assert (len(in_flight), in_flight.num_planned) == (0, 0)
+
+
+FAILURE = SequenceFailure(3, "encoding blocks", "ValueError")
+NEXT = StepPlan(epoch=1, step=2, sequences=(part(2, samples=True), part(3, samples=True)))
+
+
+def test_a_sequence_that_failed_has_no_token_and_is_waited_for_no_more() -> None:
+    in_flight = steps(PLAN, NEXT)
+
+    first = in_flight.settle(StepResult(1, 1, ANSWER[:1], failed=(FAILURE, FAILURE)), now=5.0)
+    second = in_flight.settle(StepResult(1, 2, (SampledToken(2, 6, 9),)), now=6.0)
+
+    assert [sampled and sampled.token_id for sampled in first.sampled] == [None, 7, None]
+    assert first.failed == {3: FAILURE}
+    assert [sampled and sampled.token_id for sampled in second.sampled] == [9, None]
+    assert not second.failed
+
+
+def test_what_a_rank_that_is_ahead_says_of_a_failed_sequence_is_thrown_away() -> None:
+    in_flight = steps(PLAN, NEXT)
+    in_flight.settle(StepResult(1, 1, ANSWER[:1], failed=(FAILURE,)), now=5.0)
+
+    sampled = (SampledToken(2, 6, 9), SampledToken(3, 6, 1))
+    second = in_flight.settle(StepResult(1, 2, sampled, failed=(FAILURE,)), now=6.0)
+
+    assert [sampled and sampled.token_id for sampled in second.sampled] == [9, None]
+    assert not second.failed
+
+
+def test_a_void_sequence_s_token_is_thrown_away() -> None:
+    in_flight = steps(PLAN)
+    in_flight.void(SequenceId(3))
+
+    settled = in_flight.settle(StepResult(1, 1, ANSWER), now=5.0)
+
+    assert [sampled and sampled.token_id for sampled in settled.sampled] == [None, 7, None]
+
+
+def test_a_failure_of_a_sequence_that_is_not_in_the_step_is_a_lost_rank() -> None:
+    with pytest.raises(RankLost, match="which is not in it"):
+        steps(PLAN).settle(
+            StepResult(1, 1, ANSWER, failed=(SequenceFailure(9, "encoding blocks", ""),)), now=5.0
+        )

@@ -28,7 +28,11 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 @pytest.mark.timeout(600)
 def test_nobody_is_given_what_another_tenant_had_computed() -> None:
-    seen = counted(10_000)
+    # Which paths a run takes is chance: one that missed some is not the proof, and a longer one is.
+    for operations in (10_000, 20_000, 40_000):
+        seen = counted(operations)
+        if all(seen[name] for name in CONTROLS):
+            break
 
     assert seen["operations"] >= 10_000
     assert {name for name in CONTROLS if seen[name]} == CONTROLS

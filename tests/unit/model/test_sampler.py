@@ -15,7 +15,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from kvcluster.model.sampler import SequenceSampling, TokenChoice, gumbel_noise, kept_tokens, sample
+from kvcluster.model.sampler import (
+    NO_TOKEN,
+    SequenceSampling,
+    TokenChoice,
+    gumbel_noise,
+    kept_tokens,
+    likeliest_tokens,
+    sample,
+)
 from kvcluster.types import SamplingParams
 
 VOCAB_SIZE = 3000
@@ -274,6 +282,17 @@ def test_logits_that_are_no_numbers_do_not_end_the_step_for_others(
     logits_V[unknown] = infinite
 
     assert 0 <= choose(logits_V, params).token_id < VOCAB_SIZE
+
+
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
+def test_there_is_no_likeliest_token_where_logits_are_no_numbers(unknown: float) -> None:
+    rows = torch.stack([logits(0), logits(1), logits(2), torch.full((VOCAB_SIZE,), -math.inf)])
+    rows[1, 7] = unknown
+    rows[2, 7] = -math.inf
+
+    likeliest = likeliest_tokens(rows).tolist()
+
+    assert likeliest == [int(rows[0].argmax()), NO_TOKEN, int(rows[2].argmax()), NO_TOKEN]
 
 
 @pytest.mark.parametrize("temperature", [1e-31, 1e-45, 1e-300])
