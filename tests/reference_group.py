@@ -171,6 +171,7 @@ class ReferenceGroup:
             return self._runners[rank].run(plan, StepBefore(self._sampled))
 
         outcomes = run_ranks(self.num_ranks, run_rank)
+        assert len({outcome.answering_ranks for outcome in outcomes}) == 1
         for rank, outcome in enumerate(outcomes):
             has_answer = bool(outcome.answer.sampled or outcome.answer.errors)
             assert rank in outcome.answering_ranks or not has_answer

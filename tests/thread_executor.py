@@ -111,6 +111,7 @@ class ThreadExecutor:
                 outcomes = run_ranks(len(self.runners), run_rank)
         except queue.Empty as silence:
             raise RankLost("two ranks disagree on what to exchange") from silence
+        assert len({outcome.answering_ranks for outcome in outcomes}) == 1
         for rank, outcome in enumerate(outcomes):
             assert rank in outcome.answering_ranks or outcome.answer == RankAnswer()
         result = result_of(plan, [outcome.answer for outcome in outcomes])
