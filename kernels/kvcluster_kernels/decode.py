@@ -79,7 +79,7 @@ def decode_splits(
     k_PKND, v_PKND, block_size = pages
     check_positions(rows, attention)
     check_contiguous(q_RTHD=q_RTHD, **rows._asdict())
-    num_rows, num_tokens, num_heads, dim_k = q_RTHD.shape
+    (num_rows, num_tokens, num_heads, dim_k), early = q_RTHD.shape, overlaps(q_RTHD.device)
     num_kv_heads, page_tokens, dim_v = v_PKND.shape[1:]
     if k_PKND.shape[1:] != (num_kv_heads, page_tokens, dim_k) or num_heads % num_kv_heads:
         raise ValueError(
@@ -99,7 +99,6 @@ def decode_splits(
     )
     found = SplitPartials.empty(q_RTHD, num_kv_heads=num_kv_heads, num_splits=num_splits, dim=dim_v)
     has_positions = rows.q_positions_RT is not None
-    early = overlaps(q_RTHD.device)
     _decode_kernel[(num_splits * row_tiles, num_kv_heads, num_rows)](
         q_RTHD,
         k_PKND,

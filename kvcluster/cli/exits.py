@@ -13,6 +13,7 @@ from kvcluster.errors import (
     AccessError,
     AdmissionError,
     ClientTooSlow,
+    ComputationFailed,
     ConfigError,
     DeadlineExceeded,
     KvClusterError,
@@ -26,8 +27,8 @@ from kvcluster.errors import (
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a bug in kvcluster; 2 wrong usage, setting, key or request; 3 server not
-reachable or not ready; 4 refused for now: overloaded, draining or over quota; 5 deadline passed or
-generation cancelled; 130 interrupted.
+reachable or not ready; 4 refused for now: overloaded, draining or over quota; 5 deadline passed, or
+generation cancelled or failed; 130 interrupted.
 """
 
 
@@ -57,7 +58,7 @@ def exit_code(error: KvClusterError) -> ExitCode:
             return ExitCode.USAGE
         case AdmissionError():
             return ExitCode.REFUSED
-        case DeadlineExceeded():
+        case DeadlineExceeded() | ComputationFailed():
             return ExitCode.ENDED_EARLY
         case RankLost() | ServerUnavailable() | ClientTooSlow() | StoreUnavailable() | SpillError():
             return ExitCode.UNAVAILABLE
