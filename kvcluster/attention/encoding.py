@@ -62,11 +62,6 @@ class BlockEncoding:
         self._last_rows: dict[tuple[SequencePart, int], Tensor] = {}
         """q_1HD of this rank's last row, by part and layer, until the layer is encoded."""
 
-    @property
-    def is_due(self) -> bool:
-        """Whether some block becomes encoded in the step, in any layer."""
-        return any(fills_blocks(part, self._spec) for part in self._parts)
-
     def encode_full(self, layer: int, q_THD: Tensor) -> None:
         """Encode the full blocks of a layer whose rows are written, and measure what that does to
         the attention of `q_THD`, this rank's rows."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcluster.attention.encoding import BlockEncoding, full_parts
-from kvcluster.attention.failures import RAISED, PartFailures, Raised
+from kvcluster.attention.failures import PartFailures
 from kvcluster.attention.implementation import Implementation, implementation_for
 from kvcluster.attention.part import SequencePart
 from kvcluster.attention.ring import Ring
@@ -174,13 +174,6 @@ class StepRunner:
             return StepOutcome(RankAnswer(tuple(sampled), (), errors, failed), answering)
 
         return RunningStep(find, {row.step.sequence: place for place, row in enumerate(rows)})
-
-    def _encoding_of(
-        self, parts: Sequence[SequencePart], failures: Raised = RAISED
-    ) -> BlockEncoding:
-        return BlockEncoding(
-            self._spec, self._store, self._ring.rank, parts, self._implementation, failures
-        )
 
     def _remember(self, before: StepBefore) -> None:
         for sequence in before.failed:
@@ -357,7 +350,9 @@ class StepRunner:
         full = full_parts(parts, self._spec)
         if all(graphs.encodes(part) for part in full.values()):
             return graphs.encode(full, outcome, failures)
-        encoding = self._encoding_of(parts, failures)
+        encoding = BlockEncoding(
+            self._spec, self._store, self._ring.rank, parts, self._implementation, failures
+        )
         for layer, q_RHD in outcome.queries.items():
             encoding.encode_full(layer, q_RHD)
         return encoding.errors
