@@ -1,9 +1,9 @@
 """`kvcluster bench fairness`: short prompts of a tenant while another sends the longest.
 
 A whole cluster on this machine, with two tenants, their keys and partitions: client, keys, router,
-engine and one rank on a CPU. The short ones' time to the first token is taken three times in one
-run: on the idle cluster, beside the flood, and on the idle cluster again. Meanwhile the admin port
-is asked what each tenant holds.
+engine and one rank on a CPU. The short ones' time to the first token is taken in rounds: on the
+idle cluster, then beside the flood, and so on, because a machine of two cores is now faster and now
+slower by half. Meanwhile the admin port is asked what each tenant holds.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,8 +40,9 @@ from kvcluster.types import TenantId
 
 LONGEST_TOKENS = 8192
 SHORT_TOKENS = 512
-NUM_SHORT = 101
-"""Of each phase: p99 is the second longest wait."""
+NUM_ROUNDS = 4
+NUM_SHORT = 50
+"""Of each phase of a round: p99 is the second longest wait of all rounds."""
 PAUSE = 4.0
 """Between two short ones, in times that one takes on the idle cluster: a fifth of the load."""
 FIRST_TOKEN_WAIT_S = 0.06
@@ -51,6 +53,14 @@ BLOCK_SIZE = 16
 TARGET = 1.5
 _BYTES_PER_TOKEN = LAYERS * KV_HEADS * (HIDDEN // HEADS) * 2 * 4
 _CAPACITY_TOKENS = LONGEST_TOKENS + FLOOR_TOKENS + 8 * BLOCK_SIZE
+
+
+@dataclass
+class Rounds:
+    """Seconds to the first token of the short ones, by round. Mutable."""
+
+    idle: list[list[float]] = field(default_factory=list)
+    busy: list[list[float]] = field(default_factory=list)
 
 
 @dataclass
@@ -91,27 +101,35 @@ async def _measure(app: RunningApp, secrets: Secrets) -> tuple[Measurement, ...]
         # What the first calls pay for, later ones use; and a pace is learnt from them.
         for _ in range(8):
             await _first_token_s(blue, SHORT_TOKENS)
-        idle = await _short_ones(blue, pause_s=0.0)
-        pause_s = PAUSE * _percentile(idle, 50)
-        flood, held = Flood(), Held()
-        flooding = asyncio.create_task(_flood(red, flood))
-        watching = asyncio.create_task(_watch(admin, held))
-        # The first ones find steps that were planned while the flood was alone.
-        await _until(lambda: flood.num_done > 0, flooding)
-        for _ in range(3):
-            await _first_token_s(blue, SHORT_TOKENS)
-        busy = await _short_ones(blue, pause_s=pause_s)
-        for task in (flooding, watching):
-            task.cancel()
-        await asyncio.gather(flooding, watching, return_exceptions=True)
-        again = await _short_ones(blue, pause_s=0.0)
-    return report_of(idle, busy, again, flood, held)
+        rounds, flood, held = Rounds(), Flood(), Held()
+        for _ in range(NUM_ROUNDS):
+            idle = await _short_ones(blue, pause_s=0.0)
+            rounds.idle.append(idle)
+            rounds.busy.append(await _beside_flood(red, blue, admin, idle, flood, held))
+    return report_of(rounds, flood, held)
 
 
-def report_of(
-    idle: list[float], busy: list[float], again: list[float], flood: Flood, held: Held
-) -> tuple[Measurement, ...]:
-    """The report of seconds to the first token in the three phases, and of what tenants held."""
+async def _beside_flood(
+    red: Client, blue: Client, admin: AdminClient, idle: list[float], flood: Flood, held: Held
+) -> list[float]:
+    flooding = asyncio.create_task(_flood(red, flood))
+    watching = asyncio.create_task(_watch(admin, held))
+    # The first ones find steps that were planned while the flood was alone.
+    num_before = flood.num_done
+    await _until(lambda: flood.num_done > num_before, flooding)
+    for _ in range(3):
+        await _first_token_s(blue, SHORT_TOKENS)
+    waits = await _short_ones(blue, pause_s=PAUSE * _percentile(idle, 50))
+    for task in (flooding, watching):
+        task.cancel()
+    await asyncio.gather(flooding, watching, return_exceptions=True)
+    return waits
+
+
+def report_of(rounds: Rounds, flood: Flood, held: Held) -> tuple[Measurement, ...]:
+    """The report of seconds to the first token in all phases, and of what tenants held."""
+    idle, busy = (list(chain(*phases)) for phases in (rounds.idle, rounds.busy))
+    medians = [_percentile(waits, 50) for waits in rounds.idle]
     allowed_bytes = (_CAPACITY_TOKENS - FLOOR_TOKENS) * _BYTES_PER_TOKEN
     times = [
         Measurement(
@@ -119,7 +137,7 @@ def report_of(
             value=1e3 * _percentile(waits, percent),
             unit="ms",
         )
-        for phase, waits in (("idle", idle), ("beside_flood", busy), ("idle_again", again))
+        for phase, waits in (("idle", idle), ("beside_flood", busy))
         for percent in (50, 99)
     ]
     return (
@@ -135,6 +153,12 @@ def report_of(
             unit="x",
         ),
         *times,
+        # What the machine alone does to a ratio of two phases.
+        Measurement(
+            name="idle_p50_slowest_round_over_fastest",
+            value=max(medians) / min(medians),
+            unit="x",
+        ),
         Measurement(
             name="flood_most_held_of_what_floors_leave",
             value=max(held.red_bytes, default=0) / allowed_bytes,
@@ -168,9 +192,9 @@ async def _flood(client: Client, flood: Flood) -> None:
         while True:
             await _first_token_s(client, LONGEST_TOKENS - 1)
             flood.num_done += 1
-            flood.seconds = time.perf_counter() - start
+            flood.seconds = before_s + time.perf_counter() - start
 
-    start = time.perf_counter()
+    before_s, start = flood.seconds, time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
         for _ in range(2):
             tasks.create_task(send())

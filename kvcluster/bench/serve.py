@@ -9,6 +9,7 @@ there is to compile. Every other prompt is computed as a whole: nothing is taken
 
 import argparse
 import asyncio
+import statistics
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 LENGTHS: Final = (4096, 32_768, 131_072)
-_OUTPUT_TOKENS: Final = 96
+OUTPUT_TOKENS: Final = 512
 _WARM_UP_ROWS: Final = 2048
 """Of the warm-up's last chunk."""
 _WARM_UP_TOKENS: Final = 24
@@ -77,6 +79,7 @@ class ServeSettings:
     policies: Sequence[str] = (EXACT,)
     chunk_tokens: int = CHUNK_TOKENS
     num_ranks: int = 1
+    output_tokens: int = OUTPUT_TOKENS
     config: "LlamaConfig | None" = None
     """Of the model, instead of the shape's."""
 
@@ -87,7 +90,7 @@ class ServeSettings:
         parts += [f"--length {length}" for length in self.lengths]
         parts += [f"--policy {policy}" for policy in self.policies]
         parts += [f"--ranks {self.num_ranks}"] if self.num_ranks > 1 else []
-        return " ".join([*parts, f"--chunk {self.chunk_tokens}"])
+        return " ".join([*parts, f"--chunk {self.chunk_tokens} --tokens {self.output_tokens}"])
 
 
 @dataclass
@@ -107,6 +110,12 @@ class Served:
         """Mean time of a token, without the first ones."""
         times = self.token_times_s[_WARM_UP_TOKENS:]
         return (times[-1] - times[0]) / (len(times) - 1) * 1e3
+
+    @property
+    def median_token_ms(self) -> float:
+        """Median time between a token and the one before, without the first ones."""
+        times = self.token_times_s[_WARM_UP_TOKENS:]
+        return statistics.median(after - before for before, after in pairwise(times)) * 1e3
 
 
 def run(settings: ServeSettings | None = None, *, output: Path | None = None) -> BenchReport:
@@ -145,12 +154,14 @@ def measure(settings: ServeSettings) -> Iterator[Measurement]:
             seconds = time.perf_counter() - begin
             yield _seconds(f"{settings.shape} until it serves", seconds)
             for policy in settings.policies:
-                served = partial(_generated, loop, app.address, policy)
+                served = partial(_generated, loop, app.address, policy, settings.output_tokens)
                 yield from _measure_policy(settings, model, policy, served)
 
 
-def _generated(loop: asyncio.Runner, address: str, policy: str, prompt: "array[int]") -> Served:
-    return loop.run(generate(address, prompt, policy))
+def _generated(
+    loop: asyncio.Runner, address: str, policy: str, output_tokens: int, prompt: "array[int]"
+) -> Served:
+    return loop.run(generate(address, prompt, policy, output_tokens))
 
 
 def _measure_policy(
@@ -175,15 +186,15 @@ def _measure_policy(
             yield Measurement(name=name, value=memory.peak_mib / 1024, unit="GiB")
 
 
-async def generate(address: str, prompt: "array[int]", policy: str) -> Served:
-    """One prompt, and the tokens after it."""
+async def generate(address: str, prompt: "array[int]", policy: str, output_tokens: int) -> Served:
+    """One prompt, and `output_tokens` tokens after it."""
     served = Served()
     begin = time.perf_counter()
     async with Client(address) as client:
         async for event in client.generate(
             prompt_ids=prompt,
             policy=policy,
-            max_output_tokens=_OUTPUT_TOKENS,
+            max_output_tokens=output_tokens,
             temperature=0.0,
             ignore_eos=True,
             cache_mode="bypass",
@@ -215,6 +226,7 @@ def _measurements(
         Measurement(
             name=f"{name} token", value=served.token_ms, unit="ms", at_most=target.token_ms
         ),
+        Measurement(name=f"{name} token p50", value=served.median_token_ms, unit="ms"),
     ]
 
 
@@ -255,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
     parser.add_argument("--chunk", type=int, default=CHUNK_TOKENS, help="rows of a prefill chunk")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=OUTPUT_TOKENS, help="after each prompt")
     parser.add_argument("--output", type=Path, help="write the report there as well")
     options = parser.parse_args(arguments)
     settings = ServeSettings(
@@ -263,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         policies=options.policy or (EXACT,),
         chunk_tokens=options.chunk,
         num_ranks=options.ranks,
+        output_tokens=options.tokens,
     )
     report = run(settings, output=options.output)
     sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")

@@ -26,7 +26,9 @@ def outcome(
     num_steps: int,
 ) -> Outcome:
     """Prompts that end a few tokens before a block, each at another place, then single rows."""
-    model = RecordingModel(setting, max_tokens=4 * setting.block_size + num_steps)
+    max_tokens = 4 * setting.block_size + num_steps
+    # A window of a block and more: a block that fills is still seen.
+    model = RecordingModel(setting, max_tokens, window=setting.block_size + 8)
 
     group = ReferenceGroup(
         model.loaded,

@@ -56,7 +56,7 @@ def outputs(
 ) -> dict[tuple[int, ...], Tensor]:
     """What attention gave in each step and layer, by the positions of a rank's rows."""
     size = case.setting.block_size
-    model = RecordingModel(case.setting, max_tokens=10 * size, has_window=False)
+    model = RecordingModel(case.setting, max_tokens=10 * size, window=None)
     group = ReferenceGroup(
         model.loaded,
         num_ranks=case.num_ranks,

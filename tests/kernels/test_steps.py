@@ -71,11 +71,11 @@ class RecordingModel(ScriptedModel):
     """Keeps what attention gave in each call, by the positions of the rank's rows and the layer."""
 
     def __init__(
-        self, setting: Setting, max_tokens: int = MAX_TOKENS, *, has_window: bool = True
+        self, setting: Setting, max_tokens: int = MAX_TOKENS, *, window: int | None = 40
     ) -> None:
         layers = [setting.geometry(softcap=5.0)]
-        if has_window:
-            layers.append(setting.geometry(window=40))
+        if window is not None:
+            layers.append(setting.geometry(window=window))
         layers += [setting.geometry()] * setting.num_alike
         super().__init__(*layers, max_tokens=max_tokens)
         self.spec = msgspec.structs.replace(

@@ -9,6 +9,7 @@ from kvcluster.bench.fairness import (
     LONGEST_TOKENS,
     Flood,
     Held,
+    Rounds,
     report_of,
 )
 from kvcluster.bench.fairness_tenants import BLUE, RED, make_tenants
@@ -20,7 +21,7 @@ FLOOD = Flood(num_done=4, seconds=2.0)
 
 
 def value(name: str, busy: list[float], held: Held) -> tuple[float, bool]:
-    found = {each.name: each for each in report_of(IDLE, busy, IDLE, FLOOD, held)}
+    found = {each.name: each for each in report_of(Rounds([IDLE], [busy]), FLOOD, held)}
     return found[name].value, found[name].meets_target
 
 
@@ -31,6 +32,17 @@ def test_the_second_longest_of_a_hundred_waits_decides(second_longest: float, is
     ratio, met = value("p99_beside_flood_over_idle", busy, Held())
 
     assert (ratio, met) == (pytest.approx(second_longest / 0.4), is_met)
+
+
+def test_all_rounds_count_together_and_say_how_they_differ() -> None:
+    slow = [2 * wait for wait in IDLE]
+
+    report = report_of(Rounds([IDLE, slow], [IDLE, slow]), FLOOD, Held())
+
+    found = {each.name: each.value for each in report}
+    assert found["p99_beside_flood_over_idle"] == 1.0
+    assert found["idle_p50_slowest_round_over_fastest"] == 2.0
+    assert found["short_ones"] == 202
 
 
 def test_a_flood_that_holds_more_than_floors_leave_misses_the_target() -> None:
