@@ -46,6 +46,11 @@ class CacheConfig:
     """Keep the blocks of ended requests until their memory is wanted, so that a tenant's next
     request with the same beginning does not compute it again."""
 
+    commit_at_start: bool = False
+    """Write all of the cache's memory before serving, instead of each page when it is first used:
+    a CPU then needs all of it from the start, and the first use of a page does not wait for the
+    machine to find memory. On GPUs it is always so."""
+
     @property
     def exact_recent_blocks(self) -> int:
         """Blocks before its own that a query reads exact."""

@@ -45,7 +45,7 @@ def run() -> BenchReport:
     config = ClusterConfig(
         model=MODEL,
         dtype="float32",
-        cache=CacheConfig(capacity_tokens=12_288),
+        cache=CacheConfig(capacity_tokens=12_288, commit_at_start=True),
         ring=RingConfig(num_ranks=NUM_RANKS),
         router=RouterConfig(listen="127.0.0.1:0", insecure_local=True),
     )

@@ -29,6 +29,10 @@ class PageArena:
         else:
             self._bytes = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
 
+    def commit(self) -> None:
+        """Make the device find the memory of all pages now. Zeroes them."""
+        self._bytes.zero_()
+
     @property
     def page_bytes(self) -> int:
         return int(self._bytes.shape[1])

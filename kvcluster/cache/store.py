@@ -76,6 +76,11 @@ class KVStore:
             self._add_group(spec, group, -(-num_blocks // PAGE_BLOCKS), like)
         self._planes = [self._planes[spec.kv_layer_of(i)] for i in range(len(spec.layers))]
 
+    def commit(self) -> None:
+        """Take all memory now, not when it is first written. Everything stored is zeroed."""
+        for arena in self._arenas:
+            arena.commit()
+
     def _add_group(self, spec: ModelSpec, group: int, num_pages: int, like: Tensor) -> None:
         sections = [
             section_bytes(geometry, self._block_size, like.element_size())

@@ -134,6 +134,8 @@ class Worker:
             like=next(self._model.module.parameters()),
             codecs=self._codecs,
         )
+        if self._config.cache.commit_at_start:
+            store.commit()
         self._runner = StepRunner(
             model=self._model,
             store=store,

@@ -25,6 +25,7 @@ VALID: dict[str, object] = {
     "cache.capacity_tokens": 4096,
     "cache.exact_recent_tokens": 0,
     "cache.prefix_cache": False,
+    "cache.commit_at_start": True,
     "engine.prefill_chunk_tokens": 256,
     "engine.shard_min_tokens": 512,
     "engine.max_running": 8,

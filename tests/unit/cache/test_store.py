@@ -1,5 +1,6 @@
 """What is written to slots is read back, whichever pages the slots lie in."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,27 @@ def test_blocks_of_latents_take_the_planes_of_their_keys(codec: str) -> None:
     encoded = layer_codec.keys.encode(k_BKSD, positions_BS)
     expected_BKSD = layer_codec.keys.decode(encoded, positions_BS)
     assert torch.equal(read_KSD, in_line(expected_BKSD))
+
+
+def test_memory_is_committed_when_it_is_written_or_all_of_it_when_asked() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    spec = spec_of(None)
+    num_bytes = 64 << 20
+    num_blocks = num_bytes // (BLOCK_SIZE * 2 * (6 + 4) * 4)
+    before = resident_bytes()
+    store = KVStore(
+        spec,
+        blocks_per_group=[num_blocks],
+        block_size=BLOCK_SIZE,
+        like=torch.zeros(()),
+        codecs=plain_codecs(spec),
+    )
+    reserved = resident_bytes()
+    store.commit()
+    committed = resident_bytes()
+
+    assert reserved - before < num_bytes // 8
+    assert committed - reserved > num_bytes * 7 // 8
+    assert not any(plane.any() for plane in store.planes(0))
