@@ -137,8 +137,9 @@ def _ranges(
     SPAN_1: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """What the codes of each group shall cover."""
-    low = tl.min(x_GNQ, 1)[:, None, :]
-    high = tl.max(x_GNQ, 1)[:, None, :]
+    # Of zeros of both signs, devices differ in which is the least; the sum of both is 0.
+    low = tl.min(x_GNQ, 1)[:, None, :] + 0.0
+    high = tl.max(x_GNQ, 1)[:, None, :] + 0.0
     if NUM_SPANS > 0:
         best, least = _span_error(x_GNQ, low, high, 1.0, LEVELS)
         inset, error = _span_error(x_GNQ, low, high, SPAN_0, LEVELS)
@@ -149,9 +150,6 @@ def _ranges(
             best = tl.where(error < least, inset, best)
         low = low + best
         high = high - best
-    else:
-        # Of zeros of both signs, devices differ in which is the least; the sum of both is 0.
-        low = low + 0.0
     return low, high
 
 

@@ -170,7 +170,9 @@ def _nearest_codes(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tenso
 def _best_range(x_BKGNC: Tensor, levels: int, spans: Sequence[float]) -> tuple[Tensor, Tensor]:
     """What the codes of each group shall cover: all of it, or one of the spans around its middle.
     Errors are those of scales that nothing rounds."""
-    low, high = x_BKGNC.amin(dim=3, keepdim=True), x_BKGNC.amax(dim=3, keepdim=True)
+    # Of zeros of both signs, devices differ in which is the least; the sum of both is 0.
+    low = x_BKGNC.amin(dim=3, keepdim=True) + 0.0
+    high = x_BKGNC.amax(dim=3, keepdim=True) + 0.0
     best, least = torch.zeros_like(low), None
     for span in (1.0, *spans) if spans else ():
         inset = (high - low) * ((1 - span) / 2)

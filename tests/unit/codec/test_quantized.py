@@ -122,6 +122,22 @@ def test_a_constant_that_is_a_float16_comes_back(bits: int, constant: float) -> 
     assert torch.equal(codec.decode(codec.encode(x_BKSD, places(x_BKSD)), NO_POSITIONS), x_BKSD)
 
 
+@pytest.mark.parametrize("scale_bits", [16, 8])
+@pytest.mark.parametrize("spans", [(), (0.85, 0.7)])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_zeros_of_either_sign_are_stored_as_the_same_bytes(
+    bits: int, spans: tuple[float, ...], scale_bits: int
+) -> None:
+    """Whichever of them a device takes for the least and the largest."""
+    codec = ChannelQuantizer(bits, scale_bits=scale_bits, spans=spans)
+    of_zeros = codec.encode(x_BKSD := torch.zeros(1, 2, 32, 16), places(x_BKSD))
+
+    for signed_BKSD in (-x_BKSD, torch.where(torch.arange(16) % 3 == 0, -x_BKSD, x_BKSD)):
+        planes = codec.encode(signed_BKSD, places(signed_BKSD))
+        for found, wanted in zip(planes, of_zeros, strict=True):
+            assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
 def test_a_group_s_smallest_bfloat16_comes_back() -> None:
     codec = ChannelQuantizer(2)
     x_BKSD = random_block().to(torch.bfloat16)
