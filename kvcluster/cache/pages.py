@@ -5,8 +5,8 @@ uses it at a time.
 """
 
 import math
+import mmap
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +23,9 @@ class PageArena:
 
     def __init__(self, num_pages: int, page_bytes: int, device: torch.device) -> None:
         assert page_bytes % ALIGNMENT == 0
-        if device.type == "cpu":
-            # torch.zeros writes its zeros, which would commit all of it.
-            self._bytes = torch.from_numpy(np.zeros((num_pages, page_bytes), dtype=np.uint8))
+        if device.type == "cpu" and num_pages * page_bytes:
+            memory = _untouched(num_pages * page_bytes)
+            self._bytes = torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
         else:
             self._bytes = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
 
@@ -47,3 +47,12 @@ class PageArena:
         num_bytes = math.prod(shape) * dtype.itemsize
         section = self._bytes[:, offset : offset + num_bytes]
         return section.view(dtype).view(-1, *shape)
+
+
+def _untouched(num_bytes: int) -> mmap.mmap:
+    """Zeros of the operating system's. An allocator (calloc, and so torch and NumPy) may write
+    zeros into memory that it had before, which commits all of it."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
