@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import Final
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedTokenizerBase,
+)
 
 from kvcluster.errors import ModelNotFound, ModelUnsupported
 from kvcluster.model.packages import PACKAGED_MODELS, gguf_parts
@@ -37,10 +43,13 @@ LOAD_ERRORS: Final = (
 )
 """What transformers raises when a model's files are not as it expects."""
 
-_CONVERSION: Final = 1
+_CONVERSION: Final = 2
 """Version of what `_convert` writes. Another number is another directory."""
 _SAMPLE_BYTES: Final = 64 * 1024
 _SAMPLES_PER_FILE: Final = 64
+_SAMPLED_TOKENS: Final = 4096
+_LEAST_WHOLE: Final = 0.1
+"""Share of a vocabulary's words that come back as one token; of good tokenizers over a half do."""
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -194,8 +203,26 @@ def _convert(parts: Sequence[Path], into: Path) -> None:
             raise ModelUnsupported(
                 f"transformers cannot read {whole.name}: {first_line(error)}"
             ) from error
+        _check_joined(tokenizer, whole.name)
         # save_pretrained refuses a model that still says it is quantised.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)
+
+
+def _check_joined(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises: ModelUnsupported for a tokenizer that splits its own words into characters, which is
+    what some versions of transformers (5.17) make of some files (Gemma 3), without a word."""
+    step = max(1, len(tokenizer) // _SAMPLED_TOKENS)
+    are_whole = []
+    for number in range(0, len(tokenizer), step):
+        text = str(tokenizer.decode([number]))
+        if len(text) > 1 and text.isascii() and text.strip().isalpha():
+            are_whole.append(tokenizer.encode(text, add_special_tokens=False) == [number])
+    if sum(are_whole) < _LEAST_WHOLE * len(are_whole):
+        raise ModelUnsupported(
+            f"transformers {transformers.__version__} makes a tokenizer of {name} that splits "
+            "words into characters: install another version (5.23 reads Gemma 3), or give a "
+            "directory"
+        )

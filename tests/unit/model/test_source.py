@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvcluster.errors import ModelNotFound, ModelUnsupported
 from kvcluster.model import source
@@ -120,6 +122,21 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(ModelUnsupported, match=r"broken\.gguf"):
         find_model(str(broken), tmp_path / "cache")
+
+    left = [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()]
+    assert left == []
+
+
+def test_a_tokenizer_that_splits_its_own_words_is_refused(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.17 makes it of Gemma 3."""
+    letters = Tokenizer(BPE({token: number for number, token in enumerate(TOKENS)}, []))
+    made = PreTrainedTokenizerFast(tokenizer_object=letters)  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: made)
+
+    with pytest.raises(ModelUnsupported, match=r"tiny\.gguf that splits words into characters"):
+        find_model(str(gguf_file), tmp_path / "cache")
 
     left = [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()]
     assert left == []
