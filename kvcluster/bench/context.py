@@ -10,9 +10,13 @@ to be those of the whole prompt without a context.
 import asyncio
 import tempfile
 import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kvcluster.bench.report import BenchReport, Measurement, bench_report
 from kvcluster.bench.text import long_text
@@ -33,6 +37,8 @@ SECOND_USES = 3
 RESTARTS = 3
 POLL_S = 0.05
 QUESTIONS = tuple(f"\n\nQuestion {number}: what is this text about? Answer:" for number in range(4))
+
+_T = TypeVar("_T")
 
 
 class Use(NamedTuple):
@@ -57,15 +63,24 @@ def run() -> BenchReport:
     for policy in POLICIES:
         with tempfile.TemporaryDirectory(prefix="kvcluster-bench-") as folder:
             stored = replace(config, spill=SpillConfig(folder=folder))
-            with running(stored) as app:
-                before = asyncio.run(_measure(app.address, policy, ids, questions))
-            after_s = []
-            for _ in range(RESTARTS):
-                with running(stored) as app:
-                    use = _use_after_restart(app.address, policy, questions[1], before)
-                    after_s.append(asyncio.run(use))
+            first = partial(_measure, policy=policy, ids=ids, questions=questions)
+            before = _of_a_cluster(stored, first)
+            again = partial(_use_after_restart, policy=policy, question=questions[1], before=before)
+            after_s = [_of_a_cluster(stored, again) for _ in range(RESTARTS)]
         measured += [*before.measurements, *_after_restarts(policy, after_s, before)]
     return bench_report("context", tuple(measured))
+
+
+def _of_a_cluster(config: ClusterConfig, measure: Callable[[str], Coroutine[None, None, _T]]) -> _T:
+    """What `measure` finds at the address of a cluster of its own, started by a new process: one
+    that has called gRPC cannot be relied on to start Ray again."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_served, config, measure).result()
+
+
+def _served(config: ClusterConfig, measure: Callable[[str], Coroutine[None, None, _T]]) -> _T:
+    with running(config) as app:
+        return asyncio.run(measure(app.address))
 
 
 class Before(NamedTuple):
