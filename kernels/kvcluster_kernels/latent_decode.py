@@ -122,14 +122,14 @@ def latent_splits(
         )
     sections = sections_of(keys)
     block_size, dim = sections[0].codes.shape[3], q_RTHD.shape[3]
-    forms = tuple(SectionForm.of(x, min(_PIECE, _NUMBERS // num_fields(x.bits))) for x in sections)
+    forms = _forms(keys)
     form = ValueFormat.of(values, block_size)
     num_kv_heads, _, rank, num_pairs = expansion.up_KJCE.shape
     _check(sections, expansion, form, rows, dim, block_size // max(x.groups for x in forms))
     v_planes = value_planes(values)
     if v_planes[0][0].shape[:2] != sections[0].codes.shape[:2]:
         raise ValueError("keys and values want pages of as many blocks")
-    chosen = settings or default_settings(rank, dim, block_bytes(keys, values))
+    chosen = settings or default_settings(keys, values, dim)
     launch = plan_launch(q_RTHD, rows, attention, chosen, num_kv_heads=num_kv_heads, dim_v=form.dim)
     k_planes = tuple(section_planes(x) for x in sections)
     _latent_kernel[launch.grid](
@@ -154,20 +154,14 @@ def latent_splits(
     return launch.found
 
 
-def block_bytes(keys: Latents, values: ValuePages) -> int:
-    """Codes of one block that a program reads: latents, and values of one head."""
-    of_keys = sum(int(section.codes[0, 0].nbytes) for section in sections_of(keys))
-    return of_keys + sum(int(planes[0][0, 0, 0].nbytes) for planes in value_planes(values))
-
-
-def default_settings(rank: int, dim: int, bytes_of_block: int) -> DecodeSettings:
+def default_settings(keys: Latents, values: ValuePages, dim: int) -> DecodeSettings:
     """As many programs as have their part of `up`, and the bytes of the blocks under way, in a
     processor's shared memory, and their numbers in its registers: two at most. From what was
     compiled; not measured yet."""
-    num_stages = 6 if bytes_of_block <= 20 << 10 else 4
-    while num_stages > 2 and _needed(rank, dim, num_stages // 2 * bytes_of_block) > _SHARED_BYTES:
+    num_stages = 6 if _block_bytes(keys, values) <= 20 << 10 else 4
+    while num_stages > 2 and _needed(keys, values, dim, num_stages) > _SHARED_BYTES:
         num_stages -= 2
-    needed = _needed(rank, dim, num_stages // 2 * bytes_of_block)
+    needed = _needed(keys, values, dim, num_stages)
     return DecodeSettings(
         num_warps=4,
         num_stages=num_stages,
@@ -175,14 +169,34 @@ def default_settings(rank: int, dim: int, bytes_of_block: int) -> DecodeSettings
     )
 
 
-def fits(rank: int, dim: int, bytes_of_block: int) -> bool:
+def fits(keys: Latents, values: ValuePages, dim: int) -> bool:
     """Whether a program's part of `up`, and two blocks, fit a processor: with two stages as many
-    are there."""
-    return _needed(rank, dim, 2 * bytes_of_block) <= _SHARED_BYTES
+    are there. `dim`: channels of a head."""
+    return _needed(keys, values, dim, 4) <= _SHARED_BYTES
 
 
-def _needed(rank: int, dim: int, bytes_under_way: int) -> int:
-    return 2 * rank * dim + bytes_under_way + _OTHER_BYTES
+def _needed(keys: Latents, values: ValuePages, dim: int, num_stages: int) -> int:
+    """Bytes of shared memory that a program has, and somewhat more."""
+    forms = _forms(keys)
+    num_columns = int(triton.next_power_of_2(dim))
+    num_rows = sum(form.num_arrays * form.piece for form in forms)
+    up_bytes = 2 * num_rows * num_columns
+    if any(form.groups > 1 for form in forms):
+        # The compiler moves it between layouts for the products of such numbers.
+        up_bytes *= 3
+    return up_bytes + num_stages // 2 * _block_bytes(keys, values) + _OTHER_BYTES
+
+
+def _forms(keys: Latents) -> tuple[SectionForm, ...]:
+    return tuple(
+        SectionForm.of(x, min(_PIECE, _NUMBERS // num_fields(x.bits))) for x in sections_of(keys)
+    )
+
+
+def _block_bytes(keys: Latents, values: ValuePages) -> int:
+    """Codes of one block that a program reads: latents, and values of one head."""
+    of_keys = sum(int(section.codes[0, 0].nbytes) for section in sections_of(keys))
+    return of_keys + sum(int(planes[0][0, 0, 0].nbytes) for planes in value_planes(values))
 
 
 def _check(

@@ -104,6 +104,12 @@ class SectionForm(NamedTuple):
             max(_LEAST_PAIRS, min(most, triton.next_power_of_2(count))),
         )
 
+    @property
+    def num_arrays(self) -> int:
+        """That a block is unpacked to, of a piece's numbers each; the last may be filled up."""
+        fields = int(num_fields(self.bits))
+        return -(-self.rank // fields // self.piece) * fields
+
 
 # Triton takes their names from the fields of tuples in tuples: kernels ask these functions.
 
@@ -167,12 +173,7 @@ def first_number(forms: tuple[SectionForm, ...], section: int) -> int:
 @triton.constexpr_function
 def num_arrays(forms: tuple[SectionForm, ...], section: int) -> int:
     """Arrays that the sections before it are unpacked to."""
-    found = 0
-    for before in range(section):
-        form = SectionForm(*forms[before])
-        fields = int(num_fields(form.bits))
-        found += -(-form.rank // fields // form.piece) * fields
-    return found
+    return sum(SectionForm(*forms[before]).num_arrays for before in range(section))
 
 
 def section_planes(pages: LatentPages) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from kvcluster_kernels.integer_decode import BITS as INTEGER_BITS
 from kvcluster_kernels.integer_decode import IntegerPages
-from kvcluster_kernels.latent_decode import block_bytes, decode_latents, fits
+from kvcluster_kernels.latent_decode import decode_latents, fits
 from kvcluster_kernels.latent_history import LatentHistory
 from kvcluster_kernels.latent_pages import (
     KeyExpansion,
@@ -123,7 +123,7 @@ def latent_cache(
     found = _values(values, planes[1], geometry, block_size)
     if latents is None or found is None:
         return None
-    if not fits(keys.rank, geometry.key_dim, block_bytes(latents, found[0])):
+    if not fits(latents, found[0], geometry.key_dim):
         return None
     expansion = key_expansion(
         stored_up(keys.stored, keys.basis),

@@ -2,6 +2,8 @@
 (`launches`), of the sizes that are served."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,6 +11,8 @@ from kvcluster_kernels.paging import DecodeSettings
 
 from kvcluster.bench.decode_caches import DecodeShape, queries
 from kvcluster.bench.latent_caches import FORMATS, LatentFormat, absorbed_cache, latent_cache
+from kvcluster.codec.latent import LatentStorage
+from tests.kernels.latent_cases import BLOCKS, check
 
 _CPU = torch.device("cpu")
 _LARGE = DecodeShape(64, 8, 128, 256)
@@ -34,4 +38,15 @@ def _absorbed(num_heads: int, settings: DecodeSettings | None = None) -> object:
 ABSORBED: dict[str, Callable[[], object]] = {
     f"{heads} heads over latents of 512 + 64": partial(_absorbed, heads) for heads in (16, 32, 128)
 }
-LAUNCHES: dict[str, Callable[[], object]] = {**LATENTS, **ABSORBED}
+
+
+def _in_groups() -> object:
+    """Numbers whose scales differ between groups of tokens, of the largest rank that is tested."""
+    batch = replace(BLOCKS, num_heads=32, num_kv_heads=4, dim_k=128, dim_v=128)
+    with suppress(AssertionError):  # Nothing is computed here.
+        check(batch, _CPU, rank=200, storage=LatentStorage(8, group=32))
+    return None
+
+
+IN_GROUPS: dict[str, Callable[[], object]] = {"D128 8 bits in groups of 32": _in_groups}
+LAUNCHES: dict[str, Callable[[], object]] = {**LATENTS, **ABSORBED, **IN_GROUPS}

@@ -6,7 +6,7 @@ import pytest
 import triton
 
 from tests.kernels import launches
-from tests.kernels.latent_launches import ABSORBED, LATENTS
+from tests.kernels.latent_launches import ABSORBED, IN_GROUPS, LATENTS
 from tests.kernels.sm90 import MAX_SHARED_BYTES, MachineCode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -25,7 +25,7 @@ _SPILLS = 0 if triton.__version__.startswith("3.6.") else 20
 @cache
 def code() -> dict[str, MachineCode]:
     """Compiled once for the tests of this file."""
-    return launches.compiled(_MODULE, [*_GATED, *ABSORBED])
+    return launches.compiled(_MODULE, [*_GATED, *ABSORBED, *IN_GROUPS])
 
 
 def test_every_launch_is_one_that_triton_takes() -> None:
@@ -39,6 +39,14 @@ def test_keys_are_expanded_on_the_matrix_unit_from_registers_that_suffice(name: 
     assert found.num_spills == 0
     assert found.early_touches == []
     assert found.loop_opcodes["HGMMA"] > 0
+    assert found.shared_bytes <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("name", IN_GROUPS)
+def test_what_the_compiler_moves_of_the_way_back_fits_a_processor(name: str) -> None:
+    found = code()[name]
+
+    assert found.num_spills == 0
     assert found.shared_bytes <= MAX_SHARED_BYTES
 
 
