@@ -9,7 +9,8 @@ from contextlib import suppress
 from kvcluster.engine.api import Backend, BackendStatus
 from kvcluster.errors import StoreUnavailable
 from kvcluster.tenancy.directory import TenantDirectory
-from kvcluster.tenancy.shares import TenantShares, check_floor, raised_floors, shares_of
+from kvcluster.tenancy.limits import Tier
+from kvcluster.tenancy.shares import TenantShares, TierBytes, shares_of
 from kvcluster.tenancy.store import TenantStore
 from kvcluster.tenancy.tenant import Tenant
 from kvcluster.types import TenantId
@@ -58,21 +59,13 @@ class SharePushes:
             if answer is None:
                 self._revisions[index] = revision
 
-    async def check_floors(self, tenant: Tenant, before: Tenant | None) -> None:
-        """Raises: InvalidField, where floors are raised that the engines that answer could not keep
-        together with those of others (`shares.check_floor`). Without an answer nothing is checked.
-        `before`: the tenant as it was. Raises: StoreUnavailable."""
-        raised = raised_floors(tenant, before)
-        if not raised:
-            return
-        self._directory.refresh()
+    async def tiers(self) -> TierBytes:
+        """Of the engines that answer."""
         answers = await asyncio.gather(*map(_status, self._backends), return_exceptions=True)
-        tiers = [answer.tier_bytes for answer in answers if isinstance(answer, BackendStatus)]
-        if not any(tiers):
-            return
-        others = self._directory.tenants_since(-1)
-        for tier in raised:
-            check_floor(tenant, tier, others, sum(found.get(tier.value, 0) for found in tiers))
+        found = [answer.tier_bytes for answer in answers if isinstance(answer, BackendStatus)]
+        if not any(found):
+            return {}
+        return {tier: sum(tiers.get(tier.value, 0) for tiers in found) for tier in Tier}
 
     def _data_keys(self, tenants: Sequence[Tenant]) -> dict[TenantId, dict[int, bytes]]:
         """Of those whose keys can be read now."""

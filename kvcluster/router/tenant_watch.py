@@ -16,8 +16,9 @@ from kvcluster.log import get_logger
 from kvcluster.router.open_calls import OpenCalls
 from kvcluster.router.share_pushes import SharePushes
 from kvcluster.tenancy.directory import TenantDirectory
+from kvcluster.tenancy.shares import TierBytes
 from kvcluster.tenancy.store import TenantStore
-from kvcluster.tenancy.tenant import Act, Tenant, TenantState
+from kvcluster.tenancy.tenant import Act, TenantState
 from kvcluster.types import TenantId
 
 LOOK_INTERVAL_S = 0.25
@@ -79,10 +80,9 @@ class TenantWatch:
         for tenant in due:
             await self.cancel_all(tenant)
 
-    async def check_floors(self, tenant: Tenant, before: Tenant | None = None) -> None:
-        """Raises: InvalidField, where the floors of all tenants would not fit in the engines that
-        answer. `before`: the tenant as it was."""
-        await self._pushes.check_floors(tenant, before)
+    async def tiers(self) -> TierBytes:
+        """What floors have to fit in: bytes of each tier of the engines that answer."""
+        return await self._pushes.tiers()
 
     async def cancel_all(self, tenant: TenantId) -> None:
         """Cancel the tenant's unfinished generations in every engine that answers."""

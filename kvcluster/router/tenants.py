@@ -34,6 +34,7 @@ from kvcluster.router.tenant_records import (
 from kvcluster.router.tenant_watch import TenantWatch
 from kvcluster.rpc.v1 import tenant_service_pb2 as pb
 from kvcluster.tenancy.api_key import make_secret
+from kvcluster.tenancy.shares import TierBytes, has_floors
 from kvcluster.tenancy.store import TenantStore
 from kvcluster.tenancy.tenant import (
     OPERATORS,
@@ -84,8 +85,6 @@ class TenantService:
         self._open_calls = open_calls
         self._purge_after_s = purge_after_s
         self._unix_time = unix_time
-        self._sharing = asyncio.Lock()
-        """Held while floors are checked and then changed."""
 
     async def create_tenant(self, message: pb.CreateTenantRequest, call: Call) -> pb.Tenant:
         _check_operator(call)
@@ -97,9 +96,8 @@ class TenantService:
         )
         await self._policies.check(tenant.limits)
         act = _act(call, "CreateTenant", validates_only=message.validate_only)
-        async with self._sharing:
-            await self._watch.check_floors(tenant)
-            made = await _in_thread(lambda: self._store.create(tenant, act))
+        tiers = await self._tiers_for(tenant)
+        made = await _in_thread(lambda: self._store.create(tenant, act, tiers=tiers))
         await self._watch.look()
         return self._done(act, made)
 
@@ -127,15 +125,15 @@ class TenantService:
                 raise StateConflict("the tenant is deleted: undelete it first")
             return tenant_with(before, masked(tenant_to_proto(before), message.tenant, mask))
 
-        # Also outside the transaction, because the checks of policies and floors ask the engines.
-        before = await self._get(tenant)
-        await self._policies.check(update(before).limits)
+        # Also outside the transaction, because engines say what policies and floors are held to.
+        wanted = update(await self._get(tenant))
+        await self._policies.check(wanted.limits)
+        tiers = await self._tiers_for(wanted)
         act = _act(call, "UpdateTenant", validates_only=message.validate_only)
         etag = message.tenant.etag
-        async with self._sharing:
-            before = await self._get(tenant)
-            await self._watch.check_floors(update(before), before)
-            changed = await _in_thread(lambda: self._store.change(tenant, act, update, etag=etag))
+        changed = await _in_thread(
+            lambda: self._store.change(tenant, act, update, etag=etag, tiers=tiers)
+        )
         # When it returns, the engines that answer have the tenant's new share.
         await self._watch.look()
         return self._done(act, changed)
@@ -165,12 +163,8 @@ class TenantService:
     async def undelete_tenant(self, message: pb.UndeleteTenantRequest, call: Call) -> pb.Tenant:
         _check_operator(call)
         tenant, act = names.tenant_of(message.name), _act(call, "UndeleteTenant")
-        async with self._sharing:
-            found = await self._get(tenant)
-            if found.state is TenantState.DELETED:
-                # Others may have been given its floors meanwhile.
-                await self._watch.check_floors(found)
-            undeleted = await _in_thread(lambda: self._store.undelete(tenant, act))
+        tiers = await self._tiers_for(await self._get(tenant))
+        undeleted = await _in_thread(lambda: self._store.undelete(tenant, act, tiers=tiers))
         return self._done(act, undeleted)
 
     async def suspend_tenant(self, message: pb.SuspendTenantRequest, call: Call) -> pb.Tenant:
@@ -214,6 +208,10 @@ class TenantService:
         # The engines that answer have destroyed what the erased keys sealed.
         await self._watch.look()
         return self._done(act, changed)
+
+    async def _tiers_for(self, tenant: Tenant) -> TierBytes | None:
+        """Engines are asked only for a tenant with floors."""
+        return await self._watch.tiers() if has_floors(tenant) else None
 
     async def get_tenant_usage(
         self, message: pb.GetTenantUsageRequest, call: Call

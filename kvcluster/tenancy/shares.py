@@ -66,19 +66,29 @@ def shares_of(
     )
 
 
-def raised_floors(tenant: Tenant, before: Tenant | None) -> tuple[Tier, ...]:
-    """The tiers in which a tenant would have more of its own than it has. `before`: as it was."""
-    return tuple(
-        tier for tier in Tier if _floor(tenant, tier) > (_floor(before, tier) if before else 0)
-    )
+TierBytes = Mapping[Tier, int]
+"""Of all engines together, as far as they answer; empty: none did."""
 
 
-def check_floor(tenant: Tenant, tier: Tier, others: Iterable[Tenant], total: int) -> None:
-    """Whether the floors of a tier can be kept together with this tenant's. `total`: bytes of the
-    tier in all engines.
+def has_floors(tenant: Tenant) -> bool:
+    return any(_floor(tenant, tier) for tier in Tier)
+
+
+def check_floors(
+    tenant: Tenant, before: Tenant | None, others: Collection[Tenant], tiers: TierBytes
+) -> None:
+    """Whether floors that a change raises can be kept together with those of others. `before`: the
+    tenant as it was, None where it had none. Of engines that do not answer nothing is known: then
+    nothing is checked.
 
     Raises: InvalidField, with what is left.
     """
+    for tier in Tier if tiers else ():
+        if _floor(tenant, tier) > (_floor(before, tier) if before else 0):
+            _check_floor(tenant, tier, others, tiers.get(tier, 0))
+
+
+def _check_floor(tenant: Tenant, tier: Tier, others: Iterable[Tenant], total: int) -> None:
     taken = sum(
         _floor(other, tier)
         for other in others

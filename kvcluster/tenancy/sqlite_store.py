@@ -12,6 +12,7 @@ from kvcluster.errors import ConfigError, ResourceExists, ResourceNotFound, Stat
 from kvcluster.tenancy.audit import ChainHead, ChainReport, changed_fields, check_chain
 from kvcluster.tenancy.published import PublishedPrefix
 from kvcluster.tenancy.root_key import RootKey
+from kvcluster.tenancy.shares import TierBytes, check_floors
 from kvcluster.tenancy.sqlite_database import SqliteDatabase
 from kvcluster.tenancy.sqlite_root_key import check_root_key
 from kvcluster.tenancy.sqlite_transaction import (
@@ -81,13 +82,14 @@ class SqliteTenantStore:
         )
         return Changes(tenants_in(tenants), keys_in(keys), _whole(latest))
 
-    def create(self, tenant: Tenant, act: Act) -> Tenant:
+    def create(self, tenant: Tenant, act: Act, *, tiers: TierBytes | None = None) -> Tenant:
         with self._writing(act) as change:
             if change.find(tenant.tenant) is not None:
                 raise ResourceExists(
                     f"tenant {tenant.tenant!r} exists (or was deleted and is not purged yet): "
                     "choose another id"
                 )
+            check_floors(tenant, None, change.tenants(), tiers or {})
             made = with_next_key(msgspec.structs.replace(tenant, create_time_s=change.now))
             change.audit(made.tenant, tenant_name(made.tenant), changed_fields(None, made))
             made = change.put_tenant(made)
@@ -105,10 +107,19 @@ class SqliteTenantStore:
         return tenants_in(self._database.read(query, tenant, count))
 
     def change(
-        self, tenant: TenantId, act: Act, change: Callable[[Tenant], Tenant], *, etag: str = ""
+        self,
+        tenant: TenantId,
+        act: Act,
+        change: Callable[[Tenant], Tenant],
+        *,
+        etag: str = "",
+        tiers: TierBytes | None = None,
     ) -> Tenant:
         with self._writing(act) as writing:
-            return writing.replace(writing.changeable(tenant, etag), change)
+            before = writing.changeable(tenant, etag)
+            changed = writing.replace(before, change)
+            check_floors(changed, before, writing.tenants(), tiers or {})
+        return changed
 
     def note(self, tenant: TenantId, act: Act, said: Mapping[str, object]) -> None:
         with self._writing(act) as writing:
@@ -146,10 +157,11 @@ class SqliteTenantStore:
         self._database.truncate_log()
         return changed
 
-    def undelete(self, tenant: TenantId, act: Act) -> Tenant:
+    def undelete(self, tenant: TenantId, act: Act, *, tiers: TierBytes | None = None) -> Tenant:
         with self._writing(act) as writing:
             before = writing.changeable(tenant, "")
             changed = writing.replace(before, lambda found: with_next_key(undeleted(found)))
+            check_floors(changed, None, writing.tenants(), tiers or {})
             writing.add_data_key(changed)
         return changed
 

@@ -39,6 +39,10 @@ class TenantTransaction:
         rows = self._connection.execute(query, (tenant,)).fetchall()
         return tenants_in(rows)[0] if rows else None
 
+    def tenants(self) -> Sequence[Tenant]:
+        """All of them, as this transaction leaves them so far."""
+        return tenants_in(self._connection.execute("SELECT record FROM tenants").fetchall())
+
     def changeable(self, tenant: TenantId, etag: str) -> Tenant:
         """Raises: ResourceNotFound, EtagMismatch, StateConflict for the operators."""
         found = self.find(tenant)

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 from kvcluster.tenancy.audit import ChainReport
 from kvcluster.tenancy.published import PublishedPrefix
+from kvcluster.tenancy.shares import TierBytes
 from kvcluster.tenancy.tenant import Act, ApiKey, AuditEvent, Tenant
 from kvcluster.types import TenantId
 
@@ -34,8 +35,9 @@ class TenantStore(Protocol):
         """What was written after `revision`; 0: everything. Purged records do not appear."""
         ...
 
-    def create(self, tenant: Tenant, act: Act) -> Tenant:
-        """Add a tenant, with a data key. Raises: ResourceExists."""
+    def create(self, tenant: Tenant, act: Act, *, tiers: TierBytes | None = None) -> Tenant:
+        """Add a tenant, with a data key. Raises: ResourceExists, and InvalidField when its floors
+        and those of the tenants that are there do not fit in `tiers` (`shares.check_floors`)."""
         ...
 
     def get(self, tenant: TenantId) -> Tenant:
@@ -47,11 +49,18 @@ class TenantStore(Protocol):
         ...
 
     def change(
-        self, tenant: TenantId, act: Act, change: Callable[[Tenant], Tenant], *, etag: str = ""
+        self,
+        tenant: TenantId,
+        act: Act,
+        change: Callable[[Tenant], Tenant],
+        *,
+        etag: str = "",
+        tiers: TierBytes | None = None,
     ) -> Tenant:
-        """Write what `change` makes of the tenant as it is now. Nobody else writes in between.
+        """Write what `change` makes of the tenant as it is now. Nobody else writes in between, so
+        that floors which it raises fit in `tiers` with those of others.
 
-        Raises: ResourceNotFound, EtagMismatch, and what `change` raises.
+        Raises: ResourceNotFound, EtagMismatch, InvalidField, and what `change` raises.
         """
         ...
 
@@ -68,9 +77,9 @@ class TenantStore(Protocol):
         EtagMismatch, StateConflict."""
         ...
 
-    def undelete(self, tenant: TenantId, act: Act) -> Tenant:
+    def undelete(self, tenant: TenantId, act: Act, *, tiers: TierBytes | None = None) -> Tenant:
         """Make a deleted tenant active, with a new data key. Raises: ResourceNotFound,
-        StateConflict."""
+        StateConflict, and InvalidField when others have been given its floors in `tiers`."""
         ...
 
     def purge(self, act: Act) -> Sequence[TenantId]:
