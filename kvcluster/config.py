@@ -184,6 +184,9 @@ class RouterConfig:
     max_concurrent_streams: int = 1024
     """Most calls that one connection may have open."""
 
+    max_unary_calls: int = 64
+    """Most calls of a tenant at one time that are answered once, such as CountTokens."""
+
     def __post_init__(self) -> None:
         address = Address.parse("router.listen", self.listen)
         if self.insecure_local and not address.is_loopback:
@@ -191,7 +194,7 @@ class RouterConfig:
                 "router.listen: want a loopback address (127.0.0.1, ::1 or localhost) because "
                 f"router.insecure_local serves anyone who can connect, got {self.listen!r}"
             )
-        _want_at_least(1, "router", self, "max_concurrent_streams")
+        _want_at_least(1, "router", self, "max_concurrent_streams", "max_unary_calls")
         _want_at_least(64 * 1024, "router", self, "max_message_bytes")
         _want_above_zero("router", self, "upload_idle_timeout_s", "write_timeout_s", "keepalive_s")
 

@@ -70,6 +70,7 @@ class AdminServer:
             ),
             own_calls,
             max_message_bytes=router.max_message_bytes,
+            max_unary_calls=router.max_unary_calls,
             write_timeout_s=router.write_timeout_s,
         )
         self._health = health.aio.HealthServicer()

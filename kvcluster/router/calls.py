@@ -109,10 +109,14 @@ class CallWrapper:
         open_calls: OpenCalls,
         *,
         max_message_bytes: int,
+        max_unary_calls: int,
         write_timeout_s: float,
     ) -> None:
+        """`open_calls`: the streams; `max_unary_calls`: of one tenant at a time."""
         self._authenticator = authenticator
         self._open_calls = open_calls
+        self._unary_calls = OpenCalls("unary_calls")
+        self._max_unary_calls = max_unary_calls
         self._max_message_bytes = max_message_bytes
         self._write_timeout_s = write_timeout_s
 
@@ -122,7 +126,9 @@ class CallWrapper:
         async def answer(parsed: Parsed[MessageT], context: Context) -> ResponseT | None:
             async with _answering_errors(context):
                 call, _ = self._authenticate(context)
-                return await serve(unwrap(parsed), call)
+                # A tenant that has all its streams open can still cancel one.
+                with self._unary_calls.holding(call, self._max_unary_calls):
+                    return await serve(unwrap(parsed), call)
             return None
 
         return grpc.unary_unary_rpc_method_handler(answer, self._parser(kind), _serialize)

@@ -1,4 +1,4 @@
-"""The streaming calls that are open at this router, by tenant: counted, and ended in time."""
+"""The calls that are open at this router, by tenant: counted, and ended in time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +24,11 @@ class OpenCall(Protocol):
 
 
 class OpenCalls:
-    """Mutable; used in one event loop."""
+    """Those of one kind. Mutable; used in one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, quota: str = "open_streams") -> None:
+        """`quota`: what their number is called in a refusal."""
+        self._quota = quota
         self._calls: dict[TenantId, set[OpenCall]] = {}
 
     def count(self, tenant: TenantId) -> int:
@@ -38,8 +40,8 @@ class OpenCalls:
         used = self.count(call.tenant)
         if used >= limit:
             raise QuotaExceeded(
-                f"open_streams: {used} of the tenant's {limit}; try again when one has ended",
-                metadata={"quota": "open_streams", "used": str(used), "limit": str(limit)},
+                f"{self._quota}: {used} of the tenant's {limit}; try again when one has ended",
+                metadata={"quota": self._quota, "used": str(used), "limit": str(limit)},
                 retry_after_s=1.0,
             )
         self._calls.setdefault(call.tenant, set()).add(call)

@@ -71,6 +71,7 @@ class RouterServer:
             self._authenticator,
             self._open_calls,
             max_message_bytes=self._config.max_message_bytes,
+            max_unary_calls=self._config.max_unary_calls,
             write_timeout_s=self._config.write_timeout_s,
         )
         self._server.add_generic_rpc_handlers(

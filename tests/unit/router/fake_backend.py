@@ -122,6 +122,8 @@ class FakeBackend:
     def __init__(self, spec: ModelSpec | None = None, *, window_tokens: int = 4096) -> None:
         self.spec = spec or model_spec()
         self.window_tokens = window_tokens
+        self.num_counting = 0
+        """Calls of `count_tokens` so far."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.is_ready = True
@@ -269,6 +271,8 @@ class FakeBackend:
         return tuple(reversed(records))
 
     async def count_tokens(self, model: str, chunk: PromptChunk) -> int:
+        self.num_counting += 1
+        await self.gate.wait()
         return len(self._tokens(chunk)[0])
 
     async def estimate(self, request: GenerationRequest) -> Estimate:
