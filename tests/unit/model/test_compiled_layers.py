@@ -16,6 +16,13 @@ from tests.served_model import served_model
 ATOL = 1e-5
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_compiled() -> None:
+    """The compiler makes only so many versions of a function in a process, and wrappers, such as
+    transformers has around the layers of all models, are one function to it."""
+    torch.compiler.reset()
+
+
 class RowsThemselves:
     """A `LayerAttention` that gives each row its own values."""
 
